@@ -1,0 +1,8 @@
+"""The captured model: a graph in which every op that changes values is a named module."""
+
+from qlib.graph.capture import capture
+from qlib.graph.fold_bn import fold_batch_norm
+from qlib.graph.fuse import fused_activations
+from qlib.graph.ir import Graph, kind_of
+
+__all__ = ["Graph", "capture", "fold_batch_norm", "fused_activations", "kind_of"]

@@ -1,0 +1,201 @@
+"""Model -> graph: trace, name every node, propagate shapes, turn functional ops into modules."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torchvision.models.feature_extraction import NodePathTracer
+from torchvision.ops import StochasticDepth
+
+from qlib.errors import ModelError
+from qlib.graph import ops
+from qlib.graph.attention import expand_attention
+from qlib.graph.canonical import canonical_module
+from qlib.graph.ir import MOVES, Graph, holds_tensor
+
+__all__ = ["capture"]
+
+_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
+_IDENTITY_FUNCTIONS = frozenset({"dropout", "stochastic_depth", "alpha_dropout", "feature_dropout"})
+
+
+def capture(model: nn.Module, example: Tensor) -> Graph:
+    """The graph of `model` in evaluation mode, on a copy of it: the model itself stays as it is.
+
+    `example` is one batch ``[N, ...]`` of the size that the graph will see; its values do not matter. Every node has
+    ``meta["name"]`` (the module path, or the name that torchvision's feature extraction gives), ``meta["tensor"]``
+    and, for tensors, ``meta["shape"]``. Dropout and other identities are gone; what does not depend on the input is
+    computed once and kept as a constant.
+
+    Raises ModelError, naming the place, where the model cannot be traced or run.
+    """
+    model = copy.deepcopy(model).eval()
+    expand_attention(model)
+    tracer = _Tracer()
+    try:
+        graph = fx.GraphModule(tracer.root_module(model), tracer.trace(model))
+    except (TypeError, ValueError, fx.proxy.TraceError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"the model cannot be captured: {_one_line(error)}; rewrite the forward method without control flow on"
+            " tensor values, or put that part into a module of torch.nn"
+        ) from error
+    graph.eval()
+    _name_nodes(graph, tracer)
+    _drop_identities(graph)
+    _propagate(graph, example)
+    _fold_constants(graph)
+    _drop_same_size_pools(graph)
+    _canonicalize(graph)
+    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return graph
+
+
+class _Tracer(NodePathTracer):  # type: ignore[misc]
+    def root_module(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, (ops.Op, StochasticDepth)) or bool(super().is_leaf_module(module, qualified_name))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _name_nodes(graph: Graph, tracer: _Tracer) -> None:
+    """Gives each node a unique name: its module's path, or torchvision's name for a functional op.
+
+    A functional op that is all that a leaf-like module does (``class Add(nn.Module)``) gets the module's own name.
+    """
+    paths = {node: str(tracer.node_to_qualname.get(node, node.name)) for node in graph.graph.nodes}
+    owners: dict[str, int] = {}
+    for node, path in paths.items():
+        if node.op in ("call_function", "call_method"):
+            owners[path.rpartition(".")[0]] = owners.get(path.rpartition(".")[0], 0) + 1
+    taken: set[str] = set()
+    for node in graph.graph.nodes:
+        path = str(node.target) if node.op in ("call_module", "get_attr") else paths[node]
+        owner = path.rpartition(".")[0]
+        if node.op in ("call_function", "call_method") and owner and owners[owner] == 1 and _is_bare(graph, owner):
+            path = owner
+        name, suffix = path, 0
+        while name in taken:
+            suffix += 1
+            name = f"{path}_{suffix}"
+        if node.op not in ("get_attr", "output"):
+            taken.add(name)
+        node.meta["name"] = name
+
+
+def _is_bare(graph: Graph, path: str) -> bool:
+    """Whether the module at `path` has neither children nor weights."""
+    try:
+        module = graph.get_submodule(path)
+    except AttributeError:  # a module without state is not copied into the GraphModule
+        return True
+    return not any(True for _ in module.children()) and not module.state_dict()
+
+
+def _drop_identities(graph: Graph) -> None:
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module":
+            identity = isinstance(graph.get_submodule(str(node.target)), _IDENTITY_MODULES)
+        else:
+            identity = node.op == "call_function" and getattr(node.target, "__name__", "") in _IDENTITY_FUNCTIONS
+        if identity:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+
+
+def _drop_same_size_pools(graph: Graph) -> None:
+    """An adaptive pool whose output has the size of its input does nothing (VGG and AlexNet at 224 x 224)."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), nn.AdaptiveAvgPool2d):
+            source = node.args[0]
+            if source.meta["shape"] == node.meta["shape"] and node.meta["shape"][-1] > 1:
+                node.replace_all_uses_with(source)
+                graph.graph.erase_node(node)
+
+
+class _Propagate(fx.Interpreter):
+    """Runs the graph once; notes of each node whether it holds a tensor, and its shape, and keeps constant results."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+            raise ModelError(
+                f"the model fails at {n.meta['name']!r} on an input of shape {self.example_shape}: {_one_line(error)}"
+            ) from error
+        n.meta["tensor"] = holds_tensor(value)
+        if isinstance(value, Tensor):
+            n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
+        inputs = n.all_input_nodes
+        n.meta["constant"] = n.op == "get_attr" or (
+            n.op != "placeholder" and bool(inputs) and all(i.meta["constant"] for i in inputs)
+        )
+        if n.meta["constant"] and isinstance(value, Tensor):
+            n.meta["value"] = value
+        return value
+
+
+def _propagate(graph: Graph, example: Tensor) -> None:
+    interpreter = _Propagate(graph)
+    interpreter.example_shape = tuple(example.shape)  # type: ignore[assignment]
+    with torch.no_grad():
+        interpreter.run(example)
+    output = next(iter(reversed(graph.graph.nodes)))
+    if not isinstance(output.args[0], fx.Node) or "shape" not in output.args[0].meta:
+        raise ModelError("the model must return one tensor of logits in evaluation mode; wrap it so that it does")
+
+
+def _fold_constants(graph: Graph) -> None:
+    """Replaces each op whose inputs are all constants by its value, kept as a buffer of the graph."""
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" or not node.meta["constant"] or "value" not in node.meta:
+            continue
+        target = "constant_" + node.name
+        graph.register_buffer(target, node.meta["value"].detach().clone())
+        with graph.graph.inserting_before(node):
+            folded = graph.graph.create_node("get_attr", target)
+        folded.meta = dict(node.meta)
+        node.replace_all_uses_with(folded)
+    for node in graph.graph.nodes:
+        node.meta.pop("value", None)
+
+
+def _canonicalize(graph: Graph) -> None:
+    """Replaces every functional op that changes values by a module of the same name."""
+    for node in list(graph.graph.nodes):
+        if node.op not in ("call_function", "call_method") or not node.meta["tensor"]:
+            continue
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if name in MOVES:
+            continue
+        module, inputs = canonical_module(graph, node)
+        target = _free_target(graph, node.meta["name"])
+        graph.add_submodule(target, module.eval())
+        with graph.graph.inserting_before(node):
+            replacement = graph.graph.create_node("call_module", target, tuple(inputs))
+        replacement.meta = dict(node.meta)
+        node.replace_all_uses_with(replacement)
+        graph.graph.erase_node(node)
+
+
+def _free_target(graph: Graph, name: str) -> str:
+    """`name`, or a variation of it that does not yet stand for something in the graph."""
+    target, suffix = name, 0
+    while True:
+        parent, _, last = target.rpartition(".")
+        try:
+            if not hasattr(graph.get_submodule(parent), last):
+                return target
+        except AttributeError:
+            return target
+        suffix += 1
+        target = f"{name}_{suffix}"

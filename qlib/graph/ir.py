@@ -1,0 +1,117 @@
+"""How to read a captured graph: names, kinds, and where a tensor's values come from.
+
+A `Graph` is a torch.fx GraphModule in which every node that changes values calls a module; the other nodes move
+values (view, transpose, chunk, ...), read constants, or compute shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from qlib.graph import ops
+
+__all__ = ["MOVES", "Graph", "is_constant", "is_layer", "is_move", "kind_of", "layer_inputs", "layers", "name_of", "source_of", "tensor_users"]
+
+Graph = fx.GraphModule
+
+MOVES = frozenset(
+    "view reshape flatten permute transpose contiguous chunk split getitem unsqueeze squeeze expand swapaxes pad roll"
+    " unbind clone narrow movedim expand_as view_as t tile repeat detach _patch_merging_pad channel_shuffle"
+    " pixel_shuffle pixel_unshuffle swapdims unflatten flip select".split()
+)
+"""Names of the functions and methods that only move values (or pad with zeros): codes go through them unchanged."""
+
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "conv_transpose"),
+    (nn.Linear, "linear"),
+    (nn.Embedding, "embedding"),
+    (ops.MatMul, "matmul"),
+    (ops.Add, "add"),
+    (ops.Mul, "mul"),
+    (ops.Concat, "concat"),
+    ((nn.ReLU, nn.ReLU6), "relu"),
+    ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), "max_pool"),
+    ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), "avg_pool"),
+    (ops.GlobalAvgPool, "global_avg_pool"),
+    ((nn.Softmax, ops.MaskedSoftmax), "softmax"),
+    ((ops.Move, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d), "move"),
+)
+
+
+def kind_of(module: nn.Module) -> str:
+    """The layer kind of a module: the name of its file in `lower.ops`; ``float_op`` for what has no integer form.
+
+    >>> kind_of(nn.Conv2d(1, 1, 1)), kind_of(nn.GELU()), kind_of(nn.Flatten())
+    ('conv', 'float_op', 'move')
+    """
+    if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+        return "global_avg_pool"
+    return next((kind for types, kind in _KINDS if isinstance(module, types)), "float_op")
+
+
+def name_of(node: fx.Node) -> str:
+    """The node's stable hierarchical name, such as ``layer1.0.conv1``."""
+    return str(node.meta["name"])
+
+
+def is_constant(node: fx.Node) -> bool:
+    """A tensor held by the model: a parameter or buffer that is an operand."""
+    return node.op == "get_attr" and bool(node.meta["tensor"])
+
+
+def is_layer(graph: Graph, node: fx.Node) -> bool:
+    """Whether the node changes values."""
+    return node.op == "call_module" and kind_of(graph.get_submodule(str(node.target))) != "move"
+
+
+def is_move(graph: Graph, node: fx.Node) -> bool:
+    """Whether the node's output holds the values of its first tensor input, moved."""
+    return bool(node.meta["tensor"]) and node.op not in ("placeholder", "get_attr", "output") and not is_layer(graph, node)
+
+
+def layers(graph: Graph) -> Iterator[tuple[fx.Node, nn.Module]]:
+    """The nodes that change values, in execution order, with their modules."""
+    for node in graph.graph.nodes:
+        if is_layer(graph, node):
+            yield node, graph.get_submodule(str(node.target))
+
+
+def layer_inputs(node: fx.Node) -> list[fx.Node]:
+    """The tensor inputs of a node, in order; shapes and other plain values are left out."""
+    found: list[fx.Node] = []
+
+    def visit(arg: fx.Node) -> fx.Node:
+        if arg.meta["tensor"]:
+            found.append(arg)
+        return arg
+
+    fx.node.map_arg((node.args, node.kwargs), visit)
+    return found
+
+
+def source_of(graph: Graph, node: fx.Node) -> fx.Node:
+    """The layer, input or constant whose values `node` holds, looking back through moves."""
+    while is_move(graph, node):
+        node = layer_inputs(node)[0]
+    return node
+
+
+def tensor_users(node: fx.Node) -> list[fx.Node]:
+    """The nodes that use the values of `node`; not those that only ask for its shape."""
+    return [user for user in node.users if user.op == "output" or user.meta["tensor"]]
+
+
+def holds_tensor(value: Any) -> bool:
+    """Whether a value is a float tensor, or a tuple or list of such.
+
+    >>> holds_tensor(torch.zeros(2)), holds_tensor((2, 3))
+    (True, False)
+    """
+    if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        return bool(value) and all(isinstance(item, torch.Tensor) for item in value)
+    return isinstance(value, torch.Tensor)

@@ -1,0 +1,158 @@
+"""Affine quantization: ranges to scales, values to codes and back, requantization factors.
+
+Everything is float32, in the order that ONNX Runtime's kernels use, so that codes agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlib.quant.spec import QuantSpec
+
+__all__ = [
+    "QParams",
+    "approximate_factor",
+    "dequantize",
+    "qparams_from_range",
+    "quantize",
+    "range_of_weight",
+    "requant_factor",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class QParams:
+    """``x ~= (q - zero_point) * scale``: float32 `scale` and int32 `zero_point`, scalar or ``[channels]``.
+
+    Laws: the scale is positive and finite; the zero point is a code or, for a range that excludes no zero, within
+    one of it; for a symmetric spec it is 0.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    spec: QuantSpec
+
+    def __post_init__(self) -> None:
+        assert self.scale.dtype == torch.float32 and self.zero_point.dtype == torch.int32
+        assert self.scale.shape == self.zero_point.shape
+        assert bool(torch.isfinite(self.scale).all()) and bool((self.scale > 0).all()), self.scale
+
+    @property
+    def low(self) -> Tensor:
+        """The smallest centered code, ``qmin - zero_point``."""
+        return self.spec.qmin - self.zero_point
+
+    @property
+    def high(self) -> Tensor:
+        """The largest centered code, ``qmax - zero_point``."""
+        return self.spec.qmax - self.zero_point
+
+    def same_grid(self, other: QParams) -> bool:
+        """Whether both stand for the same values code by code."""
+        return (
+            self.spec == other.spec
+            and torch.equal(self.scale, other.scale)
+            and torch.equal(self.zero_point, other.zero_point)
+        )
+
+
+def qparams_from_range(low: Tensor | float, high: Tensor | float, spec: QuantSpec) -> QParams:
+    """Scale and zero point that cover ``[low, high]`` (scalars, or ``[channels]`` each).
+
+    With n bits, ``sat = max(|low|, |high|)``, ``lo = min(low, 0)``, ``hi = max(high, 0)``:
+
+    - symmetric: ``s = sat / ((2^n - 1) / 2)``, restricted: ``s = sat / (2^(n-1) - 1)``; ``z = 0``
+    - asymmetric: ``s = (hi - lo) / (2^n - 1)``, ``z = qmin - round(lo / s)``
+
+    An all-zero range, or one too small for float32, gives ``s = 1``. Raises ValueError for a range that is not finite or is reversed.
+
+    >>> p = qparams_from_range(-2.0, 10.0, QuantSpec.of_mode("asym_u", 8))
+    >>> round(1 / p.scale.item(), 4), p.zero_point.item()
+    (21.25, 42)
+    >>> round(1 / qparams_from_range(-4.0, 1.0, QuantSpec.of_mode("sym", 8)).scale.item(), 4)
+    31.875
+    """
+    lo = torch.as_tensor(low, dtype=torch.float64)
+    hi = torch.as_tensor(high, dtype=torch.float64)
+    if not bool(torch.isfinite(lo).all() and torch.isfinite(hi).all()):
+        raise ValueError("range is not finite")
+    if bool((lo > hi).any()):
+        raise ValueError("minimum is above maximum")
+    steps = 2**spec.bits - 1
+    if spec.symmetric:
+        sat = torch.maximum(lo.abs(), hi.abs())
+        scale = sat / ((steps - 1) / 2 if spec.restricted else steps / 2)
+    else:
+        lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
+        scale = (hi - lo) / steps
+    scale = scale.float()
+    tiny = torch.finfo(torch.float32).tiny  # below it, dividing by the scale overflows
+    scale = torch.where(scale >= tiny, scale, torch.ones_like(scale))
+    if spec.symmetric:
+        zero_point = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        zero_point = (spec.qmin - torch.round(lo / scale.double())).clamp(spec.qmin, spec.qmax).to(torch.int32)
+    return QParams(scale, zero_point, spec)
+
+
+def _channelwise(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
+    """`values` of a channel axis, shaped to broadcast against `like`."""
+    if axis is None or values.ndim == 0:
+        return values
+    return values.view([-1 if i == axis % like.ndim else 1 for i in range(like.ndim)])
+
+
+def quantize(x: Tensor, params: QParams) -> Tensor:
+    """Codes of `x`, as integers in float32: ``clamp(round_half_even(x / s) + z, qmin, qmax)``.
+
+    A true division: multiplying by the reciprocal differs on ties.
+
+    >>> p = qparams_from_range(-2.0, 10.0, QuantSpec.of_mode("asym_u", 8))
+    >>> quantize(torch.tensor([-3.0, 0.0, 10.0]), p)
+    tensor([  0.,  42., 255.])
+    """
+    scale = _channelwise(params.scale, x, params.spec.axis)
+    zero_point = _channelwise(params.zero_point, x, params.spec.axis)
+    return torch.round(x / scale).add_(zero_point).clamp_(params.spec.qmin, params.spec.qmax)
+
+
+def dequantize(codes: Tensor, params: QParams) -> Tensor:
+    """Values of codes: ``float32(q - z) * s``."""
+    scale = _channelwise(params.scale, codes, params.spec.axis)
+    zero_point = _channelwise(params.zero_point, codes, params.spec.axis)
+    return (codes - zero_point).float() * scale
+
+
+def range_of_weight(weight: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of a weight tensor, over all of it or for each channel of `axis`.
+
+    >>> range_of_weight(torch.tensor([[1.0, -2.0], [3.0, 4.0]]), 0)[0]
+    tensor([-2.,  3.])
+    """
+    if axis is None:
+        return weight.amin(), weight.amax()
+    flat = weight.movedim(axis, 0).flatten(1)
+    return flat.amin(1), flat.amax(1)
+
+
+def requant_factor(x_scale: Tensor, w_scale: Tensor, y_scale: Tensor) -> Tensor:
+    """``(s_x * s_w) / s_y``, float32 in this order."""
+    return (x_scale * w_scale) / y_scale
+
+
+def approximate_factor(factor: Tensor, bits: int) -> Tensor:
+    """``mult / 2^shift``, the factor that an integer multiply of `bits` bits and a shift computes.
+
+    ``shift = floor(log2((2^bits - 1) / M))``, ``mult = floor(M * 2^shift)``.
+
+    >>> approximate_factor(torch.tensor([0.3]), 4)  # shift 5, mult 9
+    tensor([0.2812])
+    """
+    exact = factor.double()
+    shift = torch.floor(torch.log2((2**bits - 1) / exact))
+    return (torch.floor(exact * 2**shift) / 2**shift).float()
+
+

@@ -1,0 +1,49 @@
+"""What kind of integers a tensor is quantized to; no tensors here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MODES", "QuantSpec"]
+
+MODES = ("sym", "sym_restr", "asym_s", "asym_u")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """An integer grid: `bits`, signedness, whether zero is in the middle, and the channel axis (None: per tensor).
+
+    Laws: `qmin` and `qmax` are computed here and nowhere else; a symmetric spec is signed and has zero point 0;
+    `restricted` drops the most negative code so that the codes are symmetric.
+
+    >>> QuantSpec.of_mode("sym", 8).qmin, QuantSpec.of_mode("sym_restr", 8).qmin, QuantSpec.of_mode("asym_u", 8).qmax
+    (-128, -127, 255)
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    restricted: bool = False
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        assert 1 < self.bits <= 32, self.bits
+        assert self.signed or not self.symmetric
+
+    @classmethod
+    def of_mode(cls, mode: str, bits: int, axis: int | None = None) -> QuantSpec:
+        """The spec of a mode of the command line: sym, sym_restr, asym_s or asym_u."""
+        assert mode in MODES, mode
+        return cls(bits, mode != "asym_u", mode.startswith("sym"), mode == "sym_restr", axis)
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        if not self.signed:
+            return 0
+        return -(2 ** (self.bits - 1)) + int(self.restricted)
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - int(self.signed)) - 1
