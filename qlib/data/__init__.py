@@ -1,0 +1,21 @@
+"""Images: `open_dataset` by name and folder, `make_loader` for batches, and parts of a dataset.
+
+Importing this package imports neither torch nor torchvision.
+"""
+
+from qlib.data.datasets import ImageDataset, Split, open_dataset
+from qlib.data.loader import Loader, make_loader
+from qlib.data.names import DATASETS, infer_dataset
+from qlib.data.subset import choose_subset, split_train
+
+__all__ = [
+    "DATASETS",
+    "ImageDataset",
+    "Loader",
+    "Split",
+    "choose_subset",
+    "infer_dataset",
+    "make_loader",
+    "open_dataset",
+    "split_train",
+]

@@ -1,0 +1,231 @@
+"""Datasets of labelled images: folders of image files, torchvision's files, and scikit-learn's digits.
+
+All give their images to the transform as RGB, whatever they are stored as; a transform for gray ones gets the same gray
+values back.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from qlib.data.names import DATASETS
+from qlib.errors import DataError, did_you_mean
+
+Split = Literal["train", "val", "test"]
+
+# What Pillow raises for files that are truncated, damaged or no images at all.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class Images(Protocol):
+    """Images by index."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Image.Image:
+        """The image in RGB; raises one of `_UNREADABLE` where it is damaged."""
+
+    def name(self, index: int) -> str:
+        """The image's path, or what comes nearest to one."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images in files."""
+
+    paths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Image.Image:
+        """Opens and decodes the file."""
+        with open(self.paths[index], "rb") as file:
+            return Image.open(file).convert("RGB")
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return self.paths[index]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArray:
+    """Images in memory: bytes of shape (images, height, width) or (images, height, width, 3)."""
+
+    title: str
+    pixels: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: int) -> Image.Image:
+        """A copy of the image."""
+        return Image.fromarray(self.pixels[index]).convert("RGB")
+
+    def name(self, index: int) -> str:
+        """The dataset's name and the index."""
+        return f"{self.title}[{index}]"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A map-style dataset for torch: `dataset[i]` is (transformed image, label).
+
+    Law: item i is the same image on each run; its label is an index into `classes`.
+    """
+
+    images: Images
+    labels: Sequence[int]
+    classes: list[str]
+    transform: Callable[[Image.Image], Any]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """The image and its label.
+
+        Raises:
+            DataError: the image cannot be decoded.
+        """
+        try:
+            image = self.images.read(index)
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DataError(
+                f"cannot read image {self.path(index)!r}, number {index + 1:,} of {len(self):,} ({reason}); "
+                "replace or delete it, or leave such images out with --skip-corrupt"
+            ) from error
+        return self.transform(image), self.labels[index]
+
+    def path(self, index: int) -> str:
+        """The file of image `index`, or for an image that has none the dataset's name and the index."""
+        return self.images.name(index)
+
+
+def open_dataset(
+    name: str,
+    root: Path | None,
+    split: Split,
+    transform: Callable[[Image.Image], Any],
+    *,
+    num_classes: int | None,
+) -> ImageDataset:
+    """The `split` of a dataset; `val` and `test` are the same images.
+
+    Any dataset may also be a folder with train/ and val/, which hold a folder for each class. `digits` needs no `root`.
+
+    Raises:
+        DataError: the name is unknown, `root` does not hold the dataset, it has no images, or it has other than
+            `num_classes` classes (where that is given).
+
+    >>> digits = open_dataset("digits", None, "val", lambda image: image.size, num_classes=10)
+    >>> len(digits), digits[0], digits.path(0)
+    (500, ((8, 8), 1), 'digits[0]')
+    """
+    name = name.lower().replace("_", "-")
+    if name not in DATASETS:
+        raise DataError(f"unknown dataset {name!r}; allowed: {', '.join(DATASETS)}{did_you_mean(name, DATASETS)}")
+    if name == "digits" and root is None:
+        images, labels, classes = _digits(split)
+    elif root is None:
+        raise DataError(f"dataset {name} needs its folder; give it as DATASET_DIR")
+    else:
+        images, labels, classes = _from_folder(name, root.expanduser(), split)
+    if num_classes not in (None, len(classes)):
+        where = f"dataset {name}" if root is None else f"{str(root)!r} ({name})"
+        raise DataError(
+            f"{where} has {len(classes)} classes and the model {num_classes}; "
+            "give the data that the model was made for, or a model with as many classes"
+        )
+    return ImageDataset(images, labels, classes, transform)
+
+
+_Parts = tuple[Images, Sequence[int], list[str]]
+
+
+def _from_folder(name: str, root: Path, split: Split) -> _Parts:
+    if not root.is_dir():
+        raise DataError(f"there is no dataset folder {str(root)!r}; give the folder of {name} as DATASET_DIR")
+    if (root / "train").is_dir() or (root / "val").is_dir() or name in ("imagenet", "imagefolder"):
+        return _image_folder(root, split)
+    if name == "digits":
+        raise DataError(f"{str(root)!r} has no train/ and val/; leave it out: the digits come with scikit-learn")
+    return _torchvision(name, root, split)
+
+
+def _image_folder(root: Path, split: Split) -> _Parts:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    folder = root / ("train" if split == "train" else "val")
+    if not folder.is_dir():
+        raise DataError(
+            f"dataset folder {str(root)!r} has no {folder.name}/; it needs train/ and val/ with a folder for each class"
+        )
+    classes = _class_folders(folder)
+    if not classes:
+        raise DataError(f"{str(folder)!r} is empty; it needs a folder of images for each class")
+    _check_same_classes(root, classes)
+    indices = {name: index for index, name in enumerate(classes)}
+    samples = make_dataset(str(folder), indices, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
+        kinds = " ".join(IMG_EXTENSIONS)
+        raise DataError(f"the {len(classes)} class folders in {str(folder)!r} hold no images; put some there ({kinds})")
+    return ImageFiles([path for path, _ in samples]), [label for _, label in samples], classes
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+def _check_same_classes(root: Path, classes: list[str]) -> None:
+    """A class that only one split has would silently shift the labels of the other."""
+    for split in ("train", "val"):
+        if not (root / split).is_dir():
+            continue
+        differ = sorted(set(classes) ^ set(_class_folders(root / split)))
+        if differ:
+            raise DataError(
+                f"train/ and val/ of {str(root)!r} differ in {len(differ)} class folders "
+                f"({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}); make them agree, empty ones included"
+            )
+
+
+def _torchvision(name: str, root: Path, split: Split) -> _Parts:
+    from torchvision import datasets
+
+    kinds = {
+        "cifar10": datasets.CIFAR10,
+        "cifar100": datasets.CIFAR100,
+        "mnist": datasets.MNIST,
+        "fashion-mnist": datasets.FashionMNIST,
+    }
+    try:
+        data = kinds[name](str(root), train=split == "train", download=False)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise DataError(
+            f"{str(root)!r} does not hold {name}; put torchvision's files of it there, "
+            "or train/ and val/ with a folder of images for each class"
+        ) from error
+    return ImageArray(name, np.asarray(data.data)), [int(label) for label in data.targets], list(data.classes)
+
+
+def _digits(split: Split) -> _Parts:
+    """1,797 scans of 8x8 pixels with 17 shades; 500 of them, 50 of each digit, are for evaluation."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(len(digits.target))
+    held_out = np.concatenate([order[digits.target[order] == digit][:50] for digit in range(10)])
+    chosen = np.isin(np.arange(len(digits.target)), held_out) == (split != "train")
+    pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    return ImageArray("digits", pixels), digits.target[chosen].tolist(), [str(digit) for digit in range(10)]

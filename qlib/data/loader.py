@@ -1,0 +1,125 @@
+"""Batches of a dataset in a fixed order, read by worker processes or in this one."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qlib.data.datasets import ImageDataset
+from qlib.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """What a worker reports of a damaged image: an exception would lose its one sentence on the way."""
+
+    path: str
+    sentence: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    dataset: ImageDataset
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | _Unreadable:
+        try:
+            return self.dataset[index]
+        except DataError as error:
+            return _Unreadable(self.dataset.path(index), str(error))
+
+
+def _collate(items: list[tuple[Any, int] | _Unreadable]) -> tuple[Any, Any, list[_Unreadable]]:
+    import torch
+
+    good = [item for item in items if not isinstance(item, _Unreadable)]
+    bad = [item for item in items if isinstance(item, _Unreadable)]
+    images = torch.utils.data.default_collate([image for image, _ in good]) if good else None
+    return images, torch.tensor([label for _, label in good]), bad
+
+
+def _leave_interrupts_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """An iterable of (images, labels): float (N, C, H, W) and int64 (N,).
+
+    Laws: each pass gives the same batches in the order of `indices`, for any number of `workers` (0: this process);
+    torch's global random state is left alone; `skipped` holds the paths of the images left out in the last pass.
+    """
+
+    dataset: ImageDataset
+    batch_size: int
+    workers: int
+    indices: Sequence[int]
+    skip_corrupt: bool
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return math.ceil(len(self.indices) / self.batch_size)
+
+    @property
+    def total_images(self) -> int:
+        """The number of images in a pass, damaged ones included."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches.
+
+        Raises:
+            DataError: an image is damaged, unless `skip_corrupt`; or all are.
+        """
+        import torch
+        from torch.utils.data import DataLoader
+
+        self.skipped.clear()
+        batches: DataLoader[Any] = DataLoader(
+            _Reader(self.dataset),  # type: ignore[arg-type]  # torch asks for its own base class, and needs only [] here
+            batch_size=self.batch_size,
+            sampler=self.indices,
+            num_workers=self.workers,
+            collate_fn=_collate,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            generator=torch.Generator(),
+            pin_memory=torch.cuda.is_available(),
+        )
+        for images, labels, unreadable in batches:
+            if unreadable and not self.skip_corrupt:
+                raise DataError(unreadable[0].sentence)
+            self.skipped.extend(item.path for item in unreadable)
+            if images is not None:
+                yield images, labels
+        if len(self.skipped) == len(self.indices):
+            raise DataError(
+                f"all {len(self.skipped)} images are damaged, the first is {self.skipped[0]!r}; replace them"
+            )
+
+
+def make_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    indices: Sequence[int] | None = None,
+    skip_corrupt: bool = False,
+) -> Loader:
+    """A loader of the images at `indices` (all, if None), in that order.
+
+    >>> import numpy, torch
+    >>> from qlib.data.datasets import ImageArray
+    >>> images = ImageArray("zeros", numpy.zeros((3, 2, 2), numpy.uint8))
+    >>> dataset = ImageDataset(images, [0, 1, 1], ["a", "b"], lambda image: torch.zeros(3, *image.size))
+    >>> [(images.shape, labels) for images, labels in make_loader(dataset, batch_size=2, indices=[2, 0, 1])]
+    [(torch.Size([2, 3, 2, 2]), tensor([1, 0])), (torch.Size([1, 3, 2, 2]), tensor([1]))]
+    """
+    order = range(len(dataset)) if indices is None else indices
+    assert len(order) > 0
+    return Loader(dataset, batch_size, workers, order, skip_corrupt)

@@ -1,0 +1,69 @@
+"""Evaluation transforms: an RGB image of any size -> a normalized tensor (channels, height, width)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torchvision import transforms as T
+
+from qlib.models.spec import Transform
+
+# dataset -> (input shape, mean, std, shorter side before the crop)
+_STANDARD: dict[str, tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...], int]] = {
+    "imagenet": ((3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 256),
+    "cifar": ((3, 32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32),
+    "mnist": ((1, 28, 28), (0.1307,), (0.3081,), 28),
+    "digits": ((1, 8, 8), (0.3053,), (0.3760,), 8),
+}
+# dataset -> (whose images its are like, classes)
+_DATASETS = {
+    "imagenet": ("imagenet", 1000),
+    "imagefolder": ("imagenet", 1000),
+    "cifar10": ("cifar", 10),
+    "cifar100": ("cifar", 100),
+    "mnist": ("mnist", 10),
+    "fashion-mnist": ("mnist", 10),
+    "digits": ("digits", 10),
+}
+
+
+def known_datasets() -> tuple[str, ...]:
+    """The datasets that have a transform here."""
+    return tuple(_DATASETS)
+
+
+def standard_classes(dataset: str) -> int:
+    """The usual number of classes of a dataset.
+
+    >>> standard_classes("cifar100")
+    100
+    """
+    return _DATASETS[dataset][1]
+
+
+def standard_input_shape(dataset: str) -> tuple[int, int, int]:
+    """The usual (channels, height, width) of a dataset.
+
+    >>> standard_input_shape("cifar100")
+    (3, 32, 32)
+    """
+    return _STANDARD[_DATASETS[dataset][0]][0]
+
+
+def evaluation_transform(dataset: str, input_shape: tuple[int, int, int] | None = None) -> Transform:
+    """Resize, central crop and normalization of `dataset`, for images of `input_shape` if that differs from the usual.
+
+    An image that has the right size already keeps its pixels. One channel means gray.
+
+    >>> from PIL import Image
+    >>> evaluation_transform("cifar10")(Image.new("RGB", (32, 32), (255, 0, 0)))[:, 0, 0]
+    tensor([ 1., -1., -1.])
+    """
+    shape, mean, std, side = _STANDARD[_DATASETS[dataset][0]]
+    channels, height, width = input_shape or shape
+    side = round(side * max(height, width) / shape[1])
+    if channels != len(mean):
+        mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
+    gray = [T.Grayscale()] if channels == 1 else []
+    steps = [*gray, T.Resize(side), T.CenterCrop((height, width)), T.ToTensor(), T.Normalize(mean, std)]
+    return cast(Transform, T.Compose(steps))
