@@ -1,0 +1,198 @@
+"""From the command line to a `RunConfig`, and from a run to its exit code.
+
+Nothing heavy is imported before the command line has been understood: `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qlib.cli_flags import FLAGS, GROUPS, Flag
+from qlib.config.flag_kinds import SWITCH, split_names
+from qlib.config.run_config import QuantArgs, RunConfig, check_combination, needs_folder, read_run_config
+from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
+
+__all__ = ["build_parser", "main", "parse"]
+
+_PROGRAM = "compress.py"
+_RUN_CONFIG = "--run-config"
+_Texts = Mapping[str, Sequence[str]]  #: canonical flag -> the words that the user gave it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and answers its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        config = parse(words)
+        from qlib import compress_classifier
+
+        return compress_classifier.run(config)
+    except QlibError as error:
+        if {"-v", "--verbose"} & set(words):
+            traceback.print_exc()
+        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"{_PROGRAM}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The config that a command line asks for.
+
+    >>> config = parse(["-a", "vgg11", "--qe", "--qe-no-clip-layers", "conv1", "fc", "no/such/folder"])
+    >>> config.qe.no_clip_layers, config.data.name
+    (('conv1', 'fc'), 'folder')
+
+    Raises:
+        UsageError: a flag, a value or a combination that cannot be obeyed.
+        ConfigError: the file of `--run-config` has mistakes.
+    """
+    namespace, rest = build_parser().parse_known_args(list(argv))
+    words: dict[str, Any] = vars(namespace)
+    file = words.pop(_RUN_CONFIG, None)
+    texts: _Texts = {flag: value if isinstance(value, list) else [str(value)] for flag, value in words.items()}
+    given, folder = frozenset(texts), _positional(rest)
+    if file is not None:
+        texts, given, folder = _repeated(Path(file).expanduser(), texts, folder)
+    config = _build(texts, folder, given)
+    if folder is None:
+        texts, folder = _give_back(texts, needs_folder(config))
+        config = _build(texts, folder, given)
+    if folder is None and needs_folder(config):
+        raise UsageError(_no_folder(config))
+    check_combination(config)
+    return config
+
+
+def _positional(rest: Sequence[str]) -> str | None:
+    """The dataset folder among the words that the parser left over."""
+    end = rest.index("--") if "--" in rest else len(rest)
+    for word in rest[:end]:
+        if word.startswith("-"):
+            spellings = [name for flag in FLAGS for name in flag.names]
+            hint = did_you_mean(word.partition("=")[0], spellings) or "; --help lists the flags"
+            raise UsageError(f"there is no flag {word}{hint}")
+    found = [word for word in rest if word != "--"]
+    if len(found) > 1:
+        raise UsageError(f"one DATASET_DIR is allowed, not {len(found)}: {' '.join(found)}")
+    return found[0] if found else None
+
+
+def _repeated(file: Path, texts: _Texts, folder: str | None) -> tuple[_Texts, frozenset[str], str | None]:
+    """Adds to the command line what a saved run adds to it; the command line has the last word."""
+    settings = read_run_config(file)
+    saved_folder, saved_given = settings.pop("data", None), settings.pop("given", None)
+    flags = {flag.target: flag for flag in reversed(FLAGS)}
+    saved: dict[str, list[str]] = {}
+    for target, value in settings.items():
+        if value is None or value == []:
+            continue
+        parts = [str(part) for part in (value if isinstance(value, list) else [value])]
+        saved[flags[target].name] = parts if flags[target].kind.many else [",".join(parts)]
+    given = frozenset(saved if saved_given is None else map(str, saved_given))
+    if unknown := sorted(given - {flag.name for flag in FLAGS}):
+        raise ConfigError(f"{file}: 'given' names flags that do not exist: {', '.join(unknown)}")
+    if folder is None and saved_folder is not None:
+        folder = str(saved_folder)
+    return {**saved, **texts}, given | frozenset(texts), folder
+
+
+def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfig:
+    values = {flag.target: _value(flag, texts[flag.name]) for flag in FLAGS if flag.name in texts}
+    qe: dict[str, Any] = {key.removeprefix("qe."): value for key, value in values.items() if key.startswith("qe.")}
+    top: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith("qe.")}
+    top["evaluate"] = top.get("evaluate", False) or top.get("quantize_eval", False)
+    data = Path(folder).expanduser() if folder is not None else None
+    return RunConfig(**top, data=data, qe=QuantArgs(**qe), given=given)
+
+
+def _value(flag: Flag, texts: Sequence[str]) -> object:
+    if not flag.kind.many:
+        return flag.kind.value(flag.name, texts[-1])
+    return tuple(flag.kind.value(flag.name, name) for text in texts for name in split_names(text))
+
+
+def _give_back(texts: _Texts, needed: bool) -> tuple[_Texts, str | None]:
+    """Takes the dataset folder out of the list of names that swallowed it.
+
+    It is the last word that is a folder, paths with a slash before plain words; without one, the last word of all if
+    it looks like a path. A plain word is taken only where a folder is `needed`, as a layer may be called so too.
+    """
+    lists = {flag.name for flag in FLAGS if flag.kind.many == "words"}
+    words = [(flag, i) for flag, given in texts.items() if flag in lists for i, word in enumerate(given) if word]
+
+    def rank(place: tuple[str, int]) -> int:
+        word = texts[place[0]][place[1]]
+        is_folder, is_path = Path(word).expanduser().is_dir(), os.sep in word or word[0] == "~"
+        return (3 if is_path else int(needed) * 2) if is_folder else int(needed and is_path)
+
+    place = max(reversed(words), key=rank, default=None)
+    if place is None or rank(place) == 0:
+        return texts, None
+    name, index = place
+    left = [word for position, word in enumerate(texts[name]) if position != index]
+    if not left:
+        raise UsageError(f"{name} needs at least one layer name before the DATASET_DIR {texts[name][index]}")
+    return {**texts, name: left}, texts[name][index]
+
+
+def _no_folder(config: RunConfig) -> str:
+    taken = [*config.qe.no_clip_layers, *config.qe.no_quant_layers]
+    note = f" ({', '.join(taken)}: taken as layer names, as none is a folder)" if taken else ""
+    return f"DATASET_DIR is missing{note}: give the folder of images, or -a digits_cnn, whose images are built in"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are a `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the table; each flag's destination is its canonical name, and it leaves the texts as they are."""
+    parser = _Parser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [flags] DATASET_DIR",
+        description="Compress image classifiers: calibrate, quantize, evaluate exactly what will be deployed.",
+        epilog="DATASET_DIR holds train/ and val/, each with a folder of images for each class (or the files of the "
+        "dataset that --dataset names); it may stand anywhere. The digits dataset needs none.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for title, flags in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            kind: dict[str, Any] = {"action": "store_true"} if flag.kind is SWITCH else {"metavar": flag.kind.metavar}
+            if flag.kind.many:
+                kind |= {"nargs": "+", "action": "extend"} if flag.kind.many == "words" else {"action": "append"}
+            group.add_argument(*flag.names, dest=flag.name, help=_help(flag), **kind)
+        if title == "General":
+            group.add_argument(
+                _RUN_CONFIG,
+                dest=_RUN_CONFIG,
+                metavar="FILE",
+                help="repeat the run that wrote this configs/run_config.yaml",
+            )
+    return parser
+
+
+def _help(flag: Flag) -> str:
+    if flag.help is None:
+        return argparse.SUPPRESS
+    default = _defaults()[flag.target]
+    shown = default is not None and default is not False and default != () and "(default" not in flag.help
+    return (f"{flag.help} (default: {default})" if shown else flag.help).replace("%", "%%")
+
+
+def _defaults() -> dict[str, object]:
+    plain = {each.name: getattr(RunConfig(), each.name) for each in fields(RunConfig)}
+    return plain | {f"qe.{each.name}": getattr(QuantArgs(), each.name) for each in fields(QuantArgs)}

@@ -1,0 +1,130 @@
+"""The flags of the command line, as a table: spellings, what each value may be, and the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlib.clip import CLIP_METHODS
+from qlib.config.flag_kinds import (
+    SWITCH,
+    Kind,
+    arch,
+    choice,
+    devices,
+    existing_file,
+    fraction,
+    names,
+    path,
+    real,
+    run_name,
+    whole,
+)
+
+__all__ = ["FLAGS", "GROUPS", "Flag"]
+
+DATASETS = ("imagenet", "cifar10", "cifar100", "mnist", "fashion-mnist", "digits")
+MODES = ("sym", "sym_restr", "asym_s", "asym_u")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One row of the table: the spellings (the canonical one first), what the value may be, the help."""
+
+    spellings: str
+    kind: Kind
+    help: str | None
+    field: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return self.spellings.split()
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def target(self) -> str:
+        """The field of `RunConfig` (`qe.` and a field of `QuantArgs`) that this flag sets."""
+        words = self.name.removeprefix("--").replace("-", "_")
+        return self.field or (f"qe.{words.removeprefix('qe_')}" if words.startswith("qe_") else words)
+
+
+GROUPS: dict[str, tuple[Flag, ...]] = {
+    "General": (
+        Flag("--name -n", run_name(), "name of the run: begins the name of its folder"),
+        Flag("--out-dir -o", path(), "where the folders of runs are made"),
+        Flag("--print-freq -p", whole(1), "steps between two progress lines"),
+        Flag("--verbose -v", SWITCH, "show debug messages, and the traceback of an error"),
+        Flag("--gpus", devices(), "GPUs to use (default: all)"),
+        Flag("--cpu", SWITCH, "use no GPU; overrides --gpus"),
+        Flag("--seed", whole(0, 2**32 - 1), "seed of all that is random"),
+        Flag("--deterministic --det", SWITCH, "deterministic algorithms only"),
+        Flag("--summary", choice(("sparsity", "compute", "model", "modules"), many="repeat"), "print it and stop"),
+        Flag("--check", SWITCH, "print the resolved quantization settings of each layer and stop"),
+    ),
+    "Model": (
+        Flag(
+            "--arch -a",
+            arch(),
+            "model, by name (in torchvision, the CIFAR and MNIST families, digits_cnn) or FILE.py:FUNCTION",
+        ),
+        Flag("--pretrained", SWITCH, "start from the published weights"),
+        Flag("--resume-from", existing_file(), "checkpoint to load with all that belongs to it"),
+        Flag("--resume", existing_file(), None, "resume_from"),
+        Flag("--exp-load-weights-from", existing_file(), "checkpoint to load the weights from"),
+    ),
+    "Data": (
+        Flag("--dataset", choice(DATASETS), "kind of dataset (default: what the model's name implies)"),
+        Flag("--workers -j", whole(0), "processes that read images; 0 reads in this one"),
+        Flag("--batch-size -b", whole(1), "images per batch"),
+        Flag(
+            "--validation-split --valid-size --vs",
+            real(lambda number: 0 <= number < 1, "a fraction from 0 to below 1"),
+            "fraction of the training images held out for validation",
+        ),
+        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use"),
+        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use"),
+        Flag("--effective-test-size --etes", fraction(), "fraction of the test images to use"),
+        Flag("--skip-corrupt", SWITCH, "leave out images that cannot be read, instead of stopping"),
+    ),
+    "Evaluation": (
+        Flag("--evaluate -e", SWITCH, "evaluate on the test split"),
+        Flag("--confusion", SWITCH, "print the confusion matrix"),
+    ),
+    "Post-training quantization": (
+        Flag("--quantize-eval --qe", SWITCH, "quantize the model, then evaluate it; implies --evaluate"),
+        Flag(
+            "--qe-calibration",
+            fraction(),
+            "collect activation statistics on this fraction of the split (default: 0.05)",
+        ),
+        Flag("--qe-calibration-split", choice(("train", "val", "test")), "split that calibration reads"),
+        Flag(
+            "--qe-stats-file", existing_file(), "activation statistics collected earlier, or a layer_quant_params.yaml"
+        ),
+        Flag("--qe-dynamic", SWITCH, "take activation ranges from each batch"),
+        Flag("--qe-config-file", existing_file(), "quantization settings from YAML; replaces the flags below"),
+        Flag("--qe-mode --qem", choice(MODES), "mode of activations and weights"),
+        Flag("--qe-mode-acts --qema", choice(MODES), "mode of activations (default: --qe-mode)"),
+        Flag("--qe-mode-wts --qemw", choice(MODES), "mode of weights (default: --qe-mode)"),
+        Flag("--qe-bits-acts --qeba", whole(2, 16, zero="left in float"), "bits of activations, 0 for float"),
+        Flag("--qe-bits-wts --qebw", whole(2, 16, zero="left in float"), "bits of weights, 0 for float"),
+        Flag("--qe-bits-accum", whole(2, 32), "bits of the accumulator"),
+        Flag("--qe-clip-acts --qeca", choice(CLIP_METHODS), "how the range of activations is clipped"),
+        Flag(
+            "--qe-clip-n-stds", real(lambda number: number > 0, "a number above 0"), "standard deviations kept by n_std"
+        ),
+        Flag("--qe-no-clip-layers --qencl", names(), "layers (names or regular expressions) not to clip"),
+        Flag("--qe-no-quant-layers --qenql", names(), "layers (names or regular expressions) to leave in float"),
+        Flag("--qe-per-channel --qepc", SWITCH, "a scale for each output channel of the weights"),
+        Flag(
+            "--qe-scale-approx-bits --qesab",
+            whole(1, 31),
+            "requantize with an integer multiplier of so many bits and a shift",
+        ),
+        Flag("--qe-save-fp-weights", SWITCH, "keep the float weights in the quantized model"),
+        Flag("--qe-pytorch-backend", choice(("fbgemm", "qnnpack")), "backend of PyTorch's own quantized modules"),
+    ),
+}
+FLAGS: tuple[Flag, ...] = tuple(flag for group in GROUPS.values() for flag in group)

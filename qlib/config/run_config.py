@@ -1,0 +1,232 @@
+"""All that a command line can say, as one frozen value that is saved with the run and repeats it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlib.config.yaml_source import Node, load_yaml
+from qlib.errors import ConfigError, UsageError, did_you_mean
+
+__all__ = [
+    "QuantArgs",
+    "RunConfig",
+    "check_combination",
+    "ignored_flags",
+    "needs_folder",
+    "read_run_config",
+    "startup_warnings",
+]
+
+#: A quantization config file replaces what these flags say.
+_REPLACED_BY_CONFIG_FILE = (
+    "--qe-mode",
+    "--qe-mode-acts",
+    "--qe-mode-wts",
+    "--qe-bits-acts",
+    "--qe-bits-wts",
+    "--qe-bits-accum",
+    "--qe-clip-acts",
+    "--qe-clip-n-stds",
+    "--qe-no-clip-layers",
+    "--qe-no-quant-layers",
+    "--qe-per-channel",
+    "--qe-scale-approx-bits",
+    "--qe-save-fp-weights",
+)
+
+#: Flags of which one run can have only one, with what each of them does.
+_EXCLUSIVE: tuple[dict[str, str], ...] = (
+    {
+        "--resume-from": "loads a checkpoint with all that belongs to it",
+        "--resume": "is the old name of --resume-from",
+        "--exp-load-weights-from": "loads only the weights of a checkpoint",
+    },
+    {
+        "--qe-stats-file": "reads activation ranges from a file",
+        "--qe-dynamic": "computes activation ranges for each batch",
+        "--qe-calibration": "collects activation ranges first",
+        "--qe-config-file": "takes all quantization settings from a file",
+    },
+)
+
+
+@dataclass(frozen=True)
+class QuantArgs:
+    """The `--qe-*` flags: how to quantize after training. A field is named as its flag, without `--qe-`."""
+
+    mode: str = "sym"
+    mode_acts: str | None = None
+    mode_wts: str | None = None
+    bits_acts: int = 8
+    bits_wts: int = 8
+    bits_accum: int = 32
+    clip_acts: str = "none"
+    clip_n_stds: float | None = None
+    no_clip_layers: tuple[str, ...] = ()
+    no_quant_layers: tuple[str, ...] = ()
+    per_channel: bool = False
+    scale_approx_bits: int | None = None
+    save_fp_weights: bool = False
+    pytorch_backend: str = "fbgemm"
+    stats_file: Path | None = None
+    dynamic: bool = False
+    calibration: float | None = None
+    calibration_split: str = "train"
+    config_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What one run does. A field is named as its flag; `given` holds the flags that the user wrote.
+
+    Law: the file that `to_yaml` makes, passed as `--run-config`, gives an equal `RunConfig`.
+    """
+
+    data: Path | None = None
+    arch: str = "resnet18"
+    pretrained: bool = False
+    resume_from: Path | None = None
+    exp_load_weights_from: Path | None = None
+    dataset: str | None = None
+    workers: int = 4
+    batch_size: int = 256
+    validation_split: float = 0.1
+    effective_train_size: float = 1.0
+    effective_valid_size: float = 1.0
+    effective_test_size: float = 1.0
+    skip_corrupt: bool = False
+    evaluate: bool = False
+    confusion: bool = False
+    summary: tuple[str, ...] = ()
+    check: bool = False
+    print_freq: int = 10
+    verbose: bool = False
+    name: str | None = None
+    out_dir: Path = Path("logs")
+    gpus: tuple[int, ...] | None = None
+    cpu: bool = False
+    seed: int = 0
+    deterministic: bool = False
+    quantize_eval: bool = False
+    qe: QuantArgs = field(default_factory=QuantArgs)
+    given: frozenset[str] = frozenset()
+
+    def to_yaml(self) -> str:
+        """The config as YAML text, in the order of the fields.
+
+        >>> RunConfig(arch="vgg11").to_yaml().splitlines()[1:3]
+        ['data: null', 'arch: vgg11']
+        """
+        body = yaml.safe_dump(_plain(self), sort_keys=False, default_flow_style=None, allow_unicode=True)
+        return f"# repeat this run: compress.py --run-config THIS_FILE\n{body}"
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that YAML has."""
+    if dataclasses.is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, (tuple, frozenset)):
+        return sorted(value) if isinstance(value, frozenset) else list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The settings in a `run_config.yaml`, by field (`arch`, `qe.mode`), as YAML gave them; `given` among them.
+
+    The command line checks the values, with the same rules as those of its flags.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has a key that is no setting (all of them are named).
+    """
+    top = _entries(load_yaml(path))
+    settings = {key: node for key, node in top.items() if key != "qe"}
+    settings |= {f"qe.{key}": node for key, node in (_entries(top["qe"]) if "qe" in top else {}).items()}
+    allowed = [each.name for each in dataclasses.fields(RunConfig) if each.name != "qe"]
+    allowed += [f"qe.{each.name}" for each in dataclasses.fields(QuantArgs)]
+    unknown = {key: node for key, node in settings.items() if key not in allowed}
+    if unknown:
+        raise ConfigError(
+            [f"{node.where}: there is no setting {key!r}{did_you_mean(key, allowed)}" for key, node in unknown.items()]
+        )
+    return {key: _value(node) for key, node in settings.items()}
+
+
+def _entries(node: Node) -> Mapping[str, Node]:
+    if node.mapping is None:
+        raise ConfigError(f"{node.where}: 'setting: value' lines are expected here, as in configs/run_config.yaml")
+    return node.mapping
+
+
+def _value(node: Node) -> Any:
+    return [_value(item) for item in node.value] if isinstance(node.value, tuple) else node.value
+
+
+def needs_folder(config: RunConfig) -> bool:
+    """Whether the run cannot do without a DATASET_DIR, as far as the command line alone can tell.
+
+    A checkpoint or a model of the user's own may turn out to need one too.
+    """
+    digits = config.dataset == "digits" or (config.dataset is None and "digits" in config.arch)
+    unknown = config.resume_from is not None or ".py:" in config.arch
+    return not (digits or unknown or config.summary or config.check)
+
+
+def check_combination(config: RunConfig) -> None:
+    """Checks what no flag can check alone.
+
+    Raises:
+        UsageError: flags that exclude each other or lack another, or a command line that asks for nothing.
+    """
+    for group in _EXCLUSIVE:
+        both = [flag for flag in group if flag in config.given][:2]
+        if len(both) == 2:
+            reason = ", and ".join(f"{flag} {group[flag]}" for flag in both)
+            raise UsageError(f"{both[0]} and {both[1]} cannot be combined: {reason}; drop one of them")
+    qe = config.qe
+    if qe.clip_acts == "n_std" and qe.clip_n_stds is None and qe.config_file is None:
+        raise UsageError(
+            "--qe-clip-acts n_std needs --qe-clip-n-stds, the number of standard deviations to keep, above 0"
+        )
+    if not (config.evaluate or config.quantize_eval or config.summary or config.check or qe.calibration is not None):
+        raise UsageError("nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --summary or --check")
+
+
+def ignored_flags(config: RunConfig) -> list[str]:
+    """The flags the user gave that `--qe-config-file` replaces, in the order of the help.
+
+    >>> ignored_flags(RunConfig(qe=QuantArgs(config_file=Path("q.yaml")), given=frozenset({"--qe-mode", "--seed"})))
+    ['--qe-mode']
+    """
+    if config.qe.config_file is None:
+        return []
+    return [flag for flag in _REPLACED_BY_CONFIG_FILE if flag in config.given]
+
+
+def startup_warnings(config: RunConfig) -> list[str]:
+    """One sentence for each flag the user gave that will not have the effect it seems to ask for."""
+    given, qe = config.given, config.qe
+    source = next((flag for flag in ("--qe-stats-file", "--qe-dynamic", "--qe-config-file") if flag in given), None)
+    found = [f"{flag} is ignored: {qe.config_file} (--qe-config-file) replaces it" for flag in ignored_flags(config)]
+    if not config.quantize_eval and not config.check:
+        wanted = (*_REPLACED_BY_CONFIG_FILE, "--qe-stats-file", "--qe-dynamic", "--qe-config-file")
+        found += [f"{flag} has no effect without --quantize-eval" for flag in wanted if flag in given]
+    if "--qe-calibration-split" in given and source:
+        found.append(f"--qe-calibration-split is ignored: with {source} no images are read for calibration")
+    if "--qe-clip-n-stds" in given and qe.clip_acts != "n_std" and qe.config_file is None:
+        found.append(f"--qe-clip-n-stds is ignored: --qe-clip-acts is {qe.clip_acts}, not n_std")
+    if "--qe-pytorch-backend" in given:
+        found.append("--qe-pytorch-backend is ignored: it chooses how to convert to PyTorch's own quantized modules")
+    if "--resume" in given:
+        found.append("--resume is deprecated: use --resume-from")
+    loaded = next((flag for flag in ("--resume", "--resume-from", "--exp-load-weights-from") if flag in given), None)
+    if config.pretrained and loaded:
+        found.append(f"--pretrained is ignored: {loaded} gives the weights")
+    if config.cpu and "--gpus" in given:
+        found.append("--gpus is ignored: --cpu overrides it")
+    return found

@@ -1,0 +1,240 @@
+"""The folder of a run: its log, the settings that repeat it, its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+from qlib.config.run_config import RunConfig
+from qlib.errors import OutputError, QlibError
+from qlib.progress import FILE_ONLY
+
+__all__ = ["RunLog", "append_metrics", "open_run"]
+
+_log = logging.getLogger("qlib")
+_environment_log = logging.getLogger("app_cfg")
+_PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetensors", "PyYAML")
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """Where a run writes. `folder` and `file` are absolute."""
+
+    folder: Path
+    file: Path
+
+    @property
+    def configs(self) -> Path:
+        """The folder with the settings of the run."""
+        return self.folder / "configs"
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig) -> Iterator[RunLog]:
+    """Makes the run's folder and sends all log records to its log file, and to the console, until the block ends.
+
+    The file's lines begin with the time; the console (stdout) has bare messages. The first and the last line say
+    where the file is. Python's warnings are logged, each text once. An exception that leaves the block is written to
+    the file, a user's mistake without its traceback unless `config.verbose`.
+
+    Raises:
+        OutputError: the folder cannot be made or written.
+    """
+    run = _make_folder(config)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_handlers(run.file, config.verbose))
+        stack.enter_context(_logged_warnings())
+        _log.info("Log file for this run: %s", run.file)
+        stack.callback(_log.info, "Log file for this run: %s", run.file)
+        _link_latest(run)
+        _log_environment(config)
+        try:
+            yield run
+        except BaseException as error:
+            _log_failure(error, config.verbose)
+            raise
+
+
+def append_metrics(path: Path, row: Mapping[str, object]) -> None:
+    """Adds a row to a CSV file; a new column is empty in the rows before.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        rows: list[Mapping[str, object]] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows += csv.DictReader(file)
+        rows.append(row)
+        columns = list(dict.fromkeys(column for each in rows for column in each))
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _make_folder(config: RunConfig) -> RunLog:
+    """A new folder `[name___]YYYY.MM.DD-HHMMSS`, with `-2`, `-3`... if others began in the same second."""
+    stem = (f"{config.name}___" if config.name else "") + time.strftime("%Y.%m.%d-%H%M%S")
+    out, number = config.out_dir.absolute(), 1
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = out / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        run = RunLog(folder, folder / f"{folder.name}.log")
+        run.file.touch()
+        _save_configs(config, run.configs)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"--out-dir {config.out_dir} cannot be written: {reason}; give another folder") from error
+    return run
+
+
+def _save_configs(config: RunConfig, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "run_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    for source in (config.qe.stats_file, config.qe.config_file):
+        if source is not None and source.is_file():
+            taken = (folder / source.name).exists()
+            shutil.copyfile(source, folder / (f"copy_of_{source.name}" if taken else source.name))
+
+
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 cannot subscript it
+    _StreamHandler = logging.StreamHandler
+
+
+class _Console(_StreamHandler):
+    """Bare messages on stdout; a progress bar steps aside for them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+@contextlib.contextmanager
+def _handlers(file: Path, verbose: bool) -> Iterator[None]:
+    """The root logger's handlers and level for the time of a run. Only our own debug messages are shown."""
+    to_file, console = logging.FileHandler(file, encoding="utf-8"), _Console(sys.stdout)
+    to_file.setFormatter(logging.Formatter("%(asctime)s - %(message)s"))
+    console.addFilter(lambda record: not getattr(record, "file_only", False))
+    root = logging.getLogger()
+    before = {logger: logger.level for logger in (root, _log, _environment_log)}
+    root.setLevel(logging.INFO)
+    _log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    _environment_log.setLevel(logging.DEBUG)
+    for handler in (to_file, console):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (to_file, console):
+            root.removeHandler(handler)
+        to_file.close()
+        for logger, level in before.items():
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _logged_warnings() -> Iterator[None]:
+    """Sends Python's warnings to the log, each text once."""
+    seen: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        text = f"{category.__name__}: {message}"
+        if text not in seen:
+            seen.add(text)
+            _log.warning(text)
+
+    before = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def _link_latest(run: RunLog) -> None:
+    """Points `latest_log_dir` and `latest_log_file` of the current folder at this run, where that is possible."""
+    for name, target in (("latest_log_dir", run.folder), ("latest_log_file", run.file)):
+        partial = Path(f"{name}.{run.folder.name}.{os.getpid()}")
+        try:
+            partial.symlink_to(target)
+            partial.replace(name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            _log.info("The link %s was not updated: %s", name, error.strerror or error)
+
+
+def _log_failure(error: BaseException, verbose: bool) -> None:
+    """Writes to the file why the run ended."""
+    if isinstance(error, KeyboardInterrupt):
+        _log.error("Interrupted. %s", error, extra=FILE_ONLY)
+    elif isinstance(error, QlibError):
+        _log.error("error: %s", error, extra=FILE_ONLY, exc_info=verbose)
+    elif isinstance(error, Exception):
+        _log.error("The run failed.", extra=FILE_ONLY, exc_info=True)
+
+
+def _log_environment(config: RunConfig) -> None:
+    """Writes to the file what a report of a problem should tell."""
+    entries = {
+        "Command line": " ".join(sys.argv),
+        "Working folder": os.getcwd(),
+        "System": platform.platform(),
+        "CPUs": f"{os.cpu_count()} ({platform.processor() or platform.machine()})",
+        "GPUs": "not used (--cpu)" if config.cpu else _gpus(),
+        "Python": sys.version.split()[0],
+        **{package: _version(package) for package in _PACKAGES},
+        "Git": _git_revision(),
+    }
+    for what, value in entries.items():
+        _environment_log.debug("%s: %s", what, value, extra=FILE_ONLY)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpus() -> str:
+    import torch
+
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) or "none"
+
+
+def _git_revision() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not a git checkout"

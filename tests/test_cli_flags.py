@@ -1,0 +1,416 @@
+"""The command line: every spelling, right and wrong values with their sentences, and what follows from them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import qlib
+from qlib.cli import build_parser, main, parse
+from qlib.cli_flags import FLAGS
+from qlib.config.run_config import RunConfig, ignored_flags, needs_folder, startup_warnings
+from qlib.errors import ConfigError, ModelError, UsageError
+
+SPELLINGS = """
+-h --help
+--name -n --out-dir -o --print-freq -p --verbose -v --gpus --cpu --seed --deterministic --det --summary --check
+--run-config
+--arch -a --pretrained --resume-from --resume --exp-load-weights-from
+--dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
+--effective-valid-size --evs --effective-test-size --etes --skip-corrupt
+--evaluate -e --confusion
+--quantize-eval --qe --qe-calibration --qe-calibration-split --qe-stats-file --qe-dynamic --qe-config-file
+--qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
+--qe-clip-acts --qeca --qe-clip-n-stds --qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
+--qe-scale-approx-bits --qesab --qe-save-fp-weights --qe-pytorch-backend
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder_with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("s.yaml", "q.yaml", "m.pth.tar"):
+        Path(file).touch()
+    for folder in ("images", "features"):
+        Path(folder).mkdir()
+
+
+def _get(config: RunConfig, field: str) -> object:
+    value: Any = config
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _parse(words: str) -> RunConfig:
+    return parse(words.split())
+
+
+def test_the_flags_are_frozen() -> None:
+    """People's scripts depend on these: add to the list, take nothing away."""
+    actions = build_parser()._actions
+    assert [name for action in actions for name in action.option_strings] == SPELLINGS.split()
+
+
+def test_each_flag_sets_a_field_of_its_own() -> None:
+    targets = [flag.target for flag in FLAGS if flag.name != "--resume"]
+    assert len(set(targets)) == len(targets)
+    for target in targets:
+        _get(RunConfig(), target)
+
+
+def test_help_and_parsing_import_nothing_heavy() -> None:
+    program = (
+        "import sys, qlib.cli as c; c.parse(['-a', 'digits_cnn', '-e']); c.build_parser().format_help(); "
+        "print(sorted({'torch', 'numpy', 'scipy', 'sklearn', 'torchvision'} & set(sys.modules)))"
+    )
+    root = Path(qlib.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_each_flag_but_the_deprecated_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert [flag.name for flag in FLAGS if f"{flag.name}" not in text.replace("--resume-from", "")] == [
+        "--resume-from",
+        "--resume",
+    ]
+    assert "(default: 256)" in text
+    assert "--seed N              seed of all that is random (default: 0)" in text
+
+
+RIGHT = [
+    ("-a ResNet18", "arch", "resnet18"),
+    ("-a My/Net.py:Make", "arch", "My/Net.py:Make"),
+    ("-j 0", "workers", 0),
+    ("-b 1", "batch_size", 1),
+    ("-b 1 -b 2", "batch_size", 2),
+    ("-p 3", "print_freq", 3),
+    ("-v", "verbose", True),
+    ("--gpus 0,2", "gpus", (0, 2)),
+    ("--cpu", "cpu", True),
+    ("--seed 7", "seed", 7),
+    ("--det", "deterministic", True),
+    ("-n first -o out", "name", "first"),
+    ("-o out", "out_dir", Path("out")),
+    ("-o ~/out", "out_dir", Path.home() / "out"),
+    ("--vs 0", "validation_split", 0.0),
+    ("--etes 0.5", "effective_test_size", 0.5),
+    ("--dataset Fashion-MNIST", "dataset", "fashion-mnist"),
+    ("--summary Compute --summary model", "summary", ("compute", "model")),
+    ("--summary compute,model", "summary", ("compute", "model")),
+    ("--check", "check", True),
+    ("--skip-corrupt", "skip_corrupt", True),
+    ("--resume-from m.pth.tar", "resume_from", Path("m.pth.tar")),
+    ("--resume m.pth.tar", "resume_from", Path("m.pth.tar")),
+    ("--exp-load-weights-from m.pth.tar", "exp_load_weights_from", Path("m.pth.tar")),
+    ("--qe", "quantize_eval", True),
+    ("--quantize-eval", "evaluate", True),
+    ("--qem ASYM_U", "qe.mode", "asym_u"),
+    ("--qema sym_restr", "qe.mode_acts", "sym_restr"),
+    ("--qemw asym_s", "qe.mode_wts", "asym_s"),
+    ("--qeba 0", "qe.bits_acts", 0),
+    ("--qebw 16", "qe.bits_wts", 16),
+    ("--qe-bits-accum 16", "qe.bits_accum", 16),
+    ("--qeca LaPlace", "qe.clip_acts", "laplace"),
+    ("--qeca n_std --qe-clip-n-stds 2", "qe.clip_n_stds", 2.0),
+    ("--qencl conv1,fc", "qe.no_clip_layers", ("conv1", "fc")),
+    ("--qencl conv1 --qencl fc", "qe.no_clip_layers", ("conv1", "fc")),
+    ("--qenql layer[1,2].{1,3}", "qe.no_quant_layers", ("layer[1,2].{1,3}",)),
+    ("--qepc", "qe.per_channel", True),
+    ("--qesab 8", "qe.scale_approx_bits", 8),
+    ("--qe-save-fp-weights", "qe.save_fp_weights", True),
+    ("--qe-pytorch-backend qnnpack", "qe.pytorch_backend", "qnnpack"),
+    ("--qe-calibration 1", "qe.calibration", 1.0),
+    ("--qe-calibration-split VAL", "qe.calibration_split", "val"),
+    ("--qe-stats-file s.yaml", "qe.stats_file", Path("s.yaml")),
+    ("--qe-dynamic", "qe.dynamic", True),
+    ("--qe-config-file q.yaml", "qe.config_file", Path("q.yaml")),
+]
+
+
+@pytest.mark.parametrize(("words", "field", "expected"), RIGHT, ids=[row[0] for row in RIGHT])
+def test_right_values(words: str, field: str, expected: object) -> None:
+    assert _get(parse(["images", "-e", *words.split()]), field) == expected
+    assert _get(parse([*words.split(), "-e", "images"]), field) == expected
+
+
+def test_every_spelling_is_covered() -> None:
+    used = {word for words, _, _ in RIGHT for word in words.split()}
+    canonical = {name: flag.name for flag in FLAGS for name in flag.names}
+    untested = {flag.name for flag in FLAGS} - {canonical[word] for word in used if word in canonical}
+    assert untested == {"--pretrained", "--evaluate", "--confusion", "--effective-train-size", "--effective-valid-size"}
+
+
+BITS = "0 (left in float) or a whole number from 2 to 16"
+FRACTION = "a fraction above 0 and at most 1, such as 0.05 for 5 %"
+WRONG = [
+    ("-b 0", "--batch-size '0' is not allowed: it must be a whole number, 1 or more"),
+    ("-b many", "--batch-size 'many' is not allowed: it must be a whole number, 1 or more"),
+    ("-j -1", "--workers '-1' is not allowed: it must be a whole number, 0 or more"),
+    ("-p 0", "--print-freq '0' is not allowed: it must be a whole number, 1 or more"),
+    ("--seed -1", "--seed '-1' is not allowed: it must be a whole number from 0 to 4294967295"),
+    (
+        "--gpus 0,0",
+        "--gpus '0,0' is not allowed: it must be different device numbers with commas between them, such as 0 or 0,1",
+    ),
+    ("--vs 1", "--validation-split '1' is not allowed: it must be a fraction from 0 to below 1"),
+    ("--etrs 0", f"--effective-train-size '0' is not allowed: it must be {FRACTION}"),
+    ("--evs nan", f"--effective-valid-size 'nan' is not allowed: it must be {FRACTION}"),
+    ("--qe-calibration 5", f"--qe-calibration '5' is not allowed: it must be {FRACTION}"),
+    ("--qeba 1", f"--qe-bits-acts '1' is not allowed: it must be {BITS}"),
+    ("--qebw 33", f"--qe-bits-wts '33' is not allowed: it must be {BITS}"),
+    ("--qe-bits-accum 33", "--qe-bits-accum '33' is not allowed: it must be a whole number from 2 to 32"),
+    ("--qesab 0", "--qe-scale-approx-bits '0' is not allowed: it must be a whole number from 1 to 31"),
+    ("--qe-clip-n-stds 0", "--qe-clip-n-stds '0' is not allowed: it must be a number above 0"),
+    ("--qe-clip-n-stds inf", "--qe-clip-n-stds 'inf' is not allowed: it must be a number above 0"),
+    (
+        "--qem asym",
+        "--qe-mode 'asym' is not allowed: it must be one of sym, sym_restr, asym_s, asym_u; "
+        "did you mean sym or asym_u or asym_s?",
+    ),
+    ("--qe-stats-file no.yaml", "--qe-stats-file 'no.yaml' is not allowed: it must be a file that exists"),
+    ("--qe-stats-file images", "--qe-stats-file 'images' is not allowed: it must be a file that exists"),
+    ("--resume-from no.tar", "--resume-from 'no.tar' is not allowed: it must be a file that exists"),
+    (
+        "-n a/b",
+        "--name 'a/b' is not allowed: it must be a name that does not begin with a dot and has no slash in it, "
+        "as a folder is called so",
+    ),
+    ("--qeca n_std", "--qe-clip-acts n_std needs --qe-clip-n-stds, the number of standard deviations to keep, above 0"),
+    (
+        "--qe-dynamic --qe-stats-file s.yaml",
+        "--qe-stats-file and --qe-dynamic cannot be combined: --qe-stats-file reads activation ranges from a file, "
+        "and --qe-dynamic computes activation ranges for each batch; drop one of them",
+    ),
+    (
+        "--qe-calibration 0.1 --qe-config-file q.yaml",
+        "--qe-calibration and --qe-config-file cannot be combined: --qe-calibration collects activation ranges first, "
+        "and --qe-config-file takes all quantization settings from a file; drop one of them",
+    ),
+    (
+        "--resume-from m.pth.tar --exp-load-weights-from m.pth.tar",
+        "--resume-from and --exp-load-weights-from cannot be combined: --resume-from loads a checkpoint with all that "
+        "belongs to it, and --exp-load-weights-from loads only the weights of a checkpoint; drop one of them",
+    ),
+    ("--qe-bits 4", "there is no flag --qe-bits; did you mean --qe-bits-wts or --qe-bits-acts or --qe-bits-accum?"),
+    ("--xyzzy", "there is no flag --xyzzy; --help lists the flags"),
+    ("-b", "--batch-size/-b: expected one argument"),
+    ("features", "one DATASET_DIR is allowed, not 2: images features"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), WRONG, ids=[row[0] for row in WRONG])
+def test_wrong_values_end_in_one_sentence_and_exit_code_2(
+    words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["images", "-e", *words.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"compress.py: error: {sentence}\n"
+    assert captured.out == ""
+
+
+def test_a_command_line_that_asks_for_nothing() -> None:
+    with pytest.raises(UsageError, match=r"^nothing to do: add --evaluate, --quantize-eval, --qe-calibration, "):
+        parse(["images"])
+
+
+MISSING = [
+    ("-e", "DATASET_DIR is missing: give the folder of images, or -a digits_cnn, whose images are built in"),
+    ("--qe --qencl conv1 fc", "DATASET_DIR is missing (conv1, fc: taken as layer names, as none is a folder): give "),
+    ("--qe --qencl images", "--qe-no-clip-layers needs at least one layer name before the DATASET_DIR images"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISSING, ids=[row[0] for row in MISSING])
+def test_no_dataset(words: str, sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(words.split())
+    assert str(error.value).startswith(sentence)
+
+
+DATASETS = [
+    ("list last, folder first", "images --qe --qencl conv1 fc", "images", ("conv1", "fc")),
+    ("folder after the list", "--qe --qencl conv1 fc images", "images", ("conv1", "fc")),
+    ("folder inside the list", "--qe --qencl images conv1 fc", "images", ("conv1", "fc")),
+    ("flag between", "--qencl conv1 fc --qe images", "images", ("conv1", "fc")),
+    ("list before another flag", "--qencl conv1 fc images --qe", "images", ("conv1", "fc")),
+    ("path that does not exist", "--qe --qencl conv1 fc no/such", "no/such", ("conv1", "fc")),
+    ("layer called as a folder", "--qe --qencl features ./images", "images", ("features",)),
+    ("a positional is enough", "--qencl features --qe images", "images", ("features",)),
+    ("after two dashes", "--qe --qencl conv1 -- images", "images", ("conv1",)),
+    ("regular expression", "--qe --qencl .*conv1 images", "images", (".*conv1",)),
+    ("digits need none", "-a digits_cnn --qe --qencl features", None, ("features",)),
+    ("digits by --dataset", "--dataset digits --qe --qencl features", None, ("features",)),
+    ("digits on a folder", "-a digits_cnn --qe --qencl conv1 ./images", "images", ("conv1",)),
+]
+
+
+@pytest.mark.parametrize(("words", "folder", "layers"), [row[1:] for row in DATASETS], ids=[row[0] for row in DATASETS])
+def test_a_list_does_not_swallow_the_dataset(words: str, folder: str | None, layers: tuple[str, ...]) -> None:
+    config = parse(words.split())
+    assert config.data == (None if folder is None else Path(folder))
+    assert config.qe.no_clip_layers == layers
+
+
+def test_a_folder_in_the_second_list_is_found() -> None:
+    config = _parse("--qe --qencl conv1 --qenql fc images")
+    assert (config.data, config.qe.no_clip_layers, config.qe.no_quant_layers) == (Path("images"), ("conv1",), ("fc",))
+
+
+@pytest.mark.parametrize("words", ["--summary model", "--check", "-e -a my.py:net", "-e --resume-from m.pth.tar"])
+def test_runs_that_may_do_without_a_dataset(words: str) -> None:
+    config = parse(words.split())
+    assert config.data is None
+    assert not needs_folder(config)
+
+
+WARNINGS = [
+    ("nothing to say", "--qe --qeba 4", []),
+    (
+        "config file",
+        "--qe --qe-config-file q.yaml --qeba 4 --qepc",
+        [
+            "--qe-bits-acts is ignored: q.yaml (--qe-config-file) replaces it",
+            "--qe-per-channel is ignored: q.yaml (--qe-config-file) replaces it",
+        ],
+    ),
+    ("not quantizing", "-e --qeba 4", ["--qe-bits-acts has no effect without --quantize-eval"]),
+    ("checking only", "--check --qeba 4", []),
+    (
+        "split without calibration",
+        "--qe --qe-dynamic --qe-calibration-split val",
+        ["--qe-calibration-split is ignored: with --qe-dynamic no images are read for calibration"],
+    ),
+    ("n stds", "--qe --qe-clip-n-stds 2", ["--qe-clip-n-stds is ignored: --qe-clip-acts is none, not n_std"]),
+    ("old name", "-e --resume m.pth.tar", ["--resume is deprecated: use --resume-from"]),
+    (
+        "two sources of weights",
+        "-e --pretrained --resume-from m.pth.tar",
+        ["--pretrained is ignored: --resume-from gives the weights"],
+    ),
+    ("cpu", "-e --cpu --gpus 0", ["--gpus is ignored: --cpu overrides it"]),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), [row[1:] for row in WARNINGS], ids=[row[0] for row in WARNINGS])
+def test_flags_without_effect_are_named(words: str, expected: list[str]) -> None:
+    assert startup_warnings(parse([*words.split(), "images"])) == expected
+
+
+def test_ignored_flags_are_those_given_and_replaced() -> None:
+    assert ignored_flags(_parse("images --qe --qe-config-file q.yaml --qem sym --seed 1")) == ["--qe-mode"]
+    assert ignored_flags(_parse("images --qe --qem sym --seed 1")) == []
+
+
+@pytest.mark.parametrize(("words", "field", "expected"), RIGHT, ids=[row[0] for row in RIGHT])
+def test_a_saved_config_repeats_the_run(words: str, field: str, expected: object) -> None:
+    config = parse(["images", "-e", *words.split()])
+    Path("run.yaml").write_text(config.to_yaml())
+    again = parse(["--run-config", "run.yaml"])
+    assert again == config
+    assert again.to_yaml() == config.to_yaml()
+
+
+def test_the_command_line_overrides_a_saved_config() -> None:
+    Path("run.yaml").write_text(_parse("images --qe --qeba 4 -b 8").to_yaml())
+    config = _parse("--run-config run.yaml --qeba 6 features")
+    assert (config.qe.bits_acts, config.batch_size, config.data) == (6, 8, Path("features"))
+    assert config.given == {"--quantize-eval", "--qe-bits-acts", "--batch-size"}
+
+
+SAVED = [
+    (
+        "unknown setting",
+        "evaluate: true\nbatchsize: 3\n",
+        ConfigError,
+        "run.yaml:2: there is no setting 'batchsize'; did you",
+    ),
+    (
+        "unknown qe setting",
+        "qe:\n  bit_acts: 3\n",
+        ConfigError,
+        "run.yaml:2: there is no setting 'qe.bit_acts'; did you mean",
+    ),
+    ("wrong value", "batch_size: [1, 2]\n", UsageError, "--batch-size '1,2' is not allowed: it must be a whole number"),
+    ("wrong switch", "cpu: 3\n", UsageError, "--cpu '3' is not allowed: it must be true or false"),
+    ("not a mapping", "- 3\n", ConfigError, "run.yaml:1: 'setting: value' lines are expected here"),
+    ("wrong flag", "given: [--foo]\n", ConfigError, "run.yaml: 'given' names flags that do not exist: --foo"),
+]
+
+
+@pytest.mark.parametrize(("text", "kind", "sentence"), [row[1:] for row in SAVED], ids=[row[0] for row in SAVED])
+def test_mistakes_in_a_saved_config(text: str, kind: type[Exception], sentence: str) -> None:
+    Path("run.yaml").write_text(text)
+    with pytest.raises(kind) as error:
+        parse(["--run-config", "run.yaml", "-e", "images"])
+    assert str(error.value).startswith(sentence)
+
+
+def _application(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) -> None:
+    def run(config: RunConfig) -> int:
+        if isinstance(outcome, int):
+            return outcome
+        raise outcome
+
+    module = ModuleType("qlib.compress_classifier")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qlib.compress_classifier", module)
+    monkeypatch.setattr(qlib, "compress_classifier", module, raising=False)
+
+
+OUTCOMES = [
+    ("success", 0, 0, ""),
+    ("mistake", ModelError("unknown model 'x'"), 2, "compress.py: error: unknown model 'x'\n"),
+    ("interrupt", KeyboardInterrupt("resume with: A"), 130, "compress.py: resume with: A\n"),
+    ("bare interrupt", KeyboardInterrupt(), 130, "compress.py: interrupted\n"),
+]
+
+
+@pytest.mark.parametrize(("outcome", "code", "text"), [row[1:] for row in OUTCOMES], ids=[row[0] for row in OUTCOMES])
+def test_exit_codes(
+    outcome: int | BaseException,
+    code: int,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _application(monkeypatch, outcome)
+    assert main(["images", "-e"]) == code
+    assert capsys.readouterr().err == text
+
+
+def test_verbose_shows_the_traceback_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _application(monkeypatch, ModelError("unknown model 'x'"))
+    assert main(["images", "-e", "-v"]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("Traceback")
+    assert text.endswith("compress.py: error: unknown model 'x'\n")
+
+
+def test_a_failure_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    _application(monkeypatch, ZeroDivisionError("oops"))
+    with pytest.raises(ZeroDivisionError, match="oops"):
+        main(["images", "-e"])
+
+
+def test_compress_py_is_the_same_program() -> None:
+    root = Path(qlib.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "compress.py"), "-b", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "compress.py: error: --batch-size '0' is not allowed: it must be a whole number, 1 or more\n"
+
+
+def test_the_parser_takes_no_abbreviations() -> None:
+    assert not build_parser().allow_abbrev
