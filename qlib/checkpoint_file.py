@@ -26,7 +26,7 @@ from qlib.errors import CheckpointError, OutputError
 # What a damaged file makes torch and pickle raise.
 _DAMAGED = (
     *(AssertionError, AttributeError, EOFError, ImportError, IndexError, KeyError, MemoryError, OverflowError),
-    *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError),
+    *(OSError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError),
 )
 _INERT_PACKAGES = ("distiller.", "torch.optim.")
 _ZIP, _LEGACY = b"PK\x03\x04", pickle.dumps(0x1950A86A20F9469CFC6C, 2)

@@ -44,20 +44,19 @@ def spread_channels(model: DigitsCnn) -> None:
     network as small as this one stays too even to show that.
     """
     for layer in (model.stem, model.depthwise):
-        scale = layer[1].weight
-        nn.init.uniform_(scale, -SPREAD, SPREAD).data.exp_()
+        nn.init.uniform_(layer.get_parameter("bn.weight"), -SPREAD, SPREAD).data.exp_()
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Adam under one cycle of the learning rate."""
-    steps = EPOCHS * (len(images) // BATCH_SIZE)
+    steps_an_epoch = len(images) // BATCH_SIZE
     optimizer = torch.optim.Adam(model.parameters(), weight_decay=1e-4)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=EPOCHS * steps_an_epoch)
     model.train()
     for _ in range(EPOCHS):
-        for batch in torch.randperm(len(images)).split(BATCH_SIZE)[: len(images) // BATCH_SIZE]:
+        for batch in torch.randperm(len(images))[: steps_an_epoch * BATCH_SIZE].reshape(-1, BATCH_SIZE):
             optimizer.zero_grad()
-            F.cross_entropy(model(shifted(images[batch])), labels[batch]).backward()
+            torch.autograd.backward(F.cross_entropy(model(shifted(images[batch])), labels[batch]))
             optimizer.step()
             cycle.step()
     model.eval()

@@ -5,6 +5,7 @@ Its weights come with the package; `tools/train_digits_cnn.py` made them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class DigitsCnn(nn.Module):
         super().__init__()
         self.stem = _conv_bn_relu6(1, 16, kernel=3)
         self.depthwise = _conv_bn_relu6(16, 16, kernel=3, groups=16)
-        self.pointwise = nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16))
+        self.pointwise = nn.Sequential(OrderedDict(conv=nn.Conv2d(16, 16, 1, bias=False), bn=nn.BatchNorm2d(16)))
         self.residual_eltwiseadd = Add()
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(2)
@@ -47,7 +48,7 @@ class DigitsCnn(nn.Module):
 
 def _conv_bn_relu6(in_channels: int, channels: int, kernel: int, groups: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU6())
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(channels), relu=nn.ReLU6()))
 
 
 def _weights() -> StateDict:

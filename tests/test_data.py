@@ -1,0 +1,234 @@
+"""Datasets and loaders: what is found where, in which order, and what is said of bad folders and images."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from qlib.checkpoint_file import load_state, model_state, read_checkpoint
+from qlib.data import ImageDataset, choose_subset, make_loader, open_dataset, split_train
+from qlib.errors import DataError
+from qlib.models import create_model, find_model
+
+SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+
+
+def shade(image: Image.Image) -> torch.Tensor:
+    return pil_to_tensor(image)[:, 0, 0].float()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """train/ and val/ of classes a (3 images), b (2) and c (none); the shade of an image is its number."""
+    for split in ("train", "val"):
+        for label, count in (("a", 3), ("b", 2), ("c", 0)):
+            (tmp_path / split / label).mkdir(parents=True)
+            for index in range(count):
+                gray = 10 * "abc".index(label) + index
+                Image.new("L", (4, 4), gray).save(tmp_path / split / label / f"{index}.png")
+    return tmp_path
+
+
+def opened(folder: Path, name: str = "imagefolder", num_classes: int | None = None) -> ImageDataset:
+    return open_dataset(name, folder, "val", shade, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagefolder", "cifar10", "MNIST", "fashion_mnist", "digits"])
+def test_an_image_folder_under_any_name(folder: Path, name: str) -> None:
+    dataset = opened(folder, name, 3)
+    assert dataset.classes == ["a", "b", "c"]
+    assert [(image.tolist(), label) for image, label in (dataset[i] for i in range(len(dataset)))] == [
+        ([0.0] * 3, 0),
+        ([1.0] * 3, 0),
+        ([2.0] * 3, 0),
+        ([10.0] * 3, 1),
+        ([11.0] * 3, 1),
+    ]
+    assert dataset.path(3) == str(folder / "val" / "b" / "0.png")
+
+
+MISTAKES = [
+    ("unknown name", "cifar11", lambda root: None, "unknown dataset 'cifar11'; allowed: .*; did you mean cifar10"),
+    (
+        "no folder",
+        "cifar10",
+        lambda root: Path.rename(root, root.with_name("x")),
+        "there is no dataset folder '.*'; give",
+    ),
+    (
+        "no val",
+        "imagenet",
+        lambda root: Path.rename(root / "val", root / "test"),
+        "has no val/; it needs train/ and val/",
+    ),
+    ("other classes", "imagenet", lambda root: (root / "val" / "d").mkdir(), r"differ in 1 class folders \(d\); make"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "match"), [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES])
+def test_wrong_folders(tmp_path: Path, name: str, change: object, match: str) -> None:
+    for path in ("train/a", "val/a"):
+        (tmp_path / "data" / path).mkdir(parents=True)
+    change(tmp_path / "data")  # type: ignore[operator]
+    with pytest.raises(DataError, match=match):
+        opened(tmp_path / "data", name)
+
+
+def test_number_of_classes(folder: Path) -> None:
+    with pytest.raises(DataError) as error:
+        opened(folder, "imagenet", 1000)
+    assert str(error.value) == (
+        f"{str(folder)!r} (imagenet) has 3 classes and the model 1000; "
+        "give the data that the model was made for, or a model with as many classes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("paths", "match"),
+    [
+        (["train", "val"], "val' is empty; it needs a folder of images for each class"),
+        (["train/a", "val/a"], "the 1 class folders in '.*val' hold no images; put some there"),
+    ],
+    ids=["no classes", "no images"],
+)
+def test_empty_folders(tmp_path: Path, paths: list[str], match: str) -> None:
+    for path in paths:
+        (tmp_path / path).mkdir(parents=True)
+    with pytest.raises(DataError, match=match):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist"])
+def test_torchvision_files_that_are_not_there(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError) as error:
+        opened(tmp_path, name)
+    assert str(error.value) == (
+        f"{str(tmp_path)!r} does not hold {name}; put torchvision's files of it there, "
+        "or train/ and val/ with a folder of images for each class"
+    )
+    with pytest.raises(DataError, match=f"dataset {name} needs its folder; give it as DATASET_DIR"):
+        open_dataset(name, None, "val", shade, num_classes=None)
+
+
+def test_mnist_files(tmp_path: Path) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 3), ("t10k", 2)):
+        pixels = np.arange(count, dtype=np.uint8).repeat(28 * 28).tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, count, 28, 28) + pixels)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(range(count)))
+    dataset = opened(tmp_path, "mnist", 10)
+    assert (len(dataset), dataset[1][0].tolist(), dataset[1][1], dataset.path(1)) == (2, [1.0] * 3, 1, "mnist[1]")
+    assert len(open_dataset("mnist", tmp_path, "train", shade, num_classes=10)) == 3
+
+
+def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    batches = tmp_path / torchvision.datasets.CIFAR10.base_folder
+    batches.mkdir()
+    pixels = np.zeros((2, 3072), np.uint8)
+    pixels[1, 1024:2048] = 7  # all red, then all green, then all blue
+    (batches / "test_batch").write_bytes(pickle.dumps({"data": pixels, "labels": [4, 2]}))
+    names = [f"class{index}" for index in range(10)]
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    dataset = opened(tmp_path, "cifar10", 10)
+    assert (dataset[1][0].tolist(), dataset[1][1], dataset.classes) == ([0.0, 7.0, 0.0], 2, names)
+
+
+def test_digits_are_split_evenly() -> None:
+    splits = {split: open_dataset("digits", None, split, shade, num_classes=10) for split in ("train", "val", "test")}
+    assert {split: len(dataset) for split, dataset in splits.items()} == {"train": 1297, "val": 500, "test": 500}
+    assert np.bincount(splits["val"].labels).tolist() == [50] * 10
+    with pytest.raises(DataError, match="leave it out: the digits come with scikit-learn"):
+        open_dataset("digits", Path(__file__).parent, "val", shade, num_classes=10)
+
+
+class TestLoader:
+    """Order, batches, and damaged images."""
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_order(self, folder: Path, workers: int) -> None:
+        loader = make_loader(opened(folder), batch_size=2, workers=workers, indices=[4, 0, 3])
+        state = torch.random.get_rng_state()
+        passes = [[(images[:, 0].tolist(), labels.tolist()) for images, labels in loader] for _ in range(2)]
+        assert passes == [[([11.0, 0.0], [1, 0]), ([10.0], [1])]] * 2
+        assert (len(loader), loader.total_images) == (2, 3)
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "truncated"])
+    def test_damaged_images_are_named(self, folder: Path, workers: int, content: bytes | None) -> None:
+        path = folder / "val" / "a" / "1.png"
+        path.write_bytes(path.read_bytes()[:45] if content is None else content)
+        with pytest.raises(DataError) as error:
+            list(make_loader(opened(folder), batch_size=2, workers=workers))
+        assert str(error.value).startswith(f"cannot read image {str(path)!r}, number 2 of 5 (")
+        assert str(error.value).endswith("); replace or delete it, or leave such images out with --skip-corrupt")
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_damaged_images_are_left_out(self, folder: Path, workers: int) -> None:
+        damaged = [folder / "val" / name for name in ("a/2.png", "b/0.png", "b/1.png")]
+        for path in damaged:
+            path.write_bytes(b"")
+        loader = make_loader(opened(folder), batch_size=2, workers=workers, skip_corrupt=True)
+        for _ in range(2):
+            assert [labels.tolist() for _, labels in loader] == [[0, 0]]
+            assert loader.skipped == [str(path) for path in damaged]
+
+    def test_all_damaged(self, folder: Path) -> None:
+        for path in (folder / "val").glob("*/*.png"):
+            path.write_bytes(b"")
+        with pytest.raises(DataError, match=r"all 5 images are damaged, the first is '.*0.png'; replace them"):
+            list(make_loader(opened(folder), batch_size=2, skip_corrupt=True))
+
+
+class TestSubsets:
+    """The same indices for the same seed."""
+
+    @pytest.mark.parametrize(
+        ("n", "fraction", "count"), [(1000, 0.05, 50), (5, 0.01, 1), (7, 1.0, 7), (100, 0.29, 29), (1, 1.0, 1)]
+    )
+    def test_choose(self, n: int, fraction: float, count: int) -> None:
+        chosen = choose_subset(n, fraction, seed=3)
+        assert len(set(chosen)) == len(chosen) == count
+        assert chosen == sorted(chosen) == choose_subset(n, fraction, seed=3)
+        assert set(chosen) <= set(range(n))
+
+    def test_seeds_differ(self) -> None:
+        assert choose_subset(1000, 0.05, seed=0) != choose_subset(1000, 0.05, seed=1)
+
+    @pytest.mark.parametrize(("n", "share", "held_out"), [(10, 0.1, 1), (10, 0.0, 0), (9, 0.5, 4)])
+    def test_split(self, n: int, share: float, held_out: int) -> None:
+        train, validation = split_train(n, share, seed=0)
+        assert sorted(train + validation) == list(range(n))
+        assert len(validation) == held_out
+
+
+@needs_shared
+def test_empty_class_folders_are_classes() -> None:
+    dataset = open_dataset("imagenet", SHARED / "data" / "imagenet-sample", "train", shade, num_classes=1000)
+    assert (len(dataset), len(dataset.classes)) == (200, 1000)
+
+
+@needs_shared
+def test_accuracy_of_a_checkpoint_of_distiller() -> None:
+    spec = find_model("resnet20_cifar")
+    model = create_model(spec)
+    load_state(model, model_state(read_checkpoint(SHARED / "checkpoints" / "resnet20_cifar_dense.pth.tar")), "it")
+    dataset = open_dataset("cifar10", SHARED / "data" / "cifar10", "val", spec.transform, num_classes=10)
+    top1 = top5 = 0
+    with torch.inference_mode():
+        for images, labels in make_loader(dataset, batch_size=128):
+            right = model(images).topk(5).indices == labels[:, None]
+            top1, top5 = top1 + int(right[:, 0].sum()), top5 + int(right.sum())
+    assert (round(100 * top1 / 1017, 3), round(100 * top5 / 1017, 3)) == (92.134, 99.607)
