@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.operator_schemas import normalize_function
 
 from qlib.graph import ops
-from qlib.graph.ir import Graph, is_constant
+from qlib.graph.ir import Graph, attribute, is_constant
 
 __all__ = ["canonical_module"]
 
@@ -39,7 +39,7 @@ def _function(graph: Graph, node: fx.Node) -> Canonical:
 
     def slot(arg: fx.Node) -> Any:
         if is_constant(arg):
-            constants.append(_constant_value(graph, arg))
+            constants.append(attribute(graph, arg))
             return ops.Function.Slot(-len(constants))
         inputs.append(arg)
         return ops.Function.Slot(len(inputs) - 1)
@@ -52,14 +52,6 @@ def _function(graph: Graph, node: fx.Node) -> Canonical:
         assert callable(node.target)
         function = node.target
     return ops.Function(function, args, kwargs, constants), inputs
-
-
-def _constant_value(graph: Graph, node: fx.Node) -> Tensor:
-    value: Any = graph
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _arguments(graph: Graph, node: fx.Node) -> dict[str, Any]:
@@ -151,11 +143,11 @@ def _linear(graph: Graph, node: fx.Node) -> Canonical | None:
     weight, bias = arguments.get("weight"), arguments.get("bias")
     if not isinstance(weight, fx.Node) or not is_constant(weight) or (bias is not None and not is_constant(bias)):
         return None
-    value = _constant_value(graph, weight)
+    value = attribute(graph, weight)
     module = nn.Linear(value.shape[1], value.shape[0], bias=bias is not None)
     module.weight = nn.Parameter(value.detach())
     if bias is not None:
-        module.bias = nn.Parameter(_constant_value(graph, bias).detach())
+        module.bias = nn.Parameter(attribute(graph, bias).detach())
     return module, [arguments["input"]]
 
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from qlib.graph import ops
 
-__all__ = ["MOVES", "Graph", "is_constant", "is_layer", "is_move", "kind_of", "layer_inputs", "layers", "name_of", "source_of", "tensor_users"]
+__all__ = ["MOVES", "Graph", "attribute", "is_constant", "is_layer", "is_move", "kind_of", "layer_inputs", "layers", "name_of", "source_of", "tensor_users"]
 
 Graph = fx.GraphModule
 
@@ -44,7 +44,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
 
 
 def kind_of(module: nn.Module) -> str:
-    """The layer kind of a module: the name of its file in `lower.ops`; ``float_op`` for what has no integer form.
+    """The layer kind of a module; ``float_op`` for what has no integer form.
 
     >>> kind_of(nn.Conv2d(1, 1, 1)), kind_of(nn.GELU()), kind_of(nn.Flatten())
     ('conv', 'float_op', 'move')
@@ -62,6 +62,15 @@ def name_of(node: fx.Node) -> str:
 def is_constant(node: fx.Node) -> bool:
     """A tensor held by the model: a parameter or buffer that is an operand."""
     return node.op == "get_attr" and bool(node.meta["tensor"])
+
+
+def attribute(graph: Graph, node: fx.Node) -> torch.Tensor:
+    """The value of a `get_attr` node."""
+    value: Any = graph
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def is_layer(graph: Graph, node: fx.Node) -> bool:

@@ -112,7 +112,7 @@ def quantize(x: Tensor, params: QParams) -> Tensor:
 
     >>> p = qparams_from_range(-2.0, 10.0, QuantSpec.of_mode("asym_u", 8))
     >>> quantize(torch.tensor([-3.0, 0.0, 10.0]), p)
-    tensor([  0.,  42., 255.])
+    tensor([  0.,  42., 254.])
     """
     scale = _channelwise(params.scale, x, params.spec.axis)
     zero_point = _channelwise(params.zero_point, x, params.spec.axis)

@@ -41,7 +41,7 @@ class TensorStats:
         >>> a = TensorStats(count=2, samples=1, min=0., max=2., avg_min=0., avg_max=2., mean=1., std=1., b=1.)
         >>> c = TensorStats(count=2, samples=1, min=1., max=3., avg_min=1., avg_max=3., mean=2., std=1., b=1.)
         >>> m = a.merge(c)
-        >>> m.min, m.max, m.avg_max, m.mean, m.std ** 2
+        >>> m.min, m.max, m.avg_max, m.mean, round(m.std**2, 12)
         (0.0, 3.0, 2.5, 1.5, 1.25)
         """
         if not self.count or not other.count:

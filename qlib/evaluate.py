@@ -1,0 +1,124 @@
+"""Top1, Top5 and loss of a model on a dataset, and how a quantized model agrees with its float original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Evaluation", "Meter", "evaluate", "wilson_interval"]
+
+_Z_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result over `samples` images: shares in percent, the mean loss over samples, and each prediction.
+
+    `confusion[i][j]` counts images of class i predicted as class j.
+    """
+
+    samples: int
+    top1: float
+    top5: float
+    loss: float
+    predictions: Tensor
+    confusion: Tensor
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of Top1, in percent."""
+        return wilson_interval(self.top1 / 100, self.samples)
+
+    def changed(self, other: Evaluation) -> float:
+        """The share of images, in percent, that the two predict differently."""
+        assert self.samples == other.samples
+        return 100 * float((self.predictions != other.predictions).double().mean())
+
+
+def wilson_interval(share: float, samples: int) -> tuple[float, float]:
+    """The 95 % interval, in percent, of a share measured on `samples` items (Wilson 1927).
+
+    >>> [round(bound, 2) for bound in wilson_interval(0.92134, 1017)]
+    [90.32, 93.63]
+    """
+    z2 = _Z_95**2 / samples
+    center = (share + z2 / 2) / (1 + z2)
+    half = _Z_95 / (1 + z2) * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples))
+    return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+
+
+class Meter:
+    """Accumulates predictions, ranks and losses of batches; per-sample losses are summed exactly, in order.
+
+    So the result does not depend on how the images are batched.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._ranks: list[Tensor] = []
+        self._predictions: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        self._classes = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds ``logits [N, C]`` and ``labels [N]``. Equal logits rank by index: the lower one first."""
+        logits, labels = logits.detach().float().cpu(), labels.cpu()
+        self._classes = logits.shape[1]
+        own = logits.gather(1, labels[:, None])
+        index = torch.arange(self._classes)
+        before = (logits > own) | ((logits == own) & (index < labels[:, None]))
+        # argmax would do, but torch leaves open which of equal values it returns
+        best = (logits == logits.amax(1, keepdim=True)) * (self._classes - index)
+        self._ranks.append(before.sum(1))
+        self._predictions.append(self._classes - best.amax(1))
+        self._labels.append(labels)
+        self._losses += F.cross_entropy(logits.double(), labels, reduction="none").tolist()
+
+    @property
+    def samples(self) -> int:
+        """How many images were added."""
+        return len(self._losses)
+
+    @property
+    def running(self) -> tuple[float, float, float]:
+        """Mean loss, Top1 and Top5 so far."""
+        ranks = torch.cat(self._ranks)
+        return math.fsum(self._losses) / self.samples, _percent(ranks < 1), _percent(ranks < 5)
+
+    def result(self) -> Evaluation:
+        """The evaluation of all that was added; at least one image."""
+        loss, top1, top5 = self.running
+        predictions, labels = torch.cat(self._predictions), torch.cat(self._labels)
+        confusion = torch.bincount(labels * self._classes + predictions, minlength=self._classes**2)
+        return Evaluation(
+            self.samples, top1, top5, loss, predictions, confusion.view(self._classes, self._classes)
+        )
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * float(hits.double().mean())
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[Meter], None] = lambda meter: None,
+    micro_batch: int | None = None,
+) -> Evaluation:
+    """Runs the model over all batches of ``(images, labels)``; `on_batch` is told after each.
+
+    With `micro_batch` the images go through the model in parts of that size, which keeps activations in cache.
+    """
+    meter = Meter()
+    for images, labels in batches:
+        parts = images.split(micro_batch) if micro_batch else [images]
+        meter.add(torch.cat([model(part.to(device)).cpu() for part in parts]), labels)
+        on_batch(meter)
+    return meter.result()

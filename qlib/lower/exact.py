@@ -1,0 +1,126 @@
+"""The exact lowering: what `--quantize-eval` runs computes the integers that are deployed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+
+from qlib.errors import StatsError
+from qlib.graph import Graph, fused_activations, kind_of
+from qlib.graph.ir import attribute, is_layer, is_move, layer_inputs, name_of
+from qlib.lower.ops import LOWERINGS, Edge, Site
+from qlib.lower.ops.quantize import Dequantize, Quantize
+from qlib.quant.affine import QParams
+from qlib.quant.plan import LayerPlan, Plan, TensorPlan
+
+__all__ = ["lower_exact"]
+
+
+def lower_exact(graph: Graph, plan: Plan) -> fx.GraphModule:
+    """A module that computes `plan` on `graph` in integer arithmetic; takes and returns float tensors.
+
+    Its layers keep their names; its state holds integer weights. Activations between layers are centered codes in
+    float32 (see `lower.ops.base`), so that it runs at about the speed of the float model on any device.
+    """
+    assert not plan.dynamic
+    builder = _Builder(graph, plan)
+    for node in graph.graph.nodes:
+        builder.add(node)
+    return builder.finish()
+
+
+@dataclass
+class _Builder:
+    """Walks the float graph and writes the integer one; `edges` holds the grid of each node's output."""
+
+    graph: Graph
+    plan: Plan
+    new: fx.Graph = field(default_factory=fx.Graph)
+    root: dict[str, object] = field(default_factory=dict)
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    edges: dict[fx.Node, Edge | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.fused = fused_activations(self.graph)
+        self.skipped: dict[fx.Node, fx.Node] = {}
+
+    def add(self, node: fx.Node) -> None:
+        """Writes one node."""
+        if node in self.skipped:  # an activation that its producer's clamp already computes
+            producer = self.skipped[node]
+            self.values[node], self.edges[node] = self.values[producer], self.edges[producer]
+        elif node.op == "output":
+            self.new.output(self._as_float(layer_inputs(node)[0]))
+        elif is_layer(self.graph, node):
+            self._add_layer(node)
+        else:
+            self._copy(node)
+
+    def _copy(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self.root[str(node.target)] = attribute(self.graph, node)
+        elif node.op == "call_module":
+            self.root[str(node.target)] = self.graph.get_submodule(str(node.target))
+        self.values[node] = self.new.node_copy(node, lambda old: self.values[old])
+        self.edges[node] = self.edges[layer_inputs(node)[0]] if is_move(self.graph, node) else None
+
+    def _add_layer(self, node: fx.Node) -> None:
+        module, name = self.graph.get_submodule(str(node.target)), name_of(node)
+        plan = self.plan.layers.get(name, LayerPlan(kind_of(module)))
+        sources = layer_inputs(node)
+        inputs = {source: self._arrive(source, plan.inputs[i] if i < len(plan.inputs) else None)
+                  for i, source in enumerate(sources)}
+        activation = self.fused.get(node) if plan.output is not None else None
+        bounds = None
+        if activation is not None:
+            relu6 = isinstance(self.graph.get_submodule(str(activation.target)), nn.ReLU6)
+            bounds = (0.0, 6.0 if relu6 else float("inf"))
+        output = Edge.of(_params(name, plan.output), bounds) if plan.output is not None else None
+        site = Site(module, plan, tuple(inputs[source][1] for source in sources), output)
+        lowered, edge = LOWERINGS[kind_of(module)](site)
+        self.root[name] = lowered
+        self.values[node] = self.new.create_node(
+            "call_module",
+            name,
+            fx.node.map_arg(node.args, lambda old: inputs[old][0] if old in inputs else self.values[old]),
+            name=node.name,
+        )
+        self.edges[node] = edge
+        if activation is not None and edge is not None:
+            self.skipped[activation] = node
+
+    def _arrive(self, source: fx.Node, planned: TensorPlan | None) -> tuple[fx.Node, Edge | None]:
+        """The value of an input and its grid, quantized first where the plan says so."""
+        value, edge = self.values[source], self.edges[source]
+        if edge is not None or planned is None:
+            return value, edge
+        edge = Edge.of(_params(name_of(source), planned))
+        return self._call("quantize", source, Quantize(edge), value), edge
+
+    def _as_float(self, source: fx.Node) -> fx.Node:
+        edge = self.edges[source]
+        return self.values[source] if edge is None else self._call("dequantize", source, Dequantize(edge), self.values[source])
+
+    def _call(self, what: str, source: fx.Node, module: nn.Module, value: fx.Node) -> fx.Node:
+        target, count = f"{what}_{source.name}", 0
+        while target in self.root:
+            count += 1
+            target = f"{what}_{source.name}_{count}"
+        self.root[target] = module
+        return self.new.call_module(target, (value,))
+
+    def finish(self) -> fx.GraphModule:
+        """The integer model."""
+        lowered = fx.GraphModule(self.root, self.new)
+        lowered.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        lowered.delete_all_unused_submodules()
+        lowered.recompile()
+        return lowered.eval()
+
+
+def _params(name: str, plan: TensorPlan) -> QParams:
+    try:
+        return plan.qparams()
+    except ValueError as error:
+        raise StatsError(f"the range {plan.min} .. {plan.max} of {name!r} cannot be quantized: {error}") from error

@@ -1,0 +1,36 @@
+"""Average pooling over windows, as ONNX Runtime's QLinearAveragePool computes it: in float, zero point inside."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from qlib.lower.ops.base import LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.float_op import lower_float
+
+__all__ = ["ExactAvgPool"]
+
+
+class ExactAvgPool(nn.Module):
+    """``sat(rint(avg((q - z_x) * s_x) / s_y + z_y))``."""
+
+    scale: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        assert site.output is not None
+        (edge,) = site.codes_in()
+        self.pool = copy.deepcopy(site.module)
+        self.grid = Grid(site.output)
+        self.register_buffer("scale", edge.scale, persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        y: Tensor = self.pool(codes * self.scale)
+        return self.grid.round_inside(y.div_(self.grid.scale))
+
+
+@LOWERINGS.register("avg_pool")
+def lower_avg_pool(site: Site) -> Lowered:
+    """Exact where the input is integer."""
+    return (ExactAvgPool(site), site.output) if site.integer else lower_float(site)

@@ -1,0 +1,117 @@
+"""What the exact form of every layer kind is built from.
+
+Between layers, an integer tensor travels as **centered codes**, ``q - zero_point``, held in float32: they are exact
+below 2^24, zero padding is right without further thought, and moves need not know the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qlib.quant.affine import QParams
+from qlib.quant.plan import LayerPlan
+from qlib.registry import Registry
+
+__all__ = ["EXACT_LIMIT", "LOWERINGS", "Edge", "Grid", "Lowered", "Site"]
+
+EXACT_LIMIT = 2**24
+"""float32 holds every integer below this magnitude."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The grid of an integer tensor, and the bounds of its centered codes (tighter than the grid's after a ReLU)."""
+
+    params: QParams
+    low: int
+    high: int
+
+    @classmethod
+    def of(cls, params: QParams, bounds: tuple[float, float] | None = None) -> Edge:
+        """The edge of a per-tensor grid; `bounds` are the real values that a fused activation clamps to."""
+        low, high = int(params.low), int(params.high)
+        if bounds is not None:
+            scale = float(params.scale)
+            low = max(low, round(bounds[0] / scale))
+            high = high if bounds[1] == float("inf") else min(high, round(bounds[1] / scale))
+        return cls(params, low, high)
+
+    @property
+    def magnitude(self) -> int:
+        """The largest magnitude of a centered code."""
+        return max(-self.low, self.high)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale, a float32 scalar."""
+        return self.params.scale
+
+    @property
+    def zero_point(self) -> int:
+        """The zero point."""
+        return int(self.params.zero_point)
+
+    def with_bounds(self, low: int, high: int) -> Edge:
+        """The same grid with tighter bounds."""
+        return replace(self, low=max(self.low, low), high=min(self.high, high))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer to lower: its float module and plan, the edges that arrive (None: float) and the one that leaves."""
+
+    module: nn.Module
+    plan: LayerPlan
+    inputs: tuple[Edge | None, ...]
+    output: Edge | None
+
+    @property
+    def integer(self) -> bool:
+        """Whether every input arrives as codes and the output leaves as codes."""
+        return self.output is not None and all(edge is not None for edge in self.inputs)
+
+    def codes_in(self) -> tuple[Edge, ...]:
+        """The input edges, all of which are integer."""
+        edges = tuple(edge for edge in self.inputs if edge is not None)
+        assert len(edges) == len(self.inputs)
+        return edges
+
+
+Lowered = tuple[nn.Module, "Edge | None"]
+"""The exact module, and the edge of what it returns."""
+
+LOWERINGS: Registry[Callable[[Site], Lowered]] = Registry("layer kind")
+"""Layer kind -> the function that builds its exact form."""
+
+
+class Grid(nn.Module):
+    """Rounds to an edge's grid, in place: the last step of nearly every layer."""
+
+    scale: Tensor
+
+    def __init__(self, edge: Edge) -> None:
+        super().__init__()
+        self.low, self.high, self.zero_point = edge.low, edge.high, edge.zero_point
+        # On the tensor's device: dividing by a CPU scalar multiplies by its reciprocal on CUDA.
+        self.register_buffer("scale", edge.scale, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Centered codes of ``x``, given in units of the scale; `x` is overwritten."""
+        return x.round_().clamp_(self.low, self.high)
+
+    def round_inside(self, x: Tensor) -> Tensor:
+        """As `forward`, with the zero point inside the rounding, as some kernels have it (it matters on ties)."""
+        if self.zero_point % 2 == 0:
+            return self(x)
+        return self(x.add_(self.zero_point).round_().sub_(self.zero_point))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Centered codes of the real values `x`."""
+        return self(torch.div(x, self.scale))
+
+    def extra_repr(self) -> str:
+        return f"scale={float(self.scale):.6g}, zero_point={self.zero_point}, codes={self.low}..{self.high}"

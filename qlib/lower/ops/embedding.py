@@ -1,0 +1,41 @@
+"""Embedding: a table of codes; the output is on the table's grid."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlib.lower.ops.base import LOWERINGS, Edge, Lowered, Site
+from qlib.lower.ops.float_op import lower_float
+from qlib.quant.affine import qparams_from_range, quantize, range_of_weight
+from qlib.quant.spec import QuantSpec
+
+__all__ = ["ExactEmbedding"]
+
+
+class ExactEmbedding(nn.Module):
+    """Looks up centered codes, quantized per tensor; leaves in float unless the next layer takes codes."""
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        plan = site.plan.weight
+        assert plan is not None and isinstance(site.module, nn.Embedding)
+        weight = site.module.weight.detach()
+        params = qparams_from_range(*range_of_weight(weight, None), QuantSpec.of_mode(plan.mode, plan.bits))
+        codes = quantize(weight, params) - params.zero_point
+        self.edge = Edge.of(params)
+        self.register_buffer("weight_codes", codes.to(torch.int16 if plan.bits < 16 else torch.int32))
+        self.register_buffer("weight_scale", params.scale)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.weight_codes).float() * self.weight_scale
+
+
+@LOWERINGS.register("embedding")
+def lower_embedding(site: Site) -> Lowered:
+    """Codes of the table, dequantized as they are looked up."""
+    return lower_float(site) if site.plan.weight is None else (ExactEmbedding(site), None)

@@ -1,0 +1,48 @@
+"""Layers without an integer form: dequantize, compute in float, quantize."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlib.lower.ops.base import LOWERINGS, Grid, Lowered, Site
+
+__all__ = ["FloatOp", "lower_float"]
+
+_DTYPES = {16: torch.float16, 32: torch.float32, 64: torch.float64}
+
+
+class FloatOp(nn.Module):
+    """``quantize(module(dequantize(inputs)))``; either step is left out where that side is float."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.dtype = _DTYPES[site.plan.float_bits or 32]
+        self.module = copy.deepcopy(site.module).to(self.dtype)
+        self.grid = Grid(site.output) if site.output is not None else None
+        for index, edge in enumerate(site.inputs):
+            self.register_buffer(f"scale_{index}", edge.scale if edge is not None else None, persistent=False)
+
+    def forward(self, *args: Any) -> Any:
+        index, values = 0, []
+        for arg in args:
+            value = arg
+            if isinstance(arg, Tensor):
+                scale = getattr(self, f"scale_{index}")
+                value = (arg if scale is None else arg * scale).to(self.dtype)
+                index += 1
+            values.append(value)
+        y = self.module(*values)
+        if not isinstance(y, Tensor):
+            return y
+        y = y.float()
+        return y if self.grid is None else self.grid.quantize(y)
+
+
+@LOWERINGS.register("float_op")
+def lower_float(site: Site) -> Lowered:
+    """The layer's own module, between dequantize and quantize."""
+    return FloatOp(site), site.output

@@ -1,0 +1,37 @@
+"""Mean over the spatial axes, as ONNX Runtime's QLinearGlobalAveragePool computes it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.float_op import lower_float
+
+__all__ = ["ExactGlobalAvgPool"]
+
+
+class ExactGlobalAvgPool(nn.Module):
+    """``sat(rint(float32(S) * (s_x / (s_y * N))) + z_y)`` with the integer sum S of N centered codes."""
+
+    scale: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        assert site.output is not None
+        (edge,) = site.codes_in()
+        self.keepdim = getattr(site.module, "keepdim", True)
+        self.magnitude = edge.magnitude
+        self.grid = Grid(site.output)
+        self.register_buffer("scale", edge.scale, persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        count = codes.shape[-1] * codes.shape[-2]
+        exact = codes if count * self.magnitude < EXACT_LIMIT else codes.double()
+        total = exact.sum((-2, -1), keepdim=self.keepdim).float()
+        return self.grid(total.mul_(self.scale / (self.grid.scale * count)))
+
+
+@LOWERINGS.register("global_avg_pool")
+def lower_global_avg_pool(site: Site) -> Lowered:
+    """Exact where the input is integer."""
+    return (ExactGlobalAvgPool(site), site.output) if site.integer else lower_float(site)

@@ -1,0 +1,46 @@
+"""Matrix product of two activations: integer accumulators, one requantization."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qlib.graph.ops import MatMul
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.float_op import lower_float
+from qlib.quant.affine import approximate_factor, requant_factor
+
+__all__ = ["ExactMatMul"]
+
+
+class ExactMatMul(nn.Module):
+    """``clamp(rint(float32(acc) * ((alpha * s_a * s_b) / s_y)) + z_y)``; `alpha` is folded into the scale of `a`."""
+
+    factor: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        assert isinstance(site.module, MatMul) and site.output is not None
+        a, b = site.codes_in()
+        self.transpose = site.module.transpose
+        self.magnitude = a.magnitude * b.magnitude
+        self.limit = 2 ** (site.plan.bits_accum - 1)
+        self.grid = Grid(site.output)
+        factor = requant_factor(a.scale * site.module.alpha, b.scale, site.output.scale)
+        if site.plan.scale_approx_bits is not None:
+            factor = approximate_factor(factor, site.plan.scale_approx_bits)
+        self.register_buffer("factor", factor, persistent=False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        b = b.transpose(-2, -1) if self.transpose else b
+        bound = self.magnitude * a.shape[-1]
+        acc = torch.matmul(a, b) if bound < EXACT_LIMIT else torch.matmul(a.double(), b.double()).float()
+        if bound >= self.limit:
+            acc = acc.clamp_(-self.limit, self.limit - 1)
+        return self.grid(acc.mul_(self.factor))
+
+
+@LOWERINGS.register("matmul")
+def lower_matmul(site: Site) -> Lowered:
+    """Exact where both inputs are integer."""
+    return (ExactMatMul(site), site.output) if site.integer else lower_float(site)

@@ -1,0 +1,35 @@
+"""Product of two tensors, as ONNX Runtime's QLinearMul computes it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.float_op import lower_float
+from qlib.quant.affine import requant_factor
+
+__all__ = ["ExactMul"]
+
+
+class ExactMul(nn.Module):
+    """``sat(rint(((q_a - z_a) * (q_b - z_b)) * m + z_y))`` with ``m = (s_a * s_b) / s_y``; two roundings, no fma."""
+
+    factor: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        assert site.output is not None
+        a, b = site.codes_in()
+        self.grid = Grid(site.output)
+        self.wide = a.magnitude * b.magnitude >= EXACT_LIMIT
+        self.register_buffer("factor", requant_factor(a.scale, b.scale, site.output.scale), persistent=False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        product = (a.double() * b.double()).float() if self.wide else a * b
+        return self.grid.round_inside(product.mul_(self.factor))
+
+
+@LOWERINGS.register("mul")
+def lower_mul(site: Site) -> Lowered:
+    """Exact where both inputs are integer."""
+    return (ExactMul(site), site.output) if site.integer else lower_float(site)

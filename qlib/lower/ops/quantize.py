@@ -1,0 +1,33 @@
+"""QuantizeLinear and DequantizeLinear: where the graph goes from float to integers and back."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from qlib.lower.ops.base import Edge, Grid
+
+__all__ = ["Dequantize", "Quantize"]
+
+
+class Quantize(nn.Module):
+    """Float -> centered codes: ``clamp(round(x / s) + z) - z``."""
+
+    def __init__(self, edge: Edge) -> None:
+        super().__init__()
+        self.grid = Grid(edge)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid.quantize(x)
+
+
+class Dequantize(nn.Module):
+    """Centered codes -> float: ``(q - z) * s``."""
+
+    scale: Tensor
+
+    def __init__(self, edge: Edge) -> None:
+        super().__init__()
+        self.register_buffer("scale", edge.scale, persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return codes * self.scale

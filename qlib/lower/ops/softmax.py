@@ -1,0 +1,61 @@
+"""Softmax, as ONNX Runtime's QLinearSoftmax computes it for 8-bit unsigned codes; in float otherwise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qlib.graph.ops import MaskedSoftmax
+from qlib.lower.ops.base import LOWERINGS, Edge, Grid, Lowered, Site
+from qlib.lower.ops.float_op import lower_float
+
+__all__ = ["ExactSoftmax", "softmax_table"]
+
+
+def softmax_table(scale: float, size: int) -> Tensor:
+    """``T[i] = exp((i - 255 + shift) * s)`` for 256 differences from the row's maximum, float32 of a float64 value.
+
+    ``shift = max(0, log(FLT_MAX / size) - 5) / s`` keeps the sum of `size` terms below overflow.
+    """
+    headroom = torch.log(torch.tensor(torch.finfo(torch.float32).max / size, dtype=torch.float32)).item() - 5
+    shift = max(0.0, headroom) / scale
+    return torch.exp((torch.arange(256, dtype=torch.float64) - 255 + shift) * scale).float()
+
+
+class ExactSoftmax(nn.Module):
+    """``min(rint((e * floor(1 / s_y)) / S) + z_y, 255)`` with ``e = T[q + 255 - max(q)]`` and a running float32 sum S."""
+
+    table: Tensor
+
+    def __init__(self, edge: Edge, output: Edge) -> None:
+        super().__init__()
+        self.grid = Grid(output)
+        self.scale, self.size = float(edge.scale), 0
+        self.steps = float(math.floor(1.0 / float(output.scale)))
+        self.register_buffer("table", torch.empty(0), persistent=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        if codes.shape[-1] != self.size:
+            self.size = codes.shape[-1]
+            self.table = softmax_table(self.scale, self.size).to(codes.device)
+        index = (codes - codes.amax(-1, keepdim=True)).add_(255).long()
+        exponentials = self.table[index]
+        columns = exponentials.movedim(-1, 0).contiguous()
+        total = columns[0].clone()
+        for column in columns[1:]:  # in order, as the kernel adds: another order rounds differently
+            total += column
+        return self.grid((exponentials * self.steps).div_(total[..., None]))
+
+
+@LOWERINGS.register("softmax")
+def lower_softmax(site: Site) -> Lowered:
+    """Exact for a last-axis softmax on 8-bit unsigned codes."""
+    edge, output = site.inputs[0], site.output
+    if isinstance(site.module, MaskedSoftmax) or edge is None or output is None:
+        return lower_float(site)
+    unsigned = all(e.params.spec.bits == 8 and not e.params.spec.signed for e in (edge, output))
+    if not unsigned or site.module.dim != -1:
+        return lower_float(site)
+    return ExactSoftmax(edge, output), output

@@ -1,0 +1,255 @@
+"""Convolution, transposed convolution and linear: integer accumulators, one requantization.
+
+``acc = sum((x_q - z_x) * (w_q - z_w)) + b_q``; output ``clamp(rint(float32(acc) * ((s_x * s_w) / s_y)) + z_y)``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Grid, Lowered, Site
+from qlib.lower.ops.float_op import lower_float
+from qlib.quant.affine import (
+    QParams,
+    approximate_factor,
+    dequantize,
+    qparams_from_range,
+    quantize,
+    range_of_weight,
+    requant_factor,
+)
+from qlib.quant.spec import QuantSpec
+
+__all__ = ["ExactWeighted", "FloatWeighted", "accumulator_bounds", "split_points"]
+
+
+def _out_axis(module: nn.Module) -> int:
+    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+
+
+def _smallest_dtype(spec: QuantSpec) -> torch.dtype:
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        info = torch.iinfo(dtype)
+        if info.min <= spec.qmin and spec.qmax <= info.max:
+            return dtype
+    return torch.int32
+
+
+class _QuantizedWeight(nn.Module):
+    """A layer's integer weight, with what is derived from it after each load."""
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        plan, module = site.plan.weight, site.module
+        assert plan is not None
+        # Only one channel axis of a grouped transposed weight belongs to one group: per tensor there.
+        grouped = _out_axis(module) == 1 and getattr(module, "groups", 1) > 1
+        axis = _out_axis(module) if plan.per_channel and not grouped else None
+        self.spec = QuantSpec.of_mode(plan.mode, plan.bits, axis)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        params = qparams_from_range(*range_of_weight(weight.detach(), axis), self.spec)
+        self.register_buffer("weight_codes", quantize(weight.detach(), params).to(_smallest_dtype(self.spec)))
+        self.register_buffer("weight_scale", params.scale)
+        self.register_buffer("weight_zero_point", params.zero_point)
+        self.register_load_state_dict_post_hook(lambda module, keys: module.prepare())
+
+    @property
+    def weight_params(self) -> QParams:
+        return QParams(self.weight_scale, self.weight_zero_point, self.spec)
+
+    def centered_weight(self) -> Tensor:
+        """``w_q - z_w`` in float32."""
+        unit = QParams(torch.ones_like(self.weight_scale), self.weight_zero_point, self.spec)
+        return dequantize(self.weight_codes.float(), unit)
+
+    def prepare(self) -> None:
+        """Derives what `forward` uses from the integers."""
+        raise NotImplementedError
+
+
+class FloatWeighted(_QuantizedWeight):
+    """A layer with an integer weight and float activations: computes with the dequantized weight."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.module = copy.deepcopy(site.module)
+        self.module.weight = None  # type: ignore[assignment]
+        self.register_buffer("weight", None, persistent=False)
+        edge = site.inputs[0]
+        self.register_buffer("scale", edge.scale if edge is not None else None, persistent=False)
+        self.prepare()
+
+    def prepare(self) -> None:
+        self.weight = dequantize(self.weight_codes.float(), self.weight_params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.scale is None else x * self.scale
+        return torch.func.functional_call(self.module, {"weight": self.weight}, (x,))  # type: ignore[no-any-return]
+
+
+class ExactWeighted(_QuantizedWeight):
+    """Integer convolution or linear on centered codes, computed exactly by float32 arithmetic.
+
+    float32 is exact while every accumulator stays below 2^24. The bound is computed when the layer is prepared; above
+    it the input channels are split into parts that stay below (one rounding, when they are added, is the rounding of
+    ``float32(acc)``), and where that is impossible the layer computes in float64.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        (edge,) = site.codes_in()
+        self.edge, self.plan = edge, site.plan
+        self.grid = Grid(site.output) if site.output is not None else None
+        self.apply_weight, self.splittable = _applier(site.module)
+        self.ndim = self.weight_codes.ndim - 2
+        self.out_axis = _out_axis(site.module)
+        self.register_buffer("bias_codes", self._bias_codes(site.module))
+        for name in ("weights", "bias", "factor"):
+            self.register_buffer(name, None, persistent=False)
+        self.prepare()
+
+    def _bias_codes(self, module: nn.Module) -> Tensor | None:
+        bias = module.bias
+        if bias is None:
+            return None
+        assert isinstance(bias, Tensor)
+        limit = 2 ** (self.plan.bits_bias - 1)
+        codes = torch.round(bias.detach() / (self.edge.scale * self.weight_scale)).double()
+        return codes.clamp(-limit, limit - 1).to(torch.int32)
+
+    def prepare(self) -> None:
+        scale = self.edge.scale.to(self.weight_scale.device)
+        factor = scale * self.weight_scale
+        if self.grid is not None:
+            factor = requant_factor(scale, self.weight_scale, self.grid.scale.to(scale.device))
+            if self.plan.scale_approx_bits is not None:
+                factor = approximate_factor(factor, self.plan.scale_approx_bits)
+        self.factor = factor.view(-1, *[1] * self.ndim) if factor.ndim else factor
+        weight = self.centered_weight()
+        out_first = weight.movedim(self.out_axis, 0)
+        bounds = accumulator_bounds(out_first, self.bias_codes, self.edge, by_channel=self.splittable)
+        total = float(bounds.sum(0).max())
+        limit = 2 ** (self.plan.bits_accum - 1)
+        self.saturation = limit if total >= limit else None
+        self.parts = split_points(bounds) if self.splittable else ([] if total < EXACT_LIMIT else None)
+        self.weights = weight if self.parts is not None else weight.double()
+        if self.ndim == 2 and self.weights.ndim == 4:
+            self.weights = self.weights.contiguous(memory_format=torch.channels_last)
+        self.bias = None if self.bias_codes is None else self.bias_codes.to(self.weights.dtype)
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """``float32(acc)``, before requantization."""
+        if self.parts is None:
+            return self.apply_weight(codes.double(), self.weights, self.bias).float()
+        if not self.parts:
+            return self.apply_weight(codes, self.weights, self.bias)
+        axis = 1 if self.ndim else codes.ndim - 1
+        starts, ends = [0, *self.parts], [*self.parts, codes.shape[axis]]
+        sums = [
+            self.apply_weight(
+                codes.narrow(axis, start, end - start),
+                self.weights.narrow(1, start, end - start),
+                self.bias if start == 0 else None,
+            )
+            for start, end in zip(starts, ends, strict=True)
+        ]
+        if len(sums) == 2:
+            return sums[0].add_(sums[1])
+        return torch.stack([part.double() for part in sums]).sum(0).float()
+
+    def forward(self, codes: Tensor) -> Tensor:
+        acc = self.accumulate(codes)
+        if self.saturation is not None:
+            acc = acc.clamp_(-self.saturation, self.saturation - 1)
+        acc = acc.mul_(self.factor)
+        return acc if self.grid is None else self.grid(acc)
+
+
+def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_channel: bool) -> Tensor:
+    """``[in_channels, out_channels]``: how far each input channel can move each accumulator (the bias is in the first).
+
+    `weight` is centered, ``[out, in, ...]``. With ``p`` and ``n`` the sums of the positive and negative weights, any
+    partial sum over codes ``low .. high`` stays within ``max(p * high - n * low, n * high - p * low)``. One row for
+    all input channels together where `by_channel` is false.
+
+    >>> edge = Edge.of(qparams_from_range(0.0, 25.5, QuantSpec.of_mode("asym_u", 8)))
+    >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, edge, by_channel=False)
+    tensor([[765.]], dtype=torch.float64)
+    """
+    w = weight.double()
+    w = w.flatten(2) if by_channel and w.ndim > 2 else w.flatten(1)[:, :, None] if by_channel else w.flatten(1)[:, None]
+    positive, negative = w.clamp(min=0).sum(-1), (-w).clamp(min=0).sum(-1)
+    up, down = positive * edge.high - negative * edge.low, negative * edge.high - positive * edge.low
+    bounds = torch.maximum(up, down).transpose(0, 1).contiguous()
+    if bias is not None:
+        # A grouped transposed weight has fewer rows than the bias: take the largest, the bound only grows.
+        bounds[0] += bias.double().abs() if bias.numel() == bounds.shape[1] else bias.double().abs().max()
+    return bounds
+
+
+def split_points(bounds: Tensor) -> list[int] | None:
+    """Where to cut the input channels so that each part's accumulators stay below 2^24; None where it can't be done.
+
+    >>> split_points(torch.tensor([[9e6], [9e6], [5e6]]))
+    [1]
+    """
+    running = torch.zeros_like(bounds[0])
+    cuts: list[int] = []
+    if float(bounds.sum(0).max()) < EXACT_LIMIT:
+        return cuts
+    if float(bounds.max()) >= EXACT_LIMIT:
+        return None
+    for channel in range(bounds.shape[0]):
+        running = running + bounds[channel]
+        if float(running.max()) >= EXACT_LIMIT:
+            cuts.append(channel)
+            running = bounds[channel]
+    return cuts
+
+
+def _applier(module: nn.Module) -> tuple[Callable[[Tensor, Tensor, Tensor | None], Tensor], bool]:
+    """The function of (codes, weight, bias) that the layer computes, and whether its input channels can be split."""
+    if isinstance(module, nn.Linear):
+        return F.linear, True
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    options: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[module.weight.ndim - 2]
+        options |= {"padding": module.padding, "output_padding": module.output_padding}
+        return lambda x, w, b: function(x, w, b, **options), False
+    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[module.weight.ndim - 2]
+    mode, pads = module.padding_mode, module._reversed_padding_repeated_twice
+    if mode == "zeros":
+        options["padding"] = module.padding
+
+        def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return function(x, w, b, **options)
+    else:
+
+        def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            return function(F.pad(x, pads, mode), w, b, **options)
+
+    return apply, module.groups == 1
+
+
+@LOWERINGS.register("conv")
+@LOWERINGS.register("conv_transpose")
+@LOWERINGS.register("linear")
+def lower_weighted(site: Site) -> Lowered:
+    """Exact where input and weight are integer; dequantized weight where only the weight is; float otherwise."""
+    if site.plan.weight is None:
+        return lower_float(site)
+    if site.inputs[0] is None or site.output is None:
+        return FloatWeighted(site), None
+    return ExactWeighted(site), site.output

@@ -1,0 +1,245 @@
+"""Post-training linear quantization: ranges from statistics, or from each image (dynamic)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from qlib.clip import CLIP_METHODS, ClipContext
+from qlib.config.ptq_config import LayerSettings
+from qlib.config.resolve import LayerInfo
+from qlib.errors import ConfigError, StatsError
+from qlib.graph import Graph, fused_activations, kind_of
+from qlib.graph.ir import attribute, is_constant, is_layer, layer_inputs, layers, name_of, source_of, tensor_users
+from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
+
+__all__ = ["layer_infos", "plan_post_train_linear"]
+
+_WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "embedding"})
+_PASSING = frozenset({"relu", "max_pool"})
+_DYNAMIC = frozenset({"conv", "conv_transpose", "linear", "matmul"})
+_SATURATING = ((nn.Sigmoid, 6.0), (nn.Tanh, 4.0))
+
+
+def layer_infos(graph: Graph) -> list[LayerInfo]:
+    """The layers of a graph, as the settings are resolved against them."""
+    return [LayerInfo(name_of(node), kind_of(module), kind_of(module) in _WEIGHTED) for node, module in layers(graph)]
+
+
+def plan_post_train_linear(
+    graph: Graph,
+    settings: Mapping[str, LayerSettings],
+    stats: ModelStats | None,
+    folded: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan of every layer of a folded graph; dynamic where `stats` is None.
+
+    A tensor is quantized once, by the layer that produces it, with that layer's settings; what arrives in float is
+    quantized by the layer that uses it. `folded` maps batch-norms to the layers they were folded into: statistics of
+    the unfolded model are understood.
+
+    Raises StatsError where the statistics lack a layer or hold a range that cannot be used, ConfigError where
+    settings contradict the graph.
+    """
+    planner = _Planner(graph, settings, stats, {layer: norm for norm, layer in (folded or {}).items()})
+    plans = {name_of(node): planner.plan(node, module) for node, module in layers(graph)}
+    if planner.problems:
+        raise ConfigError(planner.problems)
+    return Plan(plans, dynamic=stats is None)
+
+
+@dataclass
+class _Planner:
+    graph: Graph
+    settings: Mapping[str, LayerSettings]
+    stats: ModelStats | None
+    norm_of: Mapping[str, str]
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.fused = fused_activations(self.graph)
+        self.quantized: dict[fx.Node, bool] = {}
+
+    def arrives_quantized(self, node: fx.Node) -> bool:
+        return self.quantized.get(source_of(self.graph, node), False)
+
+    def plan(self, node: fx.Node, module: nn.Module) -> LayerPlan:
+        """The plan of one layer; notes whether its output is quantized."""
+        kind, settings = kind_of(module), self.settings[name_of(node)]
+        if settings.make_identity and node not in self.fused.values():
+            self._problem(node, "make_identity", "is only known for a ReLU that its producer computes; remove it")
+        if kind in _PASSING:
+            (source,) = layer_inputs(node)
+            self.quantized[node] = self.arrives_quantized(source)
+            note = "" if self.quantized[node] else "its input is float"
+            return LayerPlan(kind, (None,), note=note)
+        plan = self._plan_float(node, kind, settings) or (
+            self._plan_dynamic(node, kind, settings) if self.stats is None else self._plan_static(node, kind, settings)
+        )
+        self.quantized[node] = plan.output is not None
+        return plan
+
+    def _problem(self, node: fx.Node, setting: str, sentence: str) -> None:
+        where = self.settings[name_of(node)].origin_of(setting)
+        self.problems.append(f"{where}: {setting} of {name_of(node)!r} {sentence}")
+
+    def _weight(self, kind: str, settings: LayerSettings) -> WeightPlan | None:
+        if kind not in _WEIGHTED or not settings.bits_weights or settings.fake:
+            return None
+        return WeightPlan(settings.bits_weights, settings.mode_weights, settings.per_channel_wts and kind != "embedding")
+
+    def _plan_float(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan | None:
+        """The plan of a layer that computes in float whatever the statistics."""
+        inputs = (None,) * len(layer_inputs(node))
+        if settings.fpq is not None:
+            note = f"runs in float{settings.fpq} ({settings.origin_of('fpq')})"
+            return LayerPlan(kind, inputs, float_bits=settings.fpq, note=note)
+        weight = self._weight(kind, settings)
+        if kind == "embedding":
+            return LayerPlan(kind, inputs, weight, note="" if weight else "bits_weights 0")
+        if "shape" not in node.meta:
+            return LayerPlan(kind, inputs, note="its output is not one tensor")
+        if not settings.bits_activations:
+            note = f"activations: bits 0 ({settings.origin_of('bits_activations')})"
+            return LayerPlan(kind, inputs, weight, note=note)
+        return None
+
+    def _common(self, kind: str, settings: LayerSettings) -> dict[str, Any]:
+        weight = self._weight(kind, settings)
+        note = ""
+        if kind == "float_op" or (kind in _WEIGHTED and weight is None):
+            note = "computed in float between integer tensors" + (": no integer form" if kind == "float_op" else "")
+        return {
+            "weight": weight,
+            "bits_bias": settings.bits_bias,
+            "bits_accum": settings.bits_accum,
+            "scale_approx_bits": settings.scale_approx_mult_bits,
+            "note": note,
+        }
+
+    def _plan_dynamic(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
+        sources = layer_inputs(node)
+        if kind not in _DYNAMIC or (kind != "matmul" and not self._weight(kind, settings)):
+            return LayerPlan(kind, (None,) * len(sources), note="dynamic: only weighted layers and matmul are quantized")
+        inputs = tuple(
+            TensorPlan(s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds)
+            for s in (self._input_settings(settings, i) for i in range(len(sources)))
+        )
+        return LayerPlan(kind, inputs, **self._common(kind, settings))
+
+    def _plan_static(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
+        inputs = tuple(self._plan_input(node, kind, i, source) for i, source in enumerate(layer_inputs(node)))
+        return LayerPlan(kind, inputs, output=self._plan_output(node, kind, settings), **self._common(kind, settings))
+
+    @staticmethod
+    def _input_settings(settings: LayerSettings, index: int) -> LayerSettings:
+        override = settings.input_overrides.get(index, {})
+        return replace(settings, **{k: v for k, v in override.items() if k != "from_output"})  # type: ignore[arg-type]
+
+    def _plan_input(self, node: fx.Node, kind: str, index: int, source: fx.Node) -> TensorPlan | None:
+        settings = self.settings[name_of(node)]
+        overridden = index in settings.input_overrides
+        if self.arrives_quantized(source):
+            if overridden:
+                producer = name_of(source_of(self.graph, source))
+                self._problem(node, "input_overrides",
+                              f"for input {index} conflicts: {producer!r} already quantizes it; override that layer")
+            return None
+        if kind == "float_op" and not settings.quantize_inputs:
+            return None
+        if not settings.inputs_quant_auto_fallback and not overridden:
+            self._problem(node, "inputs_quant_auto_fallback",
+                          f"is false, but input {index} arrives in float; give input_overrides for it")
+            return None
+        mine = self._input_settings(settings, index)
+        if not mine.bits_activations:
+            return None
+        origin = source_of(self.graph, source)
+        if is_constant(origin):
+            value = attribute(self.graph, origin).detach()
+            return TensorPlan(mine.bits_activations, mine.mode_activations, "none", *_range(value))
+        stats = self._input_stats(node, index)
+        return self._tensor_plan(node, f"input {index} of", stats, mine, self._half_range(node, settings))
+
+    def _plan_output(self, node: fx.Node, kind: str, settings: LayerSettings) -> TensorPlan:
+        if kind == "softmax":  # always within [0, 1]: the step is 2^-bits whatever the statistics
+            top = (2**settings.bits_activations - 1) / 2**settings.bits_activations
+            return TensorPlan(settings.bits_activations, settings.mode_activations, "none", 0.0, top)
+        stats = self._layer_stats(node).output
+        norm = self.norm_of.get(name_of(node))
+        assert self.stats is not None
+        if norm in self.stats.layers:
+            stats = self.stats.layers[norm].output
+        seen = self._seen_by_successor(node, stats)
+        return self._tensor_plan(node, "the output of", seen, settings, self._half_range(node, settings))
+
+    def _half_range(self, node: fx.Node, settings: LayerSettings) -> bool:
+        """Whether gauss and laplace count on a ReLU: for the inputs too, as the ancestor does."""
+        return settings.clip_half_range or node in self.fused
+
+    def _seen_by_successor(self, node: fx.Node, stats: TensorStats) -> TensorStats:
+        """The part of the range that the one layer after this one does not flatten."""
+        users = tensor_users(node)
+        if len(users) != 1 or not is_layer(self.graph, users[0]):
+            return stats
+        module = self.graph.get_submodule(str(users[0].target))
+        if isinstance(module, nn.ReLU6):
+            return _clipped(stats, 0.0, 6.0)
+        if isinstance(module, nn.ReLU):
+            return _clipped(stats, 0.0, max(stats.max, 0.0))
+        limit = next((limit for kind, limit in _SATURATING if isinstance(module, kind)), None)
+        return stats if limit is None else _clipped(stats, -limit, limit)
+
+    def _layer_stats(self, node: fx.Node) -> LayerStats:
+        assert self.stats is not None
+        found = self.stats.layers.get(name_of(node))
+        if found is None:
+            raise StatsError(
+                f"the statistics lack layer {name_of(node)!r}; collect them again for this model with --qe-calibration,"
+                " or leave the layer in float with --qe-no-quant-layers"
+            )
+        return found
+
+    def _input_stats(self, node: fx.Node, index: int) -> TensorStats:
+        inputs = self._layer_stats(node).inputs
+        if index >= len(inputs):
+            raise StatsError(
+                f"the statistics lack input {index} of layer {name_of(node)!r}; collect them again for this model"
+            )
+        return inputs[index]
+
+    def _tensor_plan(
+        self, node: fx.Node, what: str, stats: TensorStats, settings: LayerSettings, half_range: bool
+    ) -> TensorPlan:
+        context = ClipContext(
+            settings.bits_activations, settings.mode_activations.startswith("sym"), half_range, settings.clip_n_stds
+        )
+        try:
+            low, high = CLIP_METHODS[settings.clip_acts](stats, context)
+        except StatsError as error:
+            raise StatsError(f"{what} layer {name_of(node)!r}: {error}") from error
+        n_stds = settings.clip_n_stds if settings.clip_acts == "n_std" else None
+        return TensorPlan(settings.bits_activations, settings.mode_activations, settings.clip_acts, low, high, n_stds)
+
+
+def _range(value: Tensor) -> tuple[float, float]:
+    return float(value.min()), float(value.max())
+
+
+def _clipped(stats: TensorStats, low: float, high: float) -> TensorStats:
+    """The ranges cut to ``[low, high]``; mean, std and b stay those of the whole tensor."""
+
+    def cut(value: float | None) -> float | None:
+        return None if value is None else min(max(value, low), high)
+
+    return replace(
+        stats,
+        min=min(max(stats.min, low), high),
+        max=min(max(stats.max, low), high),
+        avg_min=cut(stats.avg_min),
+        avg_max=cut(stats.avg_max),
+    )
