@@ -8,6 +8,7 @@ was one of Distiller's or of an optimizer's, and refuses all else.
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import os
 import pickle
@@ -76,6 +77,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+@functools.cache
 def _allowed() -> dict[str, Any]:
     rebuild = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
     allowed: dict[str, Any] = {f"torch._utils.{name}": _Function(getattr(torch._utils, name)) for name in rebuild}
