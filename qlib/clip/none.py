@@ -1,0 +1,16 @@
+"""No clipping: all values seen."""
+
+from __future__ import annotations
+
+from qlib.clip.base import CLIP_METHODS, ClipContext
+from qlib.stats.tensor_stats import TensorStats
+
+
+@CLIP_METHODS.register("none")
+def none(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
+    """The whole range seen: (min, max).
+
+    >>> none(TensorStats(count=8, samples=2, min=-1.0, max=6.0), ClipContext())
+    (-1.0, 6.0)
+    """
+    return stats.min, stats.max

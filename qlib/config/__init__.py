@@ -1,0 +1,1 @@
+"""Settings from YAML files and from the command line, checked and resolved for each layer."""

@@ -1,0 +1,213 @@
+"""The settings that a quantizer's YAML may hold: what each allows, and which `LayerSettings` fields it sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from qlib.config.yaml_source import Node
+from qlib.errors import did_you_mean
+from qlib.quant.spec import MODES
+
+__all__ = ["CLIP_NAMES", "LAYER_FIELDS", "QUANTIZER_FIELDS", "Field", "read_fields"]
+
+CLIP_NAMES = ("none", "avg", "n_std", "gauss", "laplace")
+"""The names that `clip_acts` takes, those of the registry `qlib.clip.CLIP_METHODS`."""
+
+_MODE_NAMES = {
+    **{mode: mode for mode in MODES},
+    "symmetric": "sym",
+    "symmetric_restricted": "sym_restr",
+    "asymmetric_signed": "asym_s",
+    "asymmetric_unsigned": "asym_u",
+}
+_RENAMED = {"acts": "bits_activations", "wts": "bits_weights", "bias": "bits_bias"}
+
+Settings: TypeAlias = dict[str, object]
+"""`LayerSettings` field -> value."""
+
+
+class NotAllowed(ValueError):
+    """A value that a field does not allow; the message says what it allows."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key: `read` gives the settings it stands for, and appends a sentence to the problems for each mistake.
+
+    Law: `read(node, problems)` appends to `problems` exactly when the value is not allowed.
+    """
+
+    read: Callable[[str, Node, list[str]], Settings]
+
+
+def _field(convert: Callable[[Node], object], *targets: str) -> Field:
+    """A field whose one value, checked by `convert`, becomes that of every target."""
+
+    def read(key: str, node: Node, problems: list[str]) -> Settings:
+        try:
+            value = convert(node)
+        except NotAllowed as error:
+            problems.append(f"{node.where}: {key} is {node}; allowed: {error}")
+            return {}
+        return dict.fromkeys(targets, value)
+
+    return Field(read)
+
+
+def _whole(low: int, high: int, null: int | None, zero: bool = False) -> Callable[[Node], int | None]:
+    """A whole number from `low` to `high`; YAML's null means `null`, and so does 0 where `zero` is set."""
+    meaning = "null or 0 for float" if zero else f"null for {null}" if null else "null for none"
+
+    def convert(node: Node) -> int | None:
+        value = node.value
+        if value is None or (zero and value == 0 and not isinstance(value, (bool, float))):
+            return null
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise NotAllowed(f"a whole number from {low} to {high}, or {meaning}")
+        return value
+
+    return convert
+
+
+def _choice(names: Mapping[str, str]) -> Callable[[Node], str]:
+    """One of `names`, in any case."""
+
+    def convert(node: Node) -> str:
+        word = node.value.lower() if isinstance(node.value, str) else ""
+        if word not in names:
+            raise NotAllowed(", ".join(names) + did_you_mean(word, names))
+        return names[word]
+
+    return convert
+
+
+def _flag(node: Node) -> bool:
+    if not isinstance(node.value, bool):
+        raise NotAllowed("true or false")
+    return node.value
+
+
+def _positive(node: Node) -> float | None:
+    value = node.value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+        raise NotAllowed("a number above 0, or null")
+    return float(value)
+
+
+def _float_bits(node: Node) -> int | None:
+    if node.value not in (None, 16, 32, 64) or isinstance(node.value, (bool, float)):
+        raise NotAllowed("16, 32, 64 or null")
+    return node.value  # type: ignore[return-value]
+
+
+def _path(node: Node) -> str | None:
+    if node.value is not None and (not isinstance(node.value, str) or not node.value):
+        raise NotAllowed("the path of a statistics file, or null")
+    return node.value
+
+
+def _modes(key: str, node: Node, problems: list[str]) -> Settings:
+    """`mode`: one name, or a mapping of one for activations and one for weights."""
+    if node.mapping is None:
+        return _BOTH_MODES.read(key, node, problems)
+    return read_fields(node, _MODE_PARTS, problems)[0]
+
+
+def _inputs(key: str, node: Node, problems: list[str]) -> Settings:
+    """`input_overrides`: index of an input -> its settings, or `from_output: true`."""
+    inputs: dict[int, Settings] = {}
+    if node.mapping is None:
+        problems.append(f"{node.where}: {key} is {node}; allowed: a mapping of input number to settings")
+    for index, entry in (node.mapping or {}).items():
+        if not index.isdecimal():
+            problems.append(f"{node.where_key(index)}: input {index!r} of {key} is not allowed; inputs count from 0")
+            continue
+        settings, _ = read_fields(entry, _INPUT_FIELDS, problems)
+        if "from_output" in settings and len(settings) > 1:
+            problems.append(f"{entry.where}: from_output stands alone; remove it or the other settings of the input")
+        inputs[int(index)] = settings
+    return {"input_overrides": inputs}
+
+
+def _only_true(node: Node) -> bool:
+    if node.value is not True:
+        raise NotAllowed("true")
+    return True
+
+
+def read_fields(node: Node, fields: Mapping[str, Field], problems: list[str]) -> tuple[Settings, dict[str, str]]:
+    """The settings of a mapping node, and `file:line` of each; mistakes go to `problems`.
+
+    A later field of `fields` wins over an earlier one that sets the same, whatever their order in the file.
+    """
+    settings: Settings = {}
+    places: dict[str, str] = {}
+    if node.mapping is None:
+        problems.append(f"{node.where}: settings must be a mapping of names to values, not {node}")
+        return settings, places
+    problems += [f"{node.where_key(key)}: {_unknown(key, fields)}" for key in node.mapping if key not in fields]
+    for key, field in fields.items():
+        if key not in node.mapping:
+            continue
+        found = field.read(key, node.mapping[key], problems)
+        settings.update(found)
+        places.update(dict.fromkeys(found, node.where_key(key)))
+    return settings, places
+
+
+def _unknown(key: str, allowed: Iterable[str]) -> str:
+    if key in _RENAMED:
+        return f"the key {key!r} is no longer used; write {_RENAMED[key]!r}"
+    return f"unknown key {key!r}; allowed: {', '.join(allowed)}{did_you_mean(key, allowed)}"
+
+
+_mode = _choice(_MODE_NAMES)
+_clip = _choice({name: name for name in CLIP_NAMES})
+_bits = _whole(2, 16, null=0, zero=True)
+_BOTH_MODES = _field(_mode, "mode_activations", "mode_weights")
+_MODE_PARTS = {"activations": _field(_mode, "mode_activations"), "weights": _field(_mode, "mode_weights")}
+_INPUT_FIELDS = {
+    "from_output": _field(_only_true, "from_output"),
+    "bits_activations": _field(_bits, "bits_activations"),
+    "mode": _field(_mode, "mode_activations"),
+    "clip_acts": _field(_clip, "clip_acts"),
+    "clip_n_stds": _field(_positive, "clip_n_stds"),
+}
+_COMMON = {
+    "bits_activations": _field(_bits, "bits_activations"),
+    "bits_weights": _field(_bits, "bits_weights"),
+    "bits_bias": _field(_whole(2, 32, null=32), "bits_bias"),
+    "mode": Field(_modes),
+    "clip_acts": _field(_clip, "clip_acts"),
+    "clip_n_stds": _field(_positive, "clip_n_stds"),
+    "clip_half_range": _field(_flag, "clip_half_range"),
+    "per_channel_wts": _field(_flag, "per_channel_wts"),
+    "scale_approx_mult_bits": _field(_whole(1, 31, null=None), "scale_approx_mult_bits"),
+    "fp16": _field(lambda node: 16 if _flag(node) else None, "fpq"),
+    "fpq_module": _field(_float_bits, "fpq"),
+    "inputs_quant_auto_fallback": _field(_flag, "inputs_quant_auto_fallback"),
+}
+
+LAYER_FIELDS: Mapping[str, Field] = {
+    **_COMMON,
+    "fake": _field(_flag, "fake"),
+    "make_identity": _field(_flag, "make_identity"),
+    "quantize_inputs": _field(_flag, "quantize_inputs"),
+    "input_overrides": Field(_inputs),
+}
+"""The keys of one override."""
+
+QUANTIZER_FIELDS: Mapping[str, Field] = {
+    "bits_parameters": _field(_bits, "bits_weights"),
+    **_COMMON,
+    "bits_accum": _field(_whole(2, 32, null=32), "bits_accum"),
+    "model_activation_stats": _field(_path, "model_activation_stats"),
+    "save_fp_weights": _field(_flag, "save_fp_weights"),
+    "also_clip_weights": _field(_flag, "also_clip_weights"),
+}
+"""The arguments of the quantizer itself, besides its overrides."""

@@ -1,0 +1,119 @@
+"""The settings of post-training quantization: of one layer, of a rule for some layers, of a whole run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+__all__ = ["LayerSettings", "PtqConfig", "Rule", "pattern_problem"]
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """All settings of one layer, each with a value; `origin` tells where a value that is no default was set.
+
+    Bits of 0 leave activations or weights in float; `fpq` = 16, 32 or 64 runs the layer in floats of that size.
+    `input_overrides[i]` is either ``{"from_output": True}`` or fields of this class that differ for input i, so that
+    `replace(settings, **input_overrides[i])` are the settings of that input.
+    """
+
+    bits_activations: int = 8
+    bits_weights: int = 8
+    bits_bias: int = 32
+    bits_accum: int = 32
+    mode_activations: str = "sym"
+    mode_weights: str = "sym"
+    clip_acts: str = "none"
+    clip_n_stds: float | None = None
+    clip_half_range: bool = False
+    per_channel_wts: bool = False
+    scale_approx_mult_bits: int | None = None
+    fpq: int | None = None
+    fake: bool = False
+    make_identity: bool = False
+    quantize_inputs: bool = True
+    inputs_quant_auto_fallback: bool = True
+    input_overrides: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def origin_of(self, setting: str) -> str:
+        """Where a setting came from: a flag, `file:line`, or `default`.
+
+        >>> settings = LayerSettings(origin={"clip_acts": "--qe-clip-acts"})
+        >>> settings.origin_of("clip_acts"), settings.origin_of("fpq")
+        ('--qe-clip-acts', 'default')
+        """
+        return self.origin.get(setting, "default")
+
+    def with_settings(self, settings: Mapping[str, object], origin: Mapping[str, str]) -> LayerSettings:
+        """These settings with some replaced.
+
+        >>> changed = LayerSettings().with_settings({"bits_weights": 4}, {"bits_weights": "a.yaml:7"})
+        >>> changed.bits_weights, changed.origin_of("bits_weights")
+        (4, 'a.yaml:7')
+        """
+        return replace(self, **settings, origin={**self.origin, **origin})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An override: settings for the layers whose whole name matches a regular expression.
+
+    `lines` gives the place of each setting, `where` that of the rule: `file:line` or a flag. An `exact` rule whose
+    pattern is a layer's very name beats rules that stand before it. A leading ``module.`` is tolerated.
+    """
+
+    pattern: str
+    settings: Mapping[str, object]
+    lines: Mapping[str, str]
+    where: str
+    exact: bool = True
+
+    @property
+    def spellings(self) -> tuple[str, str]:
+        """The pattern as written, and without a leading ``module.``."""
+        return self.pattern, re.sub(r"^\^?module\\?\.", "", self.pattern)
+
+    def matches(self, name: str) -> bool:
+        """Whether the pattern matches the whole name.
+
+        >>> rule = Rule("module.layer1[.].*", {}, {}, "a.yaml:3")
+        >>> rule.matches("layer1.0.conv1"), rule.matches("layer10.conv1"), rule.matches("block.layer1.x")
+        (True, False, False)
+        """
+        return any(re.fullmatch(pattern, name) for pattern in self.spellings)
+
+    def names(self, name: str) -> bool:
+        """Whether this is the rule for exactly that layer."""
+        return self.exact and name in self.spellings
+
+
+@dataclass(frozen=True)
+class PtqConfig:
+    """The settings of a whole run: defaults, and rules in order of precedence.
+
+    `stats_file` is what the YAML file names; `notes` are sentences about what was read and has no effect.
+    """
+
+    defaults: LayerSettings = LayerSettings()
+    rules: tuple[Rule, ...] = ()
+    stats_file: Path | None = None
+    dynamic: bool = False
+    save_fp_weights: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def pattern_problem(pattern: str) -> str:
+    """What is wrong with a regular expression; empty if nothing is.
+
+    >>> pattern_problem("layer1[.].*"), pattern_problem("*.conv1")
+    ('', "'*.conv1' is not a regular expression: nothing to repeat at position 0; write '.*' for any text")
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        hint = "; write '.*' for any text" if pattern.startswith("*") else ""
+        return f"{pattern!r} is not a regular expression: {error}{hint}"
+    return ""

@@ -1,0 +1,240 @@
+"""Activation statistics as a YAML file, in Distiller's format with a header of our own.
+
+::
+
+    qlib_stats: {version: 1, arch: resnet20_cifar, weights: <hash>, ...}    absent in a file of Distiller
+    conv1:
+      inputs:
+        0: {min: ., max: ., avg_min: ., avg_max: ., mean: ., std: ., b: ., shape: (128, 3, 32, 32), total_numel: .,
+            samples: .}
+      output: {min: ., ...}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from qlib.config.yaml_source import Node, load_yaml
+from qlib.errors import ConfigError, OutputError, StatsError, did_you_mean
+from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
+
+__all__ = ["check_fingerprint", "read_stats", "write_stats"]
+
+_HEADER = "qlib_stats"
+_VERSION = 1
+_FLOATS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
+_KEYS = (*_FLOATS, "shape", "total_numel", "samples")
+_PLAIN = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)\Z)[a-z_][\w.]*", re.IGNORECASE | re.ASCII)
+
+
+def write_stats(path: str | Path, stats: ModelStats) -> None:
+    """Writes the file under a temporary name, then renames it: it is whole or absent. Folders are made.
+
+    The same statistics give the same bytes, and every number reads back as the same number.
+
+    Raises:
+        StatsError: a value is NaN or infinite; the sentence names the layer.
+        OutputError: the file cannot be written.
+    """
+    text = "".join(_lines(stats))
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"the statistics cannot be written to {path}: {error.strerror or error}") from None
+
+
+def _lines(stats: ModelStats) -> Iterator[str]:
+    yield f"{_HEADER}:\n  version: {_VERSION}\n"
+    for key, value in stats.fingerprint.items():
+        yield f"  {_text(key)}: {value if isinstance(value, int) else json.dumps(value, ensure_ascii=False)}\n"
+    for name, layer in stats.layers.items():
+        yield f"{_text(name)}:\n  inputs:{'' if layer.inputs else ' {}'}\n"
+        for index, record in enumerate(layer.inputs):
+            yield f"    {index}:\n"
+            yield from _record_lines(f"input {index} of layer {name!r}", record, " " * 6)
+        yield "  output:\n"
+        yield from _record_lines(f"the output of layer {name!r}", layer.output, " " * 4)
+
+
+def _record_lines(what: str, record: TensorStats, indent: str) -> Iterator[str]:
+    for key in _FLOATS:
+        value = getattr(record, key)
+        if value is None:
+            continue
+        if not math.isfinite(value):
+            raise StatsError(
+                f"{key} of {what} is {value}; statistics must be finite: look for a broken weight or image"
+            )
+        yield f"{indent}{key}: {_number(value)}\n"
+    yield f"{indent}shape: {tuple(record.shape)}\n"
+    yield f"{indent}total_numel: {record.count}\n"
+    yield f"{indent}samples: {record.samples}\n"
+
+
+def _number(value: float) -> str:
+    """The shortest text that reads back as the same number, as YAML 1.1 wants it: with a point.
+
+    >>> _number(0.1), _number(1e-05), _number(-3)
+    ('0.1', '1.0e-05', '-3.0')
+    """
+    text = repr(float(value))
+    return text if "." in text else text.replace("e", ".0e")
+
+
+def _text(key: str) -> str:
+    """A key, quoted where YAML would not take it for text.
+
+    >>> print(_text("layer1.0.conv1"), _text("0"), _text("on"))
+    layer1.0.conv1 "0" "on"
+    """
+    return key if _PLAIN.fullmatch(key) else json.dumps(key, ensure_ascii=False)
+
+
+def read_stats(path: str | Path) -> ModelStats:
+    """Reads our files and Distiller's.
+
+    What a Distiller file does not hold is derived: `samples` from total_numel and shape; without total_numel, `count`
+    and `samples` are those of the first batch. A module that Distiller saw but never ran is left out.
+
+    Raises:
+        StatsError: the file cannot be read or is not of this format, or holds NaN or infinity; with `file:line`.
+    """
+    try:
+        root = load_yaml(path)
+    except ConfigError as error:
+        raise StatsError(f"{error}; collect the statistics again with --qe-calibration") from None
+    layers = dict(_mapping(root, "the file"))
+    header = layers.pop(_HEADER, None)
+    read = {name: _layer(name, node) for name, node in layers.items()}
+    found = {name: layer for name, layer in read.items() if layer is not None}
+    if not found:
+        raise StatsError(f"{root.where}: the file holds no statistics; collect them with --qe-calibration")
+    return ModelStats(found, {} if header is None else _fingerprint(header))
+
+
+def check_fingerprint(stats: ModelStats, arch: str, weights_hash: str) -> None:
+    """Checks that statistics are of this model; those without a fingerprint (Distiller's) pass.
+
+    >>> check_fingerprint(ModelStats({}, {"arch": "vgg11"}), "vgg11", "c0ffee")
+    >>> check_fingerprint(ModelStats({}, {"arch": "vgg11"}), "resnet18", "c0ffee")
+    Traceback (most recent call last):
+    qlib.errors.StatsError: the statistics are of another model (arch 'vgg11', this one is 'resnet18'); collect them \
+again with --qe-calibration
+
+    Raises:
+        StatsError: naming what differs.
+    """
+    this = {"arch": arch, "weights": weights_hash}
+    different = [
+        f"{key} {stats.fingerprint[key]!r}, this one is {value!r}"
+        for key, value in this.items()
+        if stats.fingerprint.get(key, value) != value
+    ]
+    if different:
+        reason = "; ".join(different)
+        raise StatsError(f"the statistics are of another model ({reason}); collect them again with --qe-calibration")
+
+
+def _fingerprint(header: Node) -> dict[str, str | int]:
+    entries = dict(_mapping(header, _HEADER))
+    version = entries.pop("version", None)
+    if version is None or version.value != _VERSION:
+        where = (version or header).where
+        raise StatsError(f"{where}: {_HEADER} version is {version}; this program reads version {_VERSION}: update it")
+    fingerprint: dict[str, str | int] = {}
+    for key, node in entries.items():
+        if isinstance(node.value, bool) or not isinstance(node.value, (str, int)):
+            raise StatsError(f"{node.where}: {key} is {node}; allowed: text or a whole number")
+        fingerprint[key] = node.value
+    return fingerprint
+
+
+def _layer(name: str, node: Node) -> LayerStats | None:
+    """The statistics of a layer; None if it was never run."""
+    entries = _mapping(node, f"layer {name!r}")
+    _known(node, ("inputs", "output"), f"layer {name!r}")
+    if "output" not in entries:
+        raise StatsError(f"{node.where}: layer {name!r} lacks 'output'; collect the statistics again")
+    output = _record(f"the output of layer {name!r}", entries["output"])
+    inputs = _mapping(entries["inputs"], f"inputs of layer {name!r}") if "inputs" in entries else {}
+    for index, key in enumerate(inputs):
+        if key != str(index):
+            where = entries["inputs"].where_key(key)
+            raise StatsError(f"{where}: input {key!r} of layer {name!r} is out of order; inputs are numbered 0, 1, ...")
+    records = tuple(_record(f"input {key} of layer {name!r}", record) for key, record in inputs.items())
+    return None if output.min == sys.float_info.max else LayerStats(records, output)
+
+
+def _record(what: str, node: Node) -> TensorStats:
+    entries = _mapping(node, what)
+    _known(node, _KEYS, what)
+    values = {key: _float(f"{key} of {what}", entries[key]) for key in _FLOATS if key in entries}
+    for key in ("min", "max"):
+        if key not in values:
+            raise StatsError(f"{node.where}: {what} lacks {key!r}; collect the statistics again")
+    unused = values["min"] == sys.float_info.max == -values["max"]
+    if values["min"] > values["max"] and not unused:
+        where = node.where_key("min")
+        raise StatsError(f"{where}: min {values['min']} of {what} is above max {values['max']}; collect again")
+    for key in ("std", "b"):
+        if values.get(key, 0.0) < 0:
+            raise StatsError(f"{node.where_key(key)}: {key} of {what} is {values[key]}; it cannot be negative")
+    shape = _shape(what, entries["shape"]) if "shape" in entries else ()
+    count = _count(what, "total_numel", entries, math.prod(shape))
+    samples = _count(what, "samples", entries, count // max(1, math.prod(shape[1:])))
+    minimum, maximum = values.pop("min"), values.pop("max")
+    return TensorStats(count=count, samples=samples, min=minimum, max=maximum, shape=shape, **values)
+
+
+def _float(what: str, node: Node) -> float:
+    value = node.value
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise StatsError(f"{node.where}: {what} is {node}; it must be a number")
+    if not math.isfinite(value):
+        raise StatsError(f"{node.where}: {what} is {value}; statistics must be finite: collect them again")
+    return float(value)
+
+
+def _count(what: str, key: str, entries: Mapping[str, Node], absent: int) -> int:
+    if key not in entries:
+        return absent
+    value = entries[key].value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise StatsError(f"{entries[key].where}: {key} of {what} is {entries[key]}; it must be a whole number from 0")
+    return value
+
+
+def _shape(what: str, node: Node) -> tuple[int, ...]:
+    """`(128, 3, 32, 32)`; empty text where a module was never run."""
+    text = "" if node.value is None else node.value
+    if not isinstance(text, str) or not re.fullmatch(r"(\((\d+(, ?\d+)*,?)?\))?", text, re.ASCII):
+        raise StatsError(f"{node.where}: shape of {what} is {node}; it must be like (128, 3, 32, 32)")
+    return tuple(int(size) for size in re.findall(r"\d+", text))
+
+
+def _mapping(node: Node, what: str) -> Mapping[str, Node]:
+    if node.mapping is None:
+        raise StatsError(f"{node.where}: {what} is {node}, not a mapping; this is no statistics file")
+    return node.mapping
+
+
+def _known(node: Node, allowed: tuple[str, ...], what: str) -> None:
+    for key in node.mapping or {}:
+        if key not in allowed:
+            hint = did_you_mean(key, allowed)
+            raise StatsError(
+                f"{node.where_key(key)}: unknown key {key!r} in {what}; allowed: {', '.join(allowed)}{hint}"
+            )
