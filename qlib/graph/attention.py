@@ -44,8 +44,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         if source.bias_k is not None or source.add_zero_attn or source.in_proj_weight is None:
             raise ModelError(
-                f"attention {name!r} uses bias_kv, zero attention or separate key/value sizes, which cannot be quantized;"
-                " exclude them from the model"
+                f"attention {name!r} uses bias_kv, zero attention or separate key/value sizes, which cannot be"
+                " quantized; exclude them from the model"
             )
         self.heads, self.batch_first = source.num_heads, source.batch_first
         weights = source.in_proj_weight.chunk(3)
@@ -74,8 +74,7 @@ class SelfAttention(nn.Module):
         if key_padding_mask is not None or attn_mask is not None or is_causal:
             raise ModelError("attention with a mask cannot be quantized; call it without masks")
         q, k, v = (
-            self._split(project(x))
-            for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+            self._split(project(x)) for project, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         x = self.matmul_1(self.softmax(self.matmul(q, k)), v)
         x = x.transpose(1, 2).reshape(x.size(0), x.size(2), -1)
@@ -128,4 +127,5 @@ class WindowAttention(nn.Module):
             logits = self.mul(logits, self.logit_scale)
         attention = self.softmax(self.add(logits, self.position_bias), shape)
         out = self.matmul_1(attention, v).transpose(1, 2).reshape(windows.size(0), windows.size(1), -1)
-        return self.reverse(self.proj(out), shape)
+        result: Tensor = self.reverse(self.proj(out), shape)
+        return result

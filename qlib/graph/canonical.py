@@ -32,6 +32,12 @@ def _tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and bool(value.meta["tensor"])
 
 
+def _source(node: fx.Node) -> fx.Node | None:
+    """The tensor that an op of one input works on, however it was passed."""
+    value = node.args[0] if node.args else node.kwargs.get("input")
+    return value if isinstance(value, fx.Node) and bool(value.meta["tensor"]) else None
+
+
 def _function(graph: Graph, node: fx.Node) -> Canonical:
     """An `ops.Function`; operands that the model holds become its buffers."""
     inputs: list[fx.Node] = []
@@ -74,12 +80,18 @@ def _binary(make: Callable[[], nn.Module]) -> Callable[[Graph, fx.Node], Canonic
 
 
 def _activation(make: Callable[[], nn.Module]) -> Callable[[Graph, fx.Node], Canonical | None]:
-    return lambda graph, node: (make(), [node.args[0]]) if _tensor(node.args[0]) else None  # type: ignore[list-item]
+    def build(graph: Graph, node: fx.Node) -> Canonical | None:
+        source = _source(node)
+        return (make(), [source]) if source is not None else None
+
+    return build
 
 
 def _hardtanh(graph: Graph, node: fx.Node) -> Canonical | None:
-    given = [*node.args[1:], *node.kwargs.values()]
-    return (nn.ReLU6(), [node.args[0]]) if given[:2] == [0, 6] else None  # type: ignore[list-item]
+    """Only the ReLU6 among them."""
+    given = {**dict(zip(("input", "min_val", "max_val"), node.args, strict=False)), **node.kwargs}
+    source = _source(node)
+    return (nn.ReLU6(), [source]) if source and (given.get("min_val"), given.get("max_val")) == (0, 6) else None
 
 
 def _cat(graph: Graph, node: fx.Node) -> Canonical | None:
@@ -92,11 +104,12 @@ def _pool(make: type[nn.Module], *names: str) -> Callable[[Graph, fx.Node], Cano
     def build(graph: Graph, node: fx.Node) -> Canonical | None:
         arguments = _arguments(graph, node)
         options = {name: arguments[name] for name in names if name in arguments}
-        if any(isinstance(value, fx.Node) for value in options.values()) or arguments.get("return_indices"):
+        source = _source(node)
+        if source is None or any(isinstance(v, fx.Node) for v in options.values()) or arguments.get("return_indices"):
             return None
         if "stride" in options and options["stride"] in ((), []):
             options["stride"] = None
-        return make(**options), [node.args[0] if node.args else arguments["input"]]
+        return make(**options), [source]
 
     return build
 
@@ -105,19 +118,18 @@ def _mean(graph: Graph, node: fx.Node) -> Canonical | None:
     """Mean over both spatial axes is a global average pool; other means stay functions."""
     names = ("input", "dim", "keepdim")
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    dim, source = arguments.get("dim"), arguments["input"]
-    if not isinstance(dim, (list, tuple)) or len(source.meta.get("shape", ())) != 4:
+    dim, source = arguments.get("dim"), _source(node)
+    if source is None or not isinstance(dim, (list, tuple)) or len(source.meta.get("shape", ())) != 4:
         return None
-    return (
-        (ops.GlobalAvgPool(keepdim=bool(arguments.get("keepdim", False))), [source])
-        if sorted(d % 4 for d in dim) == [2, 3]
-        else None
-    )
+    if sorted(d % 4 for d in dim if isinstance(d, int)) != [2, 3]:
+        return None
+    return ops.GlobalAvgPool(keepdim=bool(arguments.get("keepdim", False))), [source]
 
 
 def _softmax(graph: Graph, node: fx.Node) -> Canonical | None:
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-    return (nn.Softmax(dim), [node.args[0]]) if isinstance(dim, int) else None  # type: ignore[list-item]
+    source = _source(node)
+    return (nn.Softmax(dim), [source]) if source is not None and isinstance(dim, int) else None
 
 
 def _einsum(graph: Graph, node: fx.Node) -> Canonical | None:

@@ -18,7 +18,15 @@ from qlib.graph.ir import MOVES, Graph, holds_tensor
 
 __all__ = ["capture"]
 
-_IDENTITY_MODULES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
+_IDENTITY_MODULES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    StochasticDepth,
+)
 _IDENTITY_FUNCTIONS = frozenset({"dropout", "stochastic_depth", "alpha_dropout", "feature_dropout"})
 
 
@@ -125,6 +133,10 @@ def _drop_same_size_pools(graph: Graph) -> None:
 class _Propagate(fx.Interpreter):
     """Runs the graph once; notes of each node whether it holds a tensor, and its shape, and keeps constant results."""
 
+    def __init__(self, graph: Graph, example_shape: tuple[int, ...]) -> None:
+        super().__init__(graph)
+        self.example_shape = example_shape
+
     def run_node(self, n: fx.Node) -> Any:
         try:
             value = super().run_node(n)
@@ -145,10 +157,8 @@ class _Propagate(fx.Interpreter):
 
 
 def _propagate(graph: Graph, example: Tensor) -> None:
-    interpreter = _Propagate(graph)
-    interpreter.example_shape = tuple(example.shape)  # type: ignore[assignment]
     with torch.no_grad():
-        interpreter.run(example)
+        _Propagate(graph, tuple(example.shape)).run(example)
     output = next(iter(reversed(graph.graph.nodes)))
     if not isinstance(output.args[0], fx.Node) or "shape" not in output.args[0].meta:
         raise ModelError("the model must return one tensor of logits in evaluation mode; wrap it so that it does")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.graph.ir import Graph, kind_of, layer_inputs, name_of
@@ -46,19 +45,27 @@ def fold_batch_norm(graph: Graph) -> dict[str, str]:
 @torch.no_grad()
 def _fold(layer: nn.Module, norm: nn.Module) -> None:
     """Replaces the layer's weight and bias by those of layer and batch-norm together."""
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, nn.Parameter) and isinstance(norm.running_mean, torch.Tensor)
-    groups = getattr(layer, "groups", 1)
-    transposed = kind_of(layer) == "conv_transpose"
+    weight, mean, variance = layer.weight, norm.running_mean, norm.running_var
+    assert isinstance(weight, Tensor)
+    assert isinstance(mean, Tensor)
+    assert isinstance(variance, Tensor)
     # In double: folding must not cost more than one rounding of the weights.
-    values = [t.double() if isinstance(t, torch.Tensor) else None for t in (
-        weight, bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)]
-    if transposed and groups > 1:  # [in, out / groups, ...] -> [in / groups, out, ...]
-        assert values[0] is not None
-        parts = values[0].unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
-        new_weight, new_bias = fuse_conv_bn_weights(parts, *values[1:4], norm.eps, *values[4:], transpose=True)  # type: ignore[arg-type]
-        new_weight = new_weight.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-    else:
-        new_weight, new_bias = fuse_conv_bn_weights(*values[:4], norm.eps, *values[4:], transpose=transposed)  # type: ignore[arg-type]
-    layer.weight = nn.Parameter(new_weight.to(weight.dtype))
-    layer.bias = nn.Parameter(new_bias.to(weight.dtype))
+    factor = _double(norm.weight, 1.0) * torch.rsqrt(variance.double() + norm.eps)  # type: ignore[operator]
+    bias = (_double(layer.bias, 0.0) - mean.double()) * factor + _double(norm.bias, 0.0)
+    layer.weight = nn.Parameter((weight.double() * _per_output(layer, factor)).to(weight.dtype))
+    layer.bias = nn.Parameter(bias.to(weight.dtype))
+
+
+def _double(value: Tensor | nn.Module | None, default: float) -> Tensor:
+    return value.double() if isinstance(value, Tensor) else torch.tensor(default, dtype=torch.float64)
+
+
+def _per_output(layer: nn.Module, factor: Tensor) -> Tensor:
+    """`factor`, one number for each output channel, shaped to multiply the weight of `layer`."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    ones = [1] * (weight.ndim - 2)
+    if not isinstance(layer, nn.modules.conv._ConvTransposeNd):
+        return factor.view(-1, 1, *ones)
+    grouped = factor.view(layer.groups, -1)  # the weight is [in, out / groups, ...], group by group
+    return grouped.repeat_interleave(weight.shape[0] // layer.groups, 0).view(weight.shape[0], -1, *ones)

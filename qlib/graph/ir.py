@@ -14,15 +14,29 @@ from torch import fx, nn
 
 from qlib.graph import ops
 
-__all__ = ["MOVES", "Graph", "attribute", "is_constant", "is_layer", "is_move", "kind_of", "layer_inputs", "layers", "name_of", "source_of", "tensor_users"]
+__all__ = [
+    "MOVES",
+    "Graph",
+    "attribute",
+    "is_constant",
+    "is_layer",
+    "is_move",
+    "kind_of",
+    "layer_inputs",
+    "layers",
+    "name_of",
+    "source_of",
+    "tensor_users",
+]
 
 Graph = fx.GraphModule
 
-MOVES = frozenset(
+_MOVES = (
     "view reshape flatten permute transpose contiguous chunk split getitem unsqueeze squeeze expand swapaxes pad roll"
     " unbind clone narrow movedim expand_as view_as t tile repeat detach _patch_merging_pad channel_shuffle"
-    " pixel_shuffle pixel_unshuffle swapdims unflatten flip select".split()
+    " pixel_shuffle pixel_unshuffle swapdims unflatten flip select"
 )
+MOVES = frozenset(_MOVES.split())
 """Names of the functions and methods that only move values (or pad with zeros): codes go through them unchanged."""
 
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
@@ -80,7 +94,8 @@ def is_layer(graph: Graph, node: fx.Node) -> bool:
 
 def is_move(graph: Graph, node: fx.Node) -> bool:
     """Whether the node's output holds the values of its first tensor input, moved."""
-    return bool(node.meta["tensor"]) and node.op not in ("placeholder", "get_attr", "output") and not is_layer(graph, node)
+    passes = node.op not in ("placeholder", "get_attr", "output") and not is_layer(graph, node)
+    return bool(node.meta["tensor"]) and passes
 
 
 def layers(graph: Graph) -> Iterator[tuple[fx.Node, nn.Module]]:

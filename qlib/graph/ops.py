@@ -117,7 +117,7 @@ class Move(Op):
 
 
 class WindowPartition(Move):
-    """``[N, H, W, C] -> [N * windows, h * w, C]``: pads to whole windows, rolls by `shift`, cuts (Swin, section 3.2)."""
+    """``[N, H, W, C] -> [N * windows, h * w, C]``: pads to whole windows, rolls by `shift`, cuts (Swin, sec. 3.2)."""
 
     def __init__(self, window: Sequence[int], shift: Sequence[int]) -> None:
         super().__init__()

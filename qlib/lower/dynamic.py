@@ -69,7 +69,8 @@ def quantize_each(name: str, x: Tensor, plan: TensorPlan) -> tuple[Tensor, Tenso
         stats = TensorStats(flat.shape[1], 1, low, high, low, high, average, std, b)
         ranges.append(CLIP_METHODS[plan.clip](stats, context))
     try:
-        params = qparams_from_range(*torch.tensor(ranges, dtype=torch.float64).unbind(1), plan.spec)
+        lows, highs = torch.tensor(ranges, dtype=torch.float64).T
+        params = qparams_from_range(lows, highs, plan.spec)
     except ValueError as error:
         raise StatsError(f"an input of {name!r} cannot be quantized: {error}; check the weights and images") from error
     scale, low, high = (t.to(x.device).view(-1, *[1] * (x.ndim - 1)) for t in (params.scale, params.low, params.high))
@@ -113,7 +114,8 @@ class DynamicMatMul(nn.Module):
 
     def __init__(self, name: str, module: MatMul, plan: LayerPlan) -> None:
         super().__init__()
-        assert plan.inputs[0] is not None and plan.inputs[1] is not None
+        assert plan.inputs[0] is not None
+        assert plan.inputs[1] is not None
         self.name, self.module, self.plans = name, module, (plan.inputs[0], plan.inputs[1])
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

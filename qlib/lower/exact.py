@@ -69,8 +69,10 @@ class _Builder:
         module, name = self.graph.get_submodule(str(node.target)), name_of(node)
         plan = self.plan.layers.get(name, LayerPlan(kind_of(module)))
         sources = layer_inputs(node)
-        inputs = {source: self._arrive(source, plan.inputs[i] if i < len(plan.inputs) else None)
-                  for i, source in enumerate(sources)}
+        inputs = {
+            source: self._arrive(source, plan.inputs[i] if i < len(plan.inputs) else None)
+            for i, source in enumerate(sources)
+        }
         activation = self.fused.get(node) if plan.output is not None else None
         bounds = None
         if activation is not None:
@@ -100,7 +102,8 @@ class _Builder:
 
     def _as_float(self, source: fx.Node) -> fx.Node:
         edge = self.edges[source]
-        return self.values[source] if edge is None else self._call("dequantize", source, Dequantize(edge), self.values[source])
+        value = self.values[source]
+        return value if edge is None else self._call("dequantize", source, Dequantize(edge), value)
 
     def _call(self, what: str, source: fx.Node, module: nn.Module, value: fx.Node) -> fx.Node:
         target, count = f"{what}_{source.name}", 0

@@ -36,9 +36,10 @@ class QParams:
     spec: QuantSpec
 
     def __post_init__(self) -> None:
-        assert self.scale.dtype == torch.float32 and self.zero_point.dtype == torch.int32
+        assert self.scale.dtype == torch.float32
+        assert self.zero_point.dtype == torch.int32
         assert self.scale.shape == self.zero_point.shape
-        assert bool(torch.isfinite(self.scale).all()) and bool((self.scale > 0).all()), self.scale
+        assert bool((torch.isfinite(self.scale) & (self.scale > 0)).all()), self.scale
 
     @property
     def low(self) -> Tensor:
@@ -67,7 +68,8 @@ def qparams_from_range(low: Tensor | float, high: Tensor | float, spec: QuantSpe
     - symmetric: ``s = sat / ((2^n - 1) / 2)``, restricted: ``s = sat / (2^(n-1) - 1)``; ``z = 0``
     - asymmetric: ``s = (hi - lo) / (2^n - 1)``, ``z = qmin - round(lo / s)``
 
-    An all-zero range, or one too small for float32, gives ``s = 1``. Raises ValueError for a range that is not finite or is reversed.
+    An all-zero range, or one too small for float32, gives ``s = 1``. Raises ValueError for a range that is not finite
+    or is reversed.
 
     >>> p = qparams_from_range(-2.0, 10.0, QuantSpec.of_mode("asym_u", 8))
     >>> round(1 / p.scale.item(), 4), p.zero_point.item()
@@ -154,5 +156,3 @@ def approximate_factor(factor: Tensor, bits: int) -> Tensor:
     exact = factor.double()
     shift = torch.floor(torch.log2((2**bits - 1) / exact))
     return (torch.floor(exact * 2**shift) / 2**shift).float()
-
-

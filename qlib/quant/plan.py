@@ -36,7 +36,8 @@ class TensorPlan:
         >>> TensorPlan(8, "asym_u", min=0.0, max=25.5).qparams().zero_point.item()
         0
         """
-        assert self.min is not None and self.max is not None, "a dynamic tensor has no fixed range"
+        assert self.min is not None, "a dynamic tensor has no fixed range"
+        assert self.max is not None, "a dynamic tensor has no fixed range"
         return qparams_from_range(self.min, self.max, self.spec)
 
 

@@ -41,9 +41,9 @@ class QuantSpec:
         """The smallest code."""
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + int(self.restricted)
+        return int(self.restricted) - (1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - int(self.signed)) - 1
+        return (1 << (self.bits - int(self.signed))) - 1

@@ -90,7 +90,8 @@ class _Planner:
     def _weight(self, kind: str, settings: LayerSettings) -> WeightPlan | None:
         if kind not in _WEIGHTED or not settings.bits_weights or settings.fake:
             return None
-        return WeightPlan(settings.bits_weights, settings.mode_weights, settings.per_channel_wts and kind != "embedding")
+        per_channel = settings.per_channel_wts and kind != "embedding"
+        return WeightPlan(settings.bits_weights, settings.mode_weights, per_channel)
 
     def _plan_float(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan | None:
         """The plan of a layer that computes in float whatever the statistics."""
@@ -124,7 +125,8 @@ class _Planner:
     def _plan_dynamic(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
         sources = layer_inputs(node)
         if kind not in _DYNAMIC or (kind != "matmul" and not self._weight(kind, settings)):
-            return LayerPlan(kind, (None,) * len(sources), note="dynamic: only weighted layers and matmul are quantized")
+            note = "dynamic: only weighted layers and matmul are quantized"
+            return LayerPlan(kind, (None,) * len(sources), note=note)
         inputs = tuple(
             TensorPlan(s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds)
             for s in (self._input_settings(settings, i) for i in range(len(sources)))
@@ -146,14 +148,20 @@ class _Planner:
         if self.arrives_quantized(source):
             if overridden:
                 producer = name_of(source_of(self.graph, source))
-                self._problem(node, "input_overrides",
-                              f"for input {index} conflicts: {producer!r} already quantizes it; override that layer")
+                self._problem(
+                    node,
+                    "input_overrides",
+                    f"for input {index} conflicts: {producer!r} already quantizes it; override that layer",
+                )
             return None
         if kind == "float_op" and not settings.quantize_inputs:
             return None
         if not settings.inputs_quant_auto_fallback and not overridden:
-            self._problem(node, "inputs_quant_auto_fallback",
-                          f"is false, but input {index} arrives in float; give input_overrides for it")
+            self._problem(
+                node,
+                "inputs_quant_auto_fallback",
+                f"is false, but input {index} arrives in float; give input_overrides for it",
+            )
             return None
         mine = self._input_settings(settings, index)
         if not mine.bits_activations:
@@ -172,7 +180,7 @@ class _Planner:
         stats = self._layer_stats(node).output
         norm = self.norm_of.get(name_of(node))
         assert self.stats is not None
-        if norm in self.stats.layers:
+        if norm is not None and norm in self.stats.layers:
             stats = self.stats.layers[norm].output
         seen = self._seen_by_successor(node, stats)
         return self._tensor_plan(node, "the output of", seen, settings, self._half_range(node, settings))

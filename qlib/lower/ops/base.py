@@ -101,17 +101,17 @@ class Grid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Centered codes of ``x``, given in units of the scale; `x` is overwritten."""
-        return x.round_().clamp_(self.low, self.high)
+        return torch.clamp_(x.round_(), self.low, self.high)
 
     def round_inside(self, x: Tensor) -> Tensor:
         """As `forward`, with the zero point inside the rounding, as some kernels have it (it matters on ties)."""
         if self.zero_point % 2 == 0:
-            return self(x)
-        return self(x.add_(self.zero_point).round_().sub_(self.zero_point))
+            return self.forward(x)
+        return self.forward(x.add_(self.zero_point).round_().sub_(self.zero_point))
 
     def quantize(self, x: Tensor) -> Tensor:
         """Centered codes of the real values `x`."""
-        return self(torch.div(x, self.scale))
+        return self.forward(torch.div(x, self.scale))
 
     def extra_repr(self) -> str:
         return f"scale={float(self.scale):.6g}, zero_point={self.zero_point}, codes={self.low}..{self.high}"

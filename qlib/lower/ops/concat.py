@@ -13,11 +13,12 @@ __all__ = ["ExactConcat"]
 
 
 class ExactConcat(nn.Module):
-    """``sat(rint(((q - z_x) * s_x) / s_y) + z_y)`` for an input on another grid; codes are copied where it is the same."""
+    """``sat(rint(((q - z_x) * s_x) / s_y) + z_y)`` for an input on another grid; codes on the same are copied."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        assert isinstance(site.module, Concat) and site.output is not None
+        assert isinstance(site.module, Concat)
+        assert site.output is not None
         self.dim = site.module.dim
         self.grid = Grid(site.output)
         self.count = len(site.inputs)

@@ -23,7 +23,8 @@ class ExactEmbedding(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         plan = site.plan.weight
-        assert plan is not None and isinstance(site.module, nn.Embedding)
+        assert plan is not None
+        assert isinstance(site.module, nn.Embedding)
         weight = site.module.weight.detach()
         params = qparams_from_range(*range_of_weight(weight, None), QuantSpec.of_mode(plan.mode, plan.bits))
         codes = quantize(weight, params) - params.zero_point

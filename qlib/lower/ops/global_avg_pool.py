@@ -28,7 +28,7 @@ class ExactGlobalAvgPool(nn.Module):
         count = codes.shape[-1] * codes.shape[-2]
         exact = codes if count * self.magnitude < EXACT_LIMIT else codes.double()
         total = exact.sum((-2, -1), keepdim=self.keepdim).float()
-        return self.grid(total.mul_(self.scale / (self.grid.scale * count)))
+        return self.grid.forward(total.mul_(self.scale / (self.grid.scale * count)))
 
 
 @LOWERINGS.register("global_avg_pool")

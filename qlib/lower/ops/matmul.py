@@ -20,7 +20,8 @@ class ExactMatMul(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        assert isinstance(site.module, MatMul) and site.output is not None
+        assert isinstance(site.module, MatMul)
+        assert site.output is not None
         a, b = site.codes_in()
         self.transpose = site.module.transpose
         self.magnitude = a.magnitude * b.magnitude
@@ -37,7 +38,7 @@ class ExactMatMul(nn.Module):
         acc = torch.matmul(a, b) if bound < EXACT_LIMIT else torch.matmul(a.double(), b.double()).float()
         if bound >= self.limit:
             acc = acc.clamp_(-self.limit, self.limit - 1)
-        return self.grid(acc.mul_(self.factor))
+        return self.grid.forward(acc.mul_(self.factor))
 
 
 @LOWERINGS.register("matmul")

@@ -25,7 +25,7 @@ def softmax_table(scale: float, size: int) -> Tensor:
 
 
 class ExactSoftmax(nn.Module):
-    """``min(rint((e * floor(1 / s_y)) / S) + z_y, 255)`` with ``e = T[q + 255 - max(q)]`` and a running float32 sum S."""
+    """``min(rint((e * floor(1 / s_y)) / S) + z_y, 255)``, ``e = T[q + 255 - max(q)]``, S their running float32 sum."""
 
     table: Tensor
 
@@ -46,7 +46,7 @@ class ExactSoftmax(nn.Module):
         total = columns[0].clone()
         for column in columns[1:]:  # in order, as the kernel adds: another order rounds differently
             total += column
-        return self.grid((exponentials * self.steps).div_(total[..., None]))
+        return self.grid.forward((exponentials * self.steps).div_(total[..., None]))
 
 
 @LOWERINGS.register("softmax")

@@ -28,9 +28,15 @@ from qlib.quant.spec import QuantSpec
 
 __all__ = ["ExactWeighted", "FloatWeighted", "accumulator_bounds", "split_points"]
 
+_Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
-def _out_axis(module: nn.Module) -> int:
-    return 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+
+def _swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
+    """The weight as ``[out, in / groups, ...]``, and back: a transposed layer holds ``[in, out / groups, ...]``."""
+    if not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return weight
+    by_group = weight.view(module.groups, -1, *weight.shape[1:])
+    return by_group.transpose(1, 2).flatten(0, 1)
 
 
 def _smallest_dtype(spec: QuantSpec) -> torch.dtype:
@@ -42,7 +48,7 @@ def _smallest_dtype(spec: QuantSpec) -> torch.dtype:
 
 
 class _QuantizedWeight(nn.Module):
-    """A layer's integer weight, with what is derived from it after each load."""
+    """A layer's integer weight ``[out, in / groups, ...]``, with what is derived from it after each load."""
 
     weight_codes: Tensor
     weight_scale: Tensor
@@ -50,19 +56,18 @@ class _QuantizedWeight(nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        plan, module = site.plan.weight, site.module
+        plan, weight = site.plan.weight, site.module.weight
         assert plan is not None
-        # Only one channel axis of a grouped transposed weight belongs to one group: per tensor there.
-        grouped = _out_axis(module) == 1 and getattr(module, "groups", 1) > 1
-        axis = _out_axis(module) if plan.per_channel and not grouped else None
-        self.spec = QuantSpec.of_mode(plan.mode, plan.bits, axis)
-        weight = module.weight
         assert isinstance(weight, Tensor)
-        params = qparams_from_range(*range_of_weight(weight.detach(), axis), self.spec)
-        self.register_buffer("weight_codes", quantize(weight.detach(), params).to(_smallest_dtype(self.spec)))
+        weight = _swap_channels(site.module, weight.detach())
+        axis = 0 if plan.per_channel else None
+        self.spec = QuantSpec.of_mode(plan.mode, plan.bits, axis)
+        low, high = range_of_weight(weight, axis)
+        params = qparams_from_range(low, high, self.spec)
+        self.register_buffer("weight_codes", quantize(weight, params).to(_smallest_dtype(self.spec)))
         self.register_buffer("weight_scale", params.scale)
         self.register_buffer("weight_zero_point", params.zero_point)
-        self.register_load_state_dict_post_hook(lambda module, keys: module.prepare())
+        self.register_load_state_dict_post_hook(lambda module, keys: module.prepare())  # type: ignore[no-untyped-call]
 
     @property
     def weight_params(self) -> QParams:
@@ -79,7 +84,10 @@ class _QuantizedWeight(nn.Module):
 
 
 class FloatWeighted(_QuantizedWeight):
-    """A layer with an integer weight and float activations: computes with the dequantized weight."""
+    """A layer with an integer weight, and float before or after it: computes with the dequantized weight."""
+
+    weight: Tensor
+    scale: Tensor | None
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -88,14 +96,16 @@ class FloatWeighted(_QuantizedWeight):
         self.register_buffer("weight", None, persistent=False)
         edge = site.inputs[0]
         self.register_buffer("scale", edge.scale if edge is not None else None, persistent=False)
+        self.grid = Grid(site.output) if site.output is not None else None
         self.prepare()
 
     def prepare(self) -> None:
-        self.weight = dequantize(self.weight_codes.float(), self.weight_params)
+        self.weight = _swap_channels(self.module, dequantize(self.weight_codes.float(), self.weight_params))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.scale is None else x * self.scale
-        return torch.func.functional_call(self.module, {"weight": self.weight}, (x,))  # type: ignore[no-any-return]
+        y: Tensor = torch.func.functional_call(self.module, {"weight": self.weight}, (x,))
+        return y if self.grid is None else self.grid.quantize(y)
 
 
 class ExactWeighted(_QuantizedWeight):
@@ -106,6 +116,11 @@ class ExactWeighted(_QuantizedWeight):
     ``float32(acc)``), and where that is impossible the layer computes in float64.
     """
 
+    weights: Tensor
+    bias: Tensor | None
+    bias_codes: Tensor | None
+    factor: Tensor
+
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         (edge,) = site.codes_in()
@@ -113,17 +128,15 @@ class ExactWeighted(_QuantizedWeight):
         self.grid = Grid(site.output) if site.output is not None else None
         self.apply_weight, self.splittable = _applier(site.module)
         self.ndim = self.weight_codes.ndim - 2
-        self.out_axis = _out_axis(site.module)
         self.register_buffer("bias_codes", self._bias_codes(site.module))
         for name in ("weights", "bias", "factor"):
             self.register_buffer(name, None, persistent=False)
         self.prepare()
 
     def _bias_codes(self, module: nn.Module) -> Tensor | None:
-        bias = module.bias
+        bias: Tensor | None = getattr(module, "bias", None)
         if bias is None:
             return None
-        assert isinstance(bias, Tensor)
         limit = 2 ** (self.plan.bits_bias - 1)
         codes = torch.round(bias.detach() / (self.edge.scale * self.weight_scale)).double()
         return codes.clamp(-limit, limit - 1).to(torch.int32)
@@ -137,8 +150,7 @@ class ExactWeighted(_QuantizedWeight):
                 factor = approximate_factor(factor, self.plan.scale_approx_bits)
         self.factor = factor.view(-1, *[1] * self.ndim) if factor.ndim else factor
         weight = self.centered_weight()
-        out_first = weight.movedim(self.out_axis, 0)
-        bounds = accumulator_bounds(out_first, self.bias_codes, self.edge, by_channel=self.splittable)
+        bounds = accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=self.splittable)
         total = float(bounds.sum(0).max())
         limit = 2 ** (self.plan.bits_accum - 1)
         self.saturation = limit if total >= limit else None
@@ -179,9 +191,9 @@ class ExactWeighted(_QuantizedWeight):
 def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_channel: bool) -> Tensor:
     """``[in_channels, out_channels]``: how far each input channel can move each accumulator (the bias is in the first).
 
-    `weight` is centered, ``[out, in, ...]``. With ``p`` and ``n`` the sums of the positive and negative weights, any
-    partial sum over codes ``low .. high`` stays within ``max(p * high - n * low, n * high - p * low)``. One row for
-    all input channels together where `by_channel` is false.
+    `weight` is centered, ``[out, in / groups, ...]``. With ``p`` and ``n`` the sums of the positive and negative
+    weights, any partial sum over codes ``low .. high`` stays within ``max(p * high - n * low, n * high - p * low)``.
+    One row for all input channels together where `by_channel` is false.
 
     >>> edge = Edge.of(qparams_from_range(0.0, 25.5, QuantSpec.of_mode("asym_u", 8)))
     >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, edge, by_channel=False)
@@ -193,8 +205,7 @@ def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_ch
     up, down = positive * edge.high - negative * edge.low, negative * edge.high - positive * edge.low
     bounds = torch.maximum(up, down).transpose(0, 1).contiguous()
     if bias is not None:
-        # A grouped transposed weight has fewer rows than the bias: take the largest, the bound only grows.
-        bounds[0] += bias.double().abs() if bias.numel() == bounds.shape[1] else bias.double().abs().max()
+        bounds[0] += bias.double().abs()
     return bounds
 
 
@@ -218,17 +229,17 @@ def split_points(bounds: Tensor) -> list[int] | None:
     return cuts
 
 
-def _applier(module: nn.Module) -> tuple[Callable[[Tensor, Tensor, Tensor | None], Tensor], bool]:
+def _applier(module: nn.Module) -> tuple[_Apply, bool]:
     """The function of (codes, weight, bias) that the layer computes, and whether its input channels can be split."""
     if isinstance(module, nn.Linear):
         return F.linear, True
     assert isinstance(module, nn.modules.conv._ConvNd)
     options: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        function = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[module.weight.ndim - 2]
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[module.weight.ndim - 3]
         options |= {"padding": module.padding, "output_padding": module.output_padding}
-        return lambda x, w, b: function(x, w, b, **options), False
-    function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[module.weight.ndim - 2]
+        return lambda x, w, b: transposed(x, _swap_channels(module, w), b, **options), False
+    function: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[module.weight.ndim - 3]
     mode, pads = module.padding_mode, module._reversed_padding_repeated_twice
     if mode == "zeros":
         options["padding"] = module.padding
@@ -251,5 +262,5 @@ def lower_weighted(site: Site) -> Lowered:
     if site.plan.weight is None:
         return lower_float(site)
     if site.inputs[0] is None or site.output is None:
-        return FloatWeighted(site), None
+        return FloatWeighted(site), site.output
     return ExactWeighted(site), site.output
