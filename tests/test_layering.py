@@ -1,0 +1,162 @@
+"""The architecture: imports go downward only, and some things live in one place only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LINES = (
+    ("errors",),
+    ("registry", "progress"),
+    ("quant.spec", "quant.affine", "quant.plan", "stats.tensor_stats", "checkpoint_file"),
+    ("clip", "graph", "config", "data", "models"),
+    ("lower", "quant.plan_schema", "quant.plan_file", "stats.collect", "stats.stats_file"),
+    ("quantizers", "evaluate"),
+    ("checkpoint", "runlog", "report", "summary"),
+    ("compress_classifier",),
+    ("cli", "cli_flags"),
+    ("compress",),
+)
+"""Each line imports only from the lines before it; a package may import its own modules of its own line or before."""
+
+HOME = {
+    "argparse": {"cli", "cli_flags"},
+    "yaml": {"config", "quant.plan_file", "quant.plan_schema", "stats.stats_file"},
+}
+"""Modules of others that only some of ours import."""
+
+NOWHERE = ("torch.ao", "torch.quantization")
+MAY_PRINT = {"cli", "compress"}
+LIGHT = ("errors", "registry", "config", "cli", "cli_flags")
+"""What ``--help`` imports: nothing heavy."""
+
+
+def rank(module: str) -> int | None:
+    """The line of a module of ours, found by its longest known prefix."""
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:end])
+        for line, members in enumerate(LINES):
+            if prefix in members:
+                return line
+    return None
+
+
+def belongs(module: str, members: set[str]) -> bool:
+    return any(module == member or module.startswith(member + ".") for member in members)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and full name of every import, those inside functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            bare = node.module in ("qlib", "torch")
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if bare else [str(node.module)]
+            yield from ((node.lineno, name) for name in names)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module of ours (named without ``qlib.``) does that the architecture forbids."""
+    tree, found = ast.parse(source), []
+    own = rank(module)
+    if own is None:
+        return [f"{module} has no place in LINES"]
+    for line, name in imports(tree):
+        where = f"{module}:{line} imports {name}"
+        if name.startswith("qlib."):
+            target = name.removeprefix("qlib.")
+            theirs, same = rank(target), target.split(".")[0] == module.split(".")[0]
+            same = same or {target, module} <= {"cli", "cli_flags"}
+            if theirs is None or theirs > own or (theirs == own and not same):
+                found.append(f"{where}, which is not below it")
+        if any(name == banned or name.startswith(banned + ".") for banned in NOWHERE):
+            found.append(f"{where}, which is being deleted")
+        home = HOME.get(name.split(".")[0])
+        if home is not None and not belongs(module, home):
+            found.append(f"{where}, which only {sorted(home)} may")
+    if module not in MAY_PRINT:
+        found += [f"{module}:{node.lineno} {what}" for node, what in prints(tree)]
+    return found
+
+
+def prints(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in ("print", "exit", "quit"):
+            yield node, f"uses {node.id}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.exit", "os._exit"):
+            yield node, f"uses {ast.unparse(node)}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(NOWHERE):
+            yield node, f"uses {ast.unparse(node)}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "qlib" else parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {
+    module_name(path): path
+    for path in [*sorted((ROOT / "qlib").rglob("*.py")), ROOT / "compress.py"]
+    if path.read_text().strip() and module_name(path)
+}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_architecture(module: str) -> None:
+    source = FILES[module].read_text()
+    if module in ("quant", "stats"):  # packages that span lines: importing one module must not import another
+        assert not list(imports(ast.parse(source)))
+    else:
+        assert violations(module, source) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("graph.fuse", "from qlib.lower import lower", "graph.fuse:1 imports qlib.lower, which is not below it"),
+        ("graph.fuse", "from qlib import clip", "graph.fuse:1 imports qlib.clip, which is not below it"),
+        ("clip.avg", "def f():\n    import qlib.evaluate", "clip.avg:2 imports qlib.evaluate, which is not below it"),
+        ("quant.affine", "import qlib.quant.plan_file", "imports qlib.quant.plan_file, which is not below it"),
+        ("runlog", "import argparse", "which only ['cli', 'cli_flags'] may"),
+        ("models.spec", "import yaml", "models.spec:1 imports yaml"),
+        ("lower.exact", "from torch import ao", "imports torch.ao, which is being deleted"),
+        ("lower.exact", "from torch.ao.quantization import x", "which is being deleted"),
+        ("lower.exact", "import torch\ntorch.quantization.prepare(m)", "uses torch.quantization"),
+        ("evaluate", "print(1)", "evaluate:1 uses print"),
+        ("evaluate", "import sys\nsys.exit(1)", "evaluate:2 uses sys.exit"),
+        ("nowhere", "", "nowhere has no place in LINES"),
+    ],
+)
+def test_a_breach_is_found(module: str, source: str, complaint: str) -> None:
+    assert any(complaint in found for found in violations(module, source)), violations(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lower.exact", "from qlib.graph import Graph\nfrom qlib.lower.ops import add"),
+        ("quant.plan_file", "import yaml\nfrom qlib.quant.plan import Plan"),
+        ("cli", "import argparse, sys\nfrom qlib.cli_flags import x\nprint(1); sys.exit(2)"),
+    ],
+)
+def test_what_is_allowed_passes(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_help_imports_nothing_heavy() -> None:
+    light = [module for module in FILES if belongs(module, set(LIGHT))]
+    code = "\n".join(f"import qlib.{module}" for module in light)
+    code += "\nimport sys; print([m for m in ('torch', 'numpy', 'scipy', 'sklearn') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]"
