@@ -1,0 +1,219 @@
+"""What a plan file may hold: strict reading of its tree, with every mistake at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlib.config.fields import CLIP_NAMES
+from qlib.config.yaml_source import Node
+from qlib.errors import ConfigError, did_you_mean
+from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quant.spec import MODES
+
+__all__ = ["HEADER", "KINDS", "SCALARS", "VERSION", "has_output", "has_weight", "plan_from_node"]
+
+HEADER = "qlib_plan"
+VERSION = 1
+
+_WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
+_WITHOUT_OUTPUT = ("relu", "max_pool", "embedding")
+KINDS = (
+    *_WEIGHTED,
+    *("matmul", "add", "mul", "concat", "relu", "max_pool", "avg_pool", "global_avg_pool", "softmax", "float_op"),
+)
+"""The layer kinds, those of `qlib.graph.kind_of` that change values."""
+
+
+def has_weight(kind: str) -> bool:
+    """Whether layers of this kind have a weight."""
+    return kind in _WEIGHTED
+
+
+def has_output(kind: str) -> bool:
+    """Whether layers of this kind put their output on a grid of their own: others keep that of their input."""
+    return kind not in _WITHOUT_OUTPUT
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What one key allows: a test, the words for it, and the names to suggest from."""
+
+    accepts: Callable[[object], bool]
+    allowed: str
+    names: tuple[str, ...] = ()
+
+
+def _whole(low: int, high: int) -> _Value:
+    allowed = f"a whole number from {low} to {high}" if low < high else str(low)
+    return _Value(lambda value: type(value) is int and low <= value <= high, allowed)
+
+
+def _one_of(names: tuple[str, ...]) -> _Value:
+    return _Value(lambda value: isinstance(value, str) and value in names, ", ".join(names), names)
+
+
+def _or_null(other: _Value) -> _Value:
+    return _Value(lambda value: value is None or other.accepts(value), f"{other.allowed}, or null", other.names)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+_LARGEST = 3.4e38  # of float32: beyond it a scale is infinite
+_NUMBER = _Value(_number, f"a number such as 0.5 or 1.0e-5, within +-{_LARGEST:g}")
+_POSITIVE = _Value(lambda value: _number(value) and value > 0, "a number above 0")  # type: ignore[operator]
+_FLAG = _Value(lambda value: isinstance(value, bool), "true or false")
+_BITS, _MODE = _whole(2, 16), _one_of(MODES)
+_NODE = _Value(lambda value: True, "")
+
+_TENSOR = {
+    "bits": _BITS,
+    "mode": _MODE,
+    "clip": _one_of(CLIP_NAMES),
+    "min": _NUMBER,
+    "max": _NUMBER,
+    "n_stds": _POSITIVE,
+}
+_WEIGHT = {"bits": _BITS, "mode": _MODE, "per_channel": _FLAG}
+SCALARS: Mapping[str, _Value] = {
+    "bits_bias": _whole(2, 32),
+    "bits_accum": _whole(2, 32),
+    "scale_approx_bits": _or_null(_whole(1, 31)),
+    "float_bits": _or_null(_Value(lambda value: type(value) is int and value in (16, 32, 64), "16, 32, 64")),
+    "note": _Value(lambda value: isinstance(value, str), "text"),
+}
+"""The fields of `LayerPlan` that are no tensors."""
+_LAYER = {"kind": _one_of(KINDS), "inputs": _NODE, "weight": _NODE, "output": _NODE, **SCALARS}
+
+
+def plan_from_node(root: Node) -> Plan:
+    """The plan of a file's tree.
+
+    Raises:
+        ConfigError: every mistake, each as `file:line: sentence`.
+    """
+    reader = _Reader([])
+    plan = reader.plan(root)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return plan
+
+
+@dataclass
+class _Reader:
+    """Reads nodes and collects problems; what it returns is only of use where there were none."""
+
+    problems: list[str]
+    dynamic: bool = False
+
+    def plan(self, root: Node) -> Plan:
+        """The whole file."""
+        top = self._children(root, "the file", {HEADER: _NODE, "layers": _NODE}, (HEADER, "layers"))
+        if HEADER in top:
+            known = {"version": _whole(VERSION, VERSION), "dynamic": _FLAG}
+            header = self._values(top[HEADER], HEADER, known, ("version", "dynamic"))
+            self.dynamic = header.get("dynamic") is True
+        layers = self._mapping(top["layers"], "layers") if "layers" in top else {}
+        return Plan({name: self._layer(name, node) for name, node in layers.items()}, self.dynamic)
+
+    def _layer(self, name: str, node: Node) -> LayerPlan:
+        what = f"layer {name!r}"
+        entries = node.mapping or {}
+        kind = str(entries["kind"].value) if "kind" in entries else ""
+        required = ["kind", "inputs"]
+        if kind in KINDS:
+            required += ["weight"] * has_weight(kind) + ["output"] * has_output(kind)
+        found = self._children(node, what, _LAYER, required)
+        values: dict[str, Any] = {key: child.value for key, child in found.items() if key in ("kind", *SCALARS)}
+        if "inputs" in found:
+            values["inputs"] = self._inputs(found["inputs"], what)
+        if "weight" in found:
+            values["weight"] = self._weight(found["weight"], what)
+        if "output" in found:
+            values["output"] = self._tensor(found["output"], f"the output of {what}")
+        self._conflicts(node, name, values)
+        return LayerPlan(**{"kind": "", **values})
+
+    def _conflicts(self, node: Node, name: str, values: Mapping[str, Any]) -> None:
+        """Settings that are allowed one by one, but of which one would have no effect."""
+        kind = values.get("kind", "")
+        weight, output = values.get("weight") is not None, values.get("output") is not None
+        conflicts = (
+            (weight and kind and not has_weight(kind), "weight", f"a layer of kind {kind} has no weight; remove it"),
+            (output and kind and not has_output(kind), "output", f"kind {kind} keeps its input's grid; remove output"),
+            (output and self.dynamic, "output", "a dynamic plan leaves outputs in float; write null"),
+            (weight and values.get("float_bits"), "float_bits", "its weight is in integers; remove one of the two"),
+        )
+        for conflict, key, sentence in conflicts:
+            if conflict:
+                self._problem(node.where_key(key), f"{key} of layer {name!r} has no effect: {sentence}")
+
+    def _inputs(self, node: Node, what: str) -> tuple[TensorPlan | None, ...]:
+        if not isinstance(node.value, tuple):
+            self._problem(
+                node.where, f"inputs of {what} is {node}; allowed: a list of one tensor or null for each input"
+            )
+            return ()
+        return tuple(self._tensor(item, f"input {index} of {what}") for index, item in enumerate(node.value))
+
+    def _tensor(self, node: Node, what: str) -> TensorPlan | None:
+        if node.value is None:
+            return None
+        required = ("bits", "mode") if self.dynamic else ("bits", "mode", "min", "max")
+        values = self._values(node, what, _TENSOR, required)
+        for key in ("min", "max"):
+            if self.dynamic and key in values:
+                self._problem(node.where_key(key), f"{what}: a dynamic plan has no ranges; remove {key}")
+        for key in ("min", "max", "n_stds"):
+            if key in values:
+                values[key] = float(values[key])
+        if values.get("min", -math.inf) > values.get("max", math.inf):
+            self._problem(
+                node.where_key("min"), f"min {values['min']} of {what} is above max {values['max']}; swap them"
+            )
+        if self.dynamic and values.get("clip") == "n_std" and "n_stds" not in values:
+            self._problem(node.where, f"{what}: clip n_std needs n_stds, a number above 0")
+        return TensorPlan(**{"bits": 8, "mode": "sym", **values})
+
+    def _weight(self, node: Node, what: str) -> WeightPlan | None:
+        if node.value is None:
+            return None
+        values = self._values(node, f"the weight of {what}", _WEIGHT, ("bits", "mode"))
+        return WeightPlan(**{"bits": 8, "mode": "sym", **values})
+
+    def _values(self, node: Node, what: str, known: Mapping[str, _Value], required: Sequence[str]) -> dict[str, Any]:
+        """The values of a mapping that are allowed."""
+        return {key: child.value for key, child in self._children(node, what, known, required).items()}
+
+    def _children(self, node: Node, what: str, known: Mapping[str, _Value], required: Sequence[str]) -> dict[str, Node]:
+        """The entries of a mapping whose key is known and whose value is allowed."""
+        entries = self._mapping(node, what)
+        found: dict[str, Node] = {}
+        for key, child in entries.items():
+            if key not in known:
+                hint = did_you_mean(key, known)
+                allowed = ", ".join(known)
+                self._problem(node.where_key(key), f"unknown key {key!r} in {what}; allowed: {allowed}{hint}")
+            elif not known[key].accepts(child.value):
+                hint = did_you_mean(str(child.value), known[key].names)
+                self._problem(child.where, f"{key} of {what} is {child}; allowed: {known[key].allowed}{hint}")
+            else:
+                found[key] = child
+        if node.mapping is not None:
+            for key in required:
+                if key not in entries:
+                    remedy = "add it, with null for float" if key in ("weight", "output") else "add it"
+                    self._problem(node.where, f"{what} lacks {key!r}; {remedy}")
+        return found
+
+    def _mapping(self, node: Node, what: str) -> Mapping[str, Node]:
+        if node.mapping is None:
+            self._problem(node.where, f"{what} is {node}; allowed: a mapping of names to values")
+        return node.mapping or {}
+
+    def _problem(self, where: str, sentence: str) -> None:
+        self.problems.append(f"{where}: {sentence}")
