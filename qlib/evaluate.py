@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Evaluation", "Meter", "evaluate", "wilson_interval"]
+__all__ = ["Evaluation", "Meter", "evaluate", "evaluate_together", "wilson_interval"]
+
+MICRO_BATCH = 32
+"""Images in one forward pass: activations of more would leave the cache between one layer and the next."""
 
 _Z_95 = 1.959963984540054
 
@@ -95,30 +98,33 @@ class Meter:
         loss, top1, top5 = self.running
         predictions, labels = torch.cat(self._predictions), torch.cat(self._labels)
         confusion = torch.bincount(labels * self._classes + predictions, minlength=self._classes**2)
-        return Evaluation(
-            self.samples, top1, top5, loss, predictions, confusion.view(self._classes, self._classes)
-        )
+        return Evaluation(self.samples, top1, top5, loss, predictions, confusion.view(self._classes, self._classes))
 
 
 def _percent(hits: Tensor) -> float:
     return 100 * float(hits.double().mean())
 
 
-@torch.inference_mode()
 def evaluate(
     model: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str = "cpu",
-    on_batch: Callable[[Meter], None] = lambda meter: None,
-    micro_batch: int | None = None,
 ) -> Evaluation:
-    """Runs the model over all batches of ``(images, labels)``; `on_batch` is told after each.
+    """Runs the model over all batches of ``(images, labels)``."""
+    (result,) = evaluate_together([model], [Meter()], batches, device)
+    return result
 
-    With `micro_batch` the images go through the model in parts of that size, which keeps activations in cache.
-    """
-    meter = Meter()
+
+@torch.inference_mode()
+def evaluate_together(
+    models: Sequence[Callable[[Tensor], Tensor]],
+    meters: Sequence[Meter],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+) -> list[Evaluation]:
+    """Runs every model over the same batches, read once; each fills its own meter."""
     for images, labels in batches:
-        parts = images.split(micro_batch) if micro_batch else [images]
-        meter.add(torch.cat([model(part.to(device)).cpu() for part in parts]), labels)
-        on_batch(meter)
-    return meter.result()
+        images = images.to(device)
+        for model, meter in zip(models, meters, strict=True):
+            meter.add(torch.cat([model(part) for part in torch.split(images, MICRO_BATCH)]), labels)
+    return [meter.result() for meter in meters]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qlib.errors import OutputError, StatsError
 from qlib.graph.ir import Graph, attribute, is_constant, is_layer, is_move, layer_inputs, layers, name_of
@@ -20,10 +20,12 @@ from qlib.stats.tensor_stats import LayerStats, TensorStats
 
 __all__ = ["MICRO_BATCH", "Collector"]
 
-MICRO_BATCH = 8
+MICRO_BATCH = 16
 """Images in one forward pass: small enough that an activation is still in cache when its statistics are taken."""
 
-_SAME_VALUES = frozenset("view reshape flatten permute transpose contiguous unsqueeze squeeze swapaxes".split())
+_SAME_VALUES = frozenset(
+    {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "swapaxes"}
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class _State:
     """What is kept for each of E tensors: float64, sums over all elements seen, with a running pivot p.
 
     `reference` is the mean of the first batch: s1 = sum(x - r) and s2 = sum((x - r)^2) do not cancel.
-    `absolute` = sum|x - p|, `sign` = sum sgn(x - p), `sign_pivot` = sum p sgn(x - p).
+    `absolute` = sum|x - p|, `sign` = sum sgn(x - p), `sign_pivot` = sum p sgn(x - p). `samples` images were measured
+    of the `consumed` ones that the data set was asked for (corrupt ones are left out).
     """
 
     min: Tensor
@@ -45,17 +48,25 @@ class _State:
     sign: Tensor
     sign_pivot: Tensor
     count: Tensor
+    samples: Tensor
+    consumed: Tensor
 
     @property
     def mean(self) -> Tensor:
         return self.reference + self.s1 / self.count
+
+    @property
+    def is_offset(self) -> Tensor:
+        """Where the mean is so far from 0 that float32 sums of squares need an origin near it."""
+        variance = self.s2 / self.count - (self.s1 / self.count).square()
+        return self.mean.square() > 16 * variance
 
     def add(self, batch: _State) -> _State:
         """The sums of both; the reference of `self` stays."""
         shift = batch.reference - self.reference
         sums = {
             name: getattr(self, name) + getattr(batch, name)
-            for name in ("avg_min", "avg_max", "absolute", "sign", "sign_pivot", "count")
+            for name in ("avg_min", "avg_max", "absolute", "sign", "sign_pivot", "count", "samples", "consumed")
         }
         return _State(
             min=torch.minimum(self.min, batch.min),
@@ -76,7 +87,6 @@ class Collector:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self.samples = 0
         self._graph = graph
         self._nodes = self._measured()
         self._shapes: dict[str, list[int]] = {}
@@ -99,32 +109,42 @@ class Collector:
             node = layer_inputs(node)[0]
         return node
 
-    @torch.inference_mode()
-    def update(self, images: Tensor) -> None:
-        """Adds a batch ``[N, ...]``, in micro-batches. Raises StatsError, naming the layer, for a NaN or infinity."""
-        for part in images.split(MICRO_BATCH):
-            pivots = None if self._state is None else self._state.mean.float()
-            raw, counts, shapes = self._observer.measure(part, pivots)
-            if not bool(torch.isfinite(raw).all()):
-                self._refuse(raw)
-            batch = _batch_state(raw, counts, len(part))
-            self._state = batch if self._state is None else self._state.add(batch)
-            self._shapes = self._shapes or shapes
-            self.samples += len(part)
+    @property
+    def samples(self) -> int:
+        """The number of images measured."""
+        return 0 if self._state is None else int(self._state.samples)
 
-    def _refuse(self, raw: Tensor) -> None:
-        bad = (~torch.isfinite(raw)).any(0).tolist()
+    @torch.inference_mode()
+    def update(self, images: Tensor, consumed: int | None = None) -> None:
+        """Adds a batch ``[N, ...]``, in micro-batches, whole or (when interrupted) not at all.
+
+        `consumed` is how many images the data set was asked for, N unless corrupt ones were left out.
+        Raises StatsError, naming the layer, for a NaN or infinity.
+        """
+        state = self._state
+        for part in torch.split(images, MICRO_BATCH):
+            batch, shapes = self._observer.measure(part, state)
+            if not bool(torch.isfinite(batch.s2).all()):  # NaN or infinity anywhere ends up here
+                self._refuse(batch.s2, 0 if state is None else int(state.samples))
+            state = batch if state is None else state.add(batch)
+            self._shapes = self._shapes or shapes
+        if state is not None and consumed is not None:
+            state = replace(state, consumed=state.consumed + (consumed - len(images)))
+        self._state = state
+
+    def _refuse(self, s2: Tensor, samples: int) -> None:
+        bad = (~torch.isfinite(s2)).tolist()
         node = next(node for node, is_bad in zip(self._nodes, bad, strict=True) if is_bad)
         raise StatsError(
-            f"the output of {name_of(node)!r} holds NaN or infinity, in images {self.samples} to"
-            f" {self.samples + MICRO_BATCH - 1} of the calibration set; check the weights and these images"
+            f"the output of {name_of(node)!r} holds NaN or infinity, in images {samples} to"
+            f" {samples + MICRO_BATCH - 1} of the calibration set; check the weights and these images"
         )
 
     def result(self) -> dict[str, LayerStats]:
         """Layer name -> statistics, in execution order. Raises StatsError when no image was seen."""
         if self._state is None:
             raise StatsError("no image was seen, so there are no statistics; calibrate on at least one image")
-        columns = {name: values.tolist() for name, values in vars(self._state).items()}
+        columns = {name: values.expand(len(self._nodes)).tolist() for name, values in vars(self._state).items()}
         measured = {
             node: self._tensor_stats({name: values[i] for name, values in columns.items()}, self._shapes[node.name])
             for i, node in enumerate(self._nodes)
@@ -159,12 +179,12 @@ class Collector:
     def save(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         """Writes all that `load` needs to go on from here, atomically."""
         assert self._state is not None
-        header = {"fingerprint": fingerprint, "samples": self.samples, "shapes": self._shapes}
+        header = {"fingerprint": fingerprint, "shapes": self._shapes}
         temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(
-                {name: value.cpu() for name, value in vars(self._state).items()},
+                {name: value.cpu().contiguous() for name, value in vars(self._state).items()},
                 temporary,
                 metadata={"qlib": json.dumps(header, sort_keys=True)},
             )
@@ -172,20 +192,20 @@ class Collector:
         except (OSError, safetensors.SafetensorError) as error:
             raise OutputError(f"cannot write {path}: {error}; choose a folder that can be written") from error
 
-    def load(self, path: Path, fingerprint: Mapping[str, Any]) -> bool:
-        """Goes on from a file of `save`; False, and nothing changed, where it is absent or of another calibration."""
+    def load(self, path: Path, fingerprint: Mapping[str, Any]) -> int:
+        """Goes on from a file of `save`: the number of images consumed; 0 where it is absent or of another calibration."""
         try:
             with safetensors.safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("qlib", "{}"))
             tensors = load_file(path)
         except (OSError, safetensors.SafetensorError):
-            return False
+            return 0
         if header.get("fingerprint") != json.loads(json.dumps(fingerprint)):
-            return False
+            return 0
         device = self._observer.device
         self._state = _State(**{name: value.to(device) for name, value in tensors.items()})
-        self.samples, self._shapes = header["samples"], header["shapes"]
-        return True
+        self._shapes = header["shapes"]
+        return int(self._state.consumed)
 
 
 def _operation(node: fx.Node) -> str:
@@ -199,18 +219,26 @@ class _Observer(fx.Interpreter):
         super().__init__(graph)
         self.index = {node: i for i, node in enumerate(nodes)}
         self.device = next((t.device for t in graph.state_dict().values()), torch.device("cpu"))
+        self.scratch = torch.empty(0, device=self.device)
+        self.zero = torch.zeros((), device=self.device)
+        self.relus = {
+            node: 6.0 if isinstance(module, nn.ReLU6) else torch.inf
+            for node, module in layers(graph)
+            if isinstance(module, (nn.ReLU, nn.ReLU6)) and layer_inputs(node)[0] in self.index
+        }
 
-    def measure(self, images: Tensor, pivots: Tensor | None) -> tuple[Tensor, list[int], dict[str, list[int]]]:
-        """``[9, E]`` raw sums (see `_measure`), the number of elements, and the shape of each tensor."""
+    def measure(self, images: Tensor, before: _State | None) -> tuple[_State, dict[str, list[int]]]:
+        """The sums of one micro-batch, and the shape of each tensor; pivots come from the state so far."""
         self.samples = len(images)
-        self.pivots = pivots.unbind() if pivots is not None else None
-        self.rows: list[Tensor | None] = [None] * len(self.index)
+        self.first = before is None
+        self.pivots = [self.zero] * len(self.index) if before is None else list(before.mean.float().unbind())
+        self.shifted = [True] * len(self.index) if before is None else before.is_offset.tolist()
+        self.ranges: list[Tensor] = [images] * len(self.index)
+        self.sums: list[Tensor] = [images] * len(self.index)
         self.counts = [0] * len(self.index)
         self.shapes: dict[str, list[int]] = {}
         self.run(images)
-        rows = [row for row in self.rows if row is not None]
-        assert len(rows) == len(self.rows)
-        return torch.stack(rows, 1).double(), self.counts, self.shapes
+        return self._batch_state(), self.shapes
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -218,34 +246,70 @@ class _Observer(fx.Interpreter):
         if index is not None:
             self.shapes[n.name] = list(value.shape)
             self.counts[index] = value.numel()
-            self.rows[index] = _measure(value, self.samples, None if self.pivots is None else self.pivots[index])
+            flat = _samples(value, self.samples)
+            self.ranges[index] = self._range(n, flat)
+            if self.scratch.numel() < flat.numel():
+                self.scratch = torch.empty(flat.numel(), device=flat.device)
+            if self.first:
+                self.pivots[index] = flat.mean()
+            pivot = self.pivots[index]
+            origin, cut = (pivot, self.zero) if self.shifted[index] else (None, pivot)
+            self.sums[index] = _sums(flat.view(-1), origin, cut, self.scratch[: flat.numel()])
         return value
+
+    def _range(self, node: fx.Node, flat: Tensor) -> Tensor:
+        """``[2, samples]``: minimum and maximum of each sample; those of a ReLU follow from its input's."""
+        limit = self.relus.get(node)
+        if limit is not None:
+            return self.ranges[self.index[layer_inputs(node)[0]]].clamp(0.0, limit)
+        low, high = flat.amin(1), flat.amax(1)
+        return (
+            torch.stack([low, high]) if len(low) == self.samples else torch.stack([low, high]).expand(2, self.samples)
+        )
+
+    def _batch_state(self) -> _State:
+        """All tensors' results at once: many small operations would cost as much as the large ones."""
+        low, high = torch.stack(self.ranges, 1).double().unbind()
+        s1, s2, above, sign = torch.stack(self.sums, 1).double().unbind()
+        pivot = torch.stack(self.pivots).double()
+        shifted = torch.tensor(self.shifted, device=low.device)
+        origin, cut = torch.where(shifted, pivot, 0.0), torch.where(shifted, 0.0, pivot)
+        count = torch.tensor(self.counts, dtype=torch.float64, device=low.device)
+        samples = torch.full((1,), self.samples, dtype=torch.float64, device=low.device)
+        return _State(
+            min=low.amin(1),
+            max=high.amax(1),
+            avg_min=low.sum(1),
+            avg_max=high.sum(1),
+            reference=origin,
+            s1=s1,
+            s2=s2,
+            absolute=2 * above - s1 - count * cut,  # |y - c| = 2 max(y, c) - y - c
+            sign=sign * count,
+            sign_pivot=pivot * sign * count,
+            count=count,
+            samples=samples,
+            consumed=samples,
+        )
 
 
 def _samples(x: Tensor, samples: int) -> Tensor:
     """``[samples, elements]``, a view where possible; ``[1, elements]`` where the samples cannot be told apart."""
     x = x.float() if x.dtype != torch.float32 else x
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    if x.ndim == 4 and x.stride(1) == 1:  # channels last, or a part of such
         x = x.permute(0, 2, 3, 1)
-    return x.reshape(samples if x.shape[0] % samples == 0 else 1, -1)
+    return x.reshape(samples if x.shape[0] % samples == 0 else 1, -1).contiguous()
 
 
-def _measure(x: Tensor, samples: int, pivot: Tensor | None) -> Tensor:
-    """min, max, mean over samples of min and of max, pivot p, and the sums of d, d^2, |d|, sgn(d) for ``d = x - p``."""
-    flat = _samples(x, samples)
-    low, high = flat.amin(1), flat.amax(1)
-    pivot = flat.mean() if pivot is None else pivot
-    d = (flat - pivot).view(-1)
-    s1, s2 = d.sum(), torch.dot(d, d)
-    sign = torch.sign(d).sum()
-    absolute = d.abs_().sum()
-    return torch.stack([low.min(), high.max(), low.mean(), high.mean(), pivot, s1, s2, absolute, sign])
+def _sums(x: Tensor, origin: Tensor | None, cut: Tensor, scratch: Tensor) -> Tensor:
+    """For ``y = x - origin``: the sums of y, y^2 and max(y, cut), and that of sgn(y - cut) over some elements.
 
-
-def _batch_state(raw: Tensor, counts: list[int], samples: int) -> _State:
-    low, high, avg_low, avg_high, pivot, s1, s2, absolute, sign = raw.unbind()
-    count = torch.tensor(counts, dtype=torch.float64, device=raw.device)
-    return _State(low, high, avg_low * samples, avg_high * samples, pivot, s1, s2, absolute, sign, pivot * sign, count)
+    The last is needed only roughly: it is the mean over every 47th element (a prime: no channel is preferred).
+    """
+    y = x if origin is None else torch.sub(x, origin, out=scratch)
+    some = y[::47] if len(y) > 47 * 1024 else y
+    sign = torch.sign(some - cut).mean()
+    return torch.stack([y.sum(), torch.dot(y, y), torch.maximum(y, cut, out=scratch).sum(), sign])
 
 
 def _constant_stats(value: Tensor) -> TensorStats:
