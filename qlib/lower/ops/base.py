@@ -104,8 +104,11 @@ class Grid(nn.Module):
         return torch.clamp_(x.round_(), self.low, self.high)
 
     def round_inside(self, x: Tensor) -> Tensor:
-        """As `forward`, with the zero point inside the rounding, as some kernels have it (it matters on ties)."""
-        if self.zero_point % 2 == 0:
+        """As `forward`, with the zero point inside the rounding, as some kernels have it.
+
+        It matters on ties where it is odd, and near them where it is even: the sum is rounded as well.
+        """
+        if self.zero_point == 0:
             return self.forward(x)
         return self.forward(x.add_(self.zero_point).round_().sub_(self.zero_point))
 
