@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import NodePathTracer
-from torchvision.ops import StochasticDepth
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from qlib.errors import ModelError
 from qlib.graph import ops
@@ -27,6 +27,7 @@ _IDENTITY_MODULES = (
     nn.AlphaDropout,
     StochasticDepth,
 )
+_LEAVES = (ops.Op, StochasticDepth, FrozenBatchNorm2d)
 _IDENTITY_FUNCTIONS = frozenset({"dropout", "stochastic_depth", "alpha_dropout", "feature_dropout"})
 
 
@@ -45,7 +46,7 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
     tracer = _Tracer()
     try:
         graph = fx.GraphModule(tracer.root_module(model), tracer.trace(model))
-    except (TypeError, ValueError, fx.proxy.TraceError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError, NotImplementedError) as error:
         raise ModelError(
             f"the model cannot be captured: {_one_line(error)}; rewrite the forward method without control flow on"
             " tensor values, or put that part into a module of torch.nn"
@@ -68,7 +69,7 @@ class _Tracer(NodePathTracer):  # type: ignore[misc]
         return model
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, (ops.Op, StochasticDepth)) or bool(super().is_leaf_module(module, qualified_name))
+        return isinstance(module, _LEAVES) or bool(super().is_leaf_module(module, qualified_name))
 
 
 def _one_line(error: BaseException) -> str:
@@ -135,6 +136,7 @@ class _Propagate(fx.Interpreter):
 
     def __init__(self, graph: Graph, example_shape: tuple[int, ...]) -> None:
         super().__init__(graph)
+        self.extra_traceback = False  # else torch appends a page to the message
         self.example_shape = example_shape
 
     def run_node(self, n: fx.Node) -> Any:
@@ -184,8 +186,7 @@ def _canonicalize(graph: Graph) -> None:
     for node in list(graph.graph.nodes):
         if node.op not in ("call_function", "call_method") or not node.meta["tensor"]:
             continue
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in MOVES:
+        if _only_moves(node):
             continue
         module, inputs = canonical_module(graph, node)
         target = _free_target(graph, node.meta["name"])
@@ -195,6 +196,15 @@ def _canonicalize(graph: Graph) -> None:
         replacement.meta = dict(node.meta)
         node.replace_all_uses_with(replacement)
         graph.graph.erase_node(node)
+
+
+def _only_moves(node: fx.Node) -> bool:
+    """Whether a functional op leaves values as they are; padding does, unless with another constant than 0."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name == "pad":
+        given = {**dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)), **node.kwargs}
+        return not given.get("value")
+    return name in MOVES
 
 
 def _free_target(graph: Graph, name: str) -> str:

@@ -31,7 +31,10 @@ def fold_batch_norm(graph: Graph) -> dict[str, str]:
         if source.op != "call_module" or len(source.users) > 1 or calls[str(source.target)] > 1:
             continue
         layer = graph.get_submodule(str(source.target))
-        if kind_of(layer) not in ("conv", "conv_transpose", "linear") or norm.running_mean is None:
+        kind = kind_of(layer)
+        if kind not in ("conv", "conv_transpose", "linear") or norm.running_mean is None:
+            continue
+        if kind == "linear" and len(node.meta["shape"]) != 2:  # the norm is over axis 1, the layer's outputs are last
             continue
         _fold(layer, norm)
         folded[name_of(node)] = name_of(source)
