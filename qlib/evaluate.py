@@ -72,11 +72,12 @@ class Meter:
         """Adds ``logits [N, C]`` and ``labels [N]``. Equal logits rank by index: the lower one first."""
         logits, labels = logits.detach().float().cpu(), labels.cpu()
         self._classes = logits.shape[1]
-        own = logits.gather(1, labels[:, None])
+        scores = torch.where(logits.isnan(), -math.inf, logits)  # NaN must not count as a hit
+        own = scores.gather(1, labels[:, None])
         index = torch.arange(self._classes)
-        before = (logits > own) | ((logits == own) & (index < labels[:, None]))
+        before = (scores > own) | ((scores == own) & (index < labels[:, None])) | (own == -math.inf)
         # argmax would do, but torch leaves open which of equal values it returns
-        best = (logits == logits.amax(1, keepdim=True)) * (self._classes - index)
+        best = (scores == scores.amax(1, keepdim=True)) * (self._classes - index)
         self._ranks.append(before.sum(1))
         self._predictions.append(self._classes - best.amax(1))
         self._labels.append(labels)

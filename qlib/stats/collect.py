@@ -289,7 +289,7 @@ class _Observer(fx.Interpreter):
             sign_pivot=pivot * sign * count,
             count=count,
             samples=samples,
-            consumed=samples,
+            consumed=samples.clone(),  # a file holds no two tensors in one memory
         )
 
 
