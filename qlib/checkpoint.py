@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from qlib.checkpoint_file import load_state, write_checkpoint
@@ -17,10 +18,19 @@ from qlib.lower import lower
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
 
-__all__ = ["QuantizedHeader", "is_quantized", "read_header", "restore_quantized", "save_quantized", "weights_hash"]
+__all__ = [
+    "QuantizedHeader",
+    "float_weights",
+    "is_quantized",
+    "read_header",
+    "restore_quantized",
+    "save_quantized",
+    "weights_hash",
+]
 
 _FORMAT = "qlib_quantized"
 _VERSION = 1
+_FLOAT_WEIGHTS = "float_state_dict"
 
 
 @dataclass(frozen=True)
@@ -43,22 +53,36 @@ def is_quantized(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def save_quantized(
-    path: Path, header: QuantizedHeader, lowered: nn.Module, extras: Mapping[str, float | int | str]
+    path: Path,
+    header: QuantizedHeader,
+    lowered: nn.Module,
+    extras: Mapping[str, float | int | str],
+    original: nn.Module | None = None,
 ) -> None:
-    """Writes the integer model atomically. Raises OutputError when the file cannot be written."""
-    write_checkpoint(
-        path,
-        {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "arch": header.arch,
-            "dataset": header.dataset,
-            "num_classes": header.num_classes,
-            "plan": plan_text(header.plan),
-            "state_dict": {name: value.cpu() for name, value in lowered.state_dict().items()},
-            "extras": dict(extras),
-        },
-    )
+    """Writes the integer model atomically, beside it the weights of its float `original` where that is given.
+
+    Raises OutputError when the file cannot be written.
+    """
+    checkpoint = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "arch": header.arch,
+        "dataset": header.dataset,
+        "num_classes": header.num_classes,
+        "plan": plan_text(header.plan),
+        "state_dict": _on_cpu(lowered),
+        "extras": dict(extras),
+    }
+    write_checkpoint(path, checkpoint if original is None else {**checkpoint, _FLOAT_WEIGHTS: _on_cpu(original)})
+
+
+def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in model.state_dict().items()}
+
+
+def float_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
+    """The weights of the float original that `save_quantized` put beside the integers, if it did."""
+    return checkpoint.get(_FLOAT_WEIGHTS)
 
 
 def read_header(checkpoint: Mapping[str, Any], source: str) -> QuantizedHeader:
@@ -76,7 +100,9 @@ def read_header(checkpoint: Mapping[str, Any], source: str) -> QuantizedHeader:
     )
 
 
-def restore_quantized(checkpoint: Mapping[str, Any], header: QuantizedHeader, graph: Graph, source: str) -> fx.GraphModule:
+def restore_quantized(
+    checkpoint: Mapping[str, Any], header: QuantizedHeader, graph: Graph, source: str
+) -> fx.GraphModule:
     """The integer model of a checkpoint; `graph` is the folded graph of its architecture, with any weights.
 
     Raises CheckpointError when the checkpoint is not of this architecture.
@@ -91,11 +117,6 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(dtype=_bytes_of(value)).numpy().tobytes())
+        plain = value.detach().cpu().contiguous().view(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes() if len(plain) else b"")
     return digest.hexdigest()[:16]
-
-
-def _bytes_of(value: Tensor) -> Any:
-    import torch
-
-    return torch.uint8 if value.numel() else value.dtype

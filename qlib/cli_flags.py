@@ -22,7 +22,7 @@ from qlib.config.flag_kinds import (
 
 __all__ = ["FLAGS", "GROUPS", "Flag"]
 
-DATASETS = ("imagenet", "cifar10", "cifar100", "mnist", "fashion-mnist", "digits")
+DATASETS = ("imagenet", "imagefolder", "cifar10", "cifar100", "mnist", "fashion-mnist", "digits")
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
 
 
@@ -75,7 +75,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--exp-load-weights-from", existing_file(), "checkpoint to load the weights from"),
     ),
     "Data": (
-        Flag("--dataset", choice(DATASETS), "kind of dataset (default: what the model's name implies)"),
+        Flag(
+            "--dataset",
+            choice(DATASETS),
+            "kind of dataset, imagefolder for a folder with its own classes (default: what the model's name implies)",
+        ),
         Flag("--workers -j", whole(0), "processes that read images; 0 reads in this one"),
         Flag("--batch-size -b", whole(1), "images per batch"),
         Flag(

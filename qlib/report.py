@@ -76,7 +76,8 @@ def plan_table(graph: Graph, plan: Plan) -> str:
         rows.append(
             [name_of(node), kind_of(module), _shape(node.meta.get("shape", ())), grid, _grid(layer.output), layer.note]
         )
-    return tabulate(rows, ["Name", "Kind", "Output", "Weight", "Activation", "Note"], tablefmt="psql", disable_numparse=True)
+    headers = ["Name", "Kind", "Output", "Weight", "Activation", "Note"]
+    return tabulate(rows, headers, tablefmt="psql", disable_numparse=True)
 
 
 def _grid(tensor: TensorPlan | None) -> str:

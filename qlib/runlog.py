@@ -137,6 +137,13 @@ class _Console(_StreamHandler):
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], BrokenPipeError):  # `| head` has seen enough; the log file goes on
+            self.stream = open(os.devnull, "w")  # noqa: SIM115
+            os.dup2(self.stream.fileno(), sys.stdout.fileno())
+        else:
+            super().handleError(record)
+
 
 @contextlib.contextmanager
 def _handlers(file: Path, verbose: bool) -> Iterator[None]:

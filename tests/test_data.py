@@ -88,7 +88,8 @@ def test_number_of_classes(folder: Path) -> None:
         opened(folder, "imagenet", 1000)
     assert str(error.value) == (
         f"{str(folder)!r} (imagenet) has 3 classes and the model 1000; "
-        "give the data that the model was made for, or a model with as many classes"
+        "give the data that the model was made for, a model with as many classes, or --dataset imagefolder to make "
+        "the model with those of the folder"
     )
 
 

@@ -20,6 +20,8 @@ LINES = (
     ("lower", "quant.plan_schema", "quant.plan_file", "stats.collect", "stats.stats_file"),
     ("quantizers", "evaluate"),
     ("checkpoint", "runlog", "report", "summary"),
+    ("job",),
+    ("calibrate",),
     ("compress_classifier",),
     ("cli", "cli_flags"),
     ("compress",),

@@ -124,7 +124,8 @@ def existing_file() -> Kind:
     def read(text: str) -> Path:
         file = Path(text).expanduser()
         _require(file.is_file())
-        return file
+        # The run moves latest_log_dir before it reads a file that was named through it.
+        return file.resolve() if file.parent.is_symlink() else file
 
     return Kind(read, "a file that exists", "FILE")
 

@@ -16,9 +16,11 @@ from qlib.errors import ConfigError, UsageError, did_you_mean
 __all__ = [
     "QuantArgs",
     "RunConfig",
+    "asks_for_something",
     "check_combination",
     "ignored_flags",
     "needs_folder",
+    "nothing_to_do",
     "read_run_config",
     "startup_warnings",
 ]
@@ -193,8 +195,20 @@ def check_combination(config: RunConfig) -> None:
         raise UsageError(
             "--qe-clip-acts n_std needs --qe-clip-n-stds, the number of standard deviations to keep, above 0"
         )
-    if not (config.evaluate or config.quantize_eval or config.summary or config.check or qe.calibration is not None):
-        raise UsageError("nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --summary or --check")
+    # A quantized checkpoint is evaluated without being asked; whether it is one is known once it is read.
+    if not asks_for_something(config) and config.resume_from is None:
+        raise nothing_to_do()
+
+
+def asks_for_something(config: RunConfig) -> bool:
+    """Whether a flag says what to do."""
+    verbs = (config.evaluate, config.quantize_eval, config.summary, config.check, config.qe.calibration is not None)
+    return any(verbs)
+
+
+def nothing_to_do() -> UsageError:
+    """The error of a command line that asks for nothing."""
+    return UsageError("nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --summary or --check")
 
 
 def ignored_flags(config: RunConfig) -> list[str]:

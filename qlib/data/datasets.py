@@ -145,7 +145,8 @@ def open_dataset(
         where = f"dataset {name}" if root is None else f"{str(root)!r} ({name})"
         raise DataError(
             f"{where} has {len(classes)} classes and the model {num_classes}; "
-            "give the data that the model was made for, or a model with as many classes"
+            "give the data that the model was made for, a model with as many classes, or --dataset imagefolder to make "
+            "the model with those of the folder"
         )
     return ImageDataset(images, labels, classes, transform)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -77,21 +78,8 @@ class Loader:
         Raises:
             DataError: an image is damaged, unless `skip_corrupt`; or all are.
         """
-        import torch
-        from torch.utils.data import DataLoader
-
         self.skipped.clear()
-        batches: DataLoader[Any] = DataLoader(
-            _Reader(self.dataset),  # type: ignore[arg-type]  # torch asks for its own base class, and needs only [] here
-            batch_size=self.batch_size,
-            sampler=self.indices,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            worker_init_fn=_leave_interrupts_to_the_parent,
-            generator=torch.Generator(),
-            pin_memory=torch.cuda.is_available(),
-        )
-        for images, labels, unreadable in batches:
+        for images, labels, unreadable in self._batches():
             if unreadable and not self.skip_corrupt:
                 raise DataError(unreadable[0].sentence)
             self.skipped.extend(item.path for item in unreadable)
@@ -101,6 +89,24 @@ class Loader:
             raise DataError(
                 f"all {len(self.skipped)} images are damaged, the first is {self.skipped[0]!r}; replace them"
             )
+
+    def _batches(self) -> Iterator[tuple[Any, Any, list[_Unreadable]]]:
+        import torch
+        from torch.utils.data import DataLoader
+
+        with warnings.catch_warnings():  # more workers than cores do no harm to a pass over the images
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            batches: DataLoader[Any] = DataLoader(
+                _Reader(self.dataset),  # type: ignore[arg-type]  # torch asks for its own base class, needs only []
+                batch_size=self.batch_size,
+                sampler=self.indices,
+                num_workers=self.workers,
+                collate_fn=_collate,
+                worker_init_fn=_leave_interrupts_to_the_parent,
+                generator=torch.Generator(),
+                pin_memory=torch.cuda.is_available(),
+            )
+            return iter(batches)
 
 
 def make_loader(
