@@ -47,6 +47,10 @@ def _smallest_dtype(spec: QuantSpec) -> torch.dtype:
     return torch.int32
 
 
+_MOST_PARTS = 3
+"""Above it, one float64 product is cheaper than many float32 ones."""
+
+
 class _QuantizedWeight(nn.Module):
     """A layer's integer weight ``[out, in / groups, ...]``, with what is derived from it after each load."""
 
@@ -150,11 +154,14 @@ class ExactWeighted(_QuantizedWeight):
                 factor = approximate_factor(factor, self.plan.scale_approx_bits)
         self.factor = factor.view(-1, *[1] * self.ndim) if factor.ndim else factor
         weight = self.centered_weight()
-        bounds = accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=self.splittable)
-        total = float(bounds.sum(0).max())
+        total = float(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=False).max())
         limit = 2 ** (self.plan.bits_accum - 1)
         self.saturation = limit if total >= limit else None
-        self.parts = split_points(bounds) if self.splittable else ([] if total < EXACT_LIMIT else None)
+        self.parts = [] if total < EXACT_LIMIT else None
+        if self.parts is None and self.splittable:
+            self.parts = split_points(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=True))
+        if self.parts is not None and len(self.parts) > _MOST_PARTS:
+            self.parts = None
         self.weights = weight if self.parts is not None else weight.double()
         if self.ndim == 2 and self.weights.ndim == 4:
             self.weights = self.weights.contiguous(memory_format=torch.channels_last)
@@ -199,9 +206,10 @@ def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_ch
     >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, edge, by_channel=False)
     tensor([[765.]], dtype=torch.float64)
     """
-    w = weight.double()
-    w = w.flatten(2) if by_channel and w.ndim > 2 else w.flatten(1)[:, :, None] if by_channel else w.flatten(1)[:, None]
-    positive, negative = w.clamp(min=0).sum(-1), (-w).clamp(min=0).sum(-1)
+    w = weight.flatten(2) if by_channel and weight.ndim > 2 else weight.flatten(1)
+    w = w if w.ndim == 3 else w[:, :, None] if by_channel else w[:, None]
+    total, size = w.sum(-1, dtype=torch.float64), w.abs().sum(-1, dtype=torch.float64)
+    positive, negative = (size + total) / 2, (size - total) / 2
     up, down = positive * edge.high - negative * edge.low, negative * edge.high - positive * edge.low
     bounds = torch.maximum(up, down).transpose(0, 1).contiguous()
     if bias is not None:
