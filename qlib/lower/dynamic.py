@@ -119,9 +119,10 @@ class DynamicMatMul(nn.Module):
         self.name, self.module, self.plans = name, module, (plan.inputs[0], plan.inputs[1])
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        (a_codes, a_scale), (b_codes, b_scale) = (
-            quantize_each(self.name, x, plan) for x, plan in zip((a, b), self.plans, strict=True)
-        )
+        a_codes, a_scale = quantize_each(self.name, a, self.plans[0])
+        matrix = b.ndim < 3  # its rows are summed over: one scale for all of it
+        b_codes, b_scale = quantize_each(self.name, b[None] if matrix else b, self.plans[1])
+        b_codes, b_scale = (b_codes[0], b_scale[0]) if matrix else (b_codes, b_scale)
         b_codes = b_codes.transpose(-2, -1) if self.module.transpose else b_codes
         acc = torch.matmul(a_codes.double(), b_codes.double()).float()
         return acc * (a_scale * self.module.alpha * b_scale)

@@ -100,6 +100,13 @@ class _Planner:
     def arrives_quantized(self, node: fx.Node) -> bool:
         return self.quantized.get(source_of(self.graph, node), False)
 
+    def _quantizer_of(self, node: fx.Node) -> fx.Node:
+        """The layer that gave `node` its grid: activations and max pools only pass one on."""
+        source = source_of(self.graph, node)
+        while kind_of(self.graph.get_submodule(str(source.target))) in _PASSING:
+            source = source_of(self.graph, layer_inputs(source)[0])
+        return source
+
     def plan(self, node: fx.Node, module: nn.Module) -> LayerPlan:
         """The plan of one layer; notes whether its output is quantized."""
         kind, settings = kind_of(module), self.settings[name_of(node)]
@@ -180,7 +187,7 @@ class _Planner:
         overridden = index in settings.input_overrides
         if self.arrives_quantized(source):
             if overridden:
-                producer = name_of(source_of(self.graph, source))
+                producer = name_of(self._quantizer_of(source))
                 self._problem(
                     node,
                     "input_overrides",

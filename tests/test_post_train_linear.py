@@ -1,0 +1,401 @@
+"""Post-training plans: who quantizes what, over which range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlib.config.ptq_config import LayerSettings
+from qlib.errors import ConfigError, StatsError
+from qlib.graph import Graph, capture, fold_batch_norm
+from qlib.lower import lower
+from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quantizers import layer_infos, plan_post_train_linear
+from qlib.stats.collect import Collector
+from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
+
+DEFAULTS = LayerSettings(mode_activations="asym_u", mode_weights="sym")
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 1)
+        self.relu, self.relu6, self.sigmoid, self.tanh = nn.ReLU(), nn.ReLU6(), nn.Sigmoid(), nn.Tanh()
+        self.fc = nn.Linear(4, 5)
+        self.gain = nn.Parameter(torch.linspace(-1.0, 2.0, 4).view(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def prepared(function: Callable[[Any, Tensor], Tensor]) -> tuple[Graph, dict[str, str]]:
+    graph = capture(Net(function), IMAGES[:2])
+    return graph, fold_batch_norm(graph)
+
+
+def stats_of(graph: Graph) -> ModelStats:
+    collector = Collector(graph)
+    collector.update(IMAGES)
+    return ModelStats(collector.result())
+
+
+def plan_of(
+    function: Callable[[Any, Tensor], Tensor],
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    dynamic: bool = False,
+    stats: Callable[[ModelStats], ModelStats] = lambda stats: stats,
+) -> Plan:
+    """The plan, with `settings` of some layers over the defaults; those of ``*`` are for every layer."""
+    graph, folded = prepared(function)
+    given = settings or {}
+    each = {
+        info.name: DEFAULTS.with_settings({**given.get("*", {}), **given.get(info.name, {})}, {})
+        for info in layer_infos(graph)
+    }
+    return plan_post_train_linear(graph, each, None if dynamic else stats(stats_of(graph)), folded)
+
+
+def residual(m: Any, x: Tensor) -> Tensor:
+    x = m.relu(m.bn1(m.conv1(x)))
+    return m.fc(F.avg_pool2d(m.conv2(x) + x, 8).flatten(1))
+
+
+def test_every_tensor_is_quantized_once_by_its_producer() -> None:
+    plan = plan_of(residual)
+    assert list(plan.layers) == ["conv1", "relu", "conv2", "add", "avg_pool2d", "fc"]
+    inputs = {name: [grid is not None for grid in layer.inputs] for name, layer in plan.layers.items()}
+    assert inputs == {
+        "conv1": [True], "relu": [False], "conv2": [False], "add": [False, False], "avg_pool2d": [False], "fc": [False],
+    }  # fmt: skip
+    outputs = [name for name, layer in plan.layers.items() if layer.output is not None]
+    assert outputs == ["conv1", "conv2", "add", "avg_pool2d", "fc"]
+    assert not plan.dynamic
+
+
+def test_ranges_come_from_the_statistics() -> None:
+    graph, _ = prepared(residual)
+    stats = stats_of(graph).layers
+    plan = plan_of(residual)
+    seen = stats["conv1"].inputs[0]
+    assert plan.layers["conv1"].inputs == (TensorPlan(8, "asym_u", "none", seen.min, seen.max),)
+    assert plan.layers["conv2"].output == TensorPlan(
+        8, "asym_u", "none", stats["conv2"].output.min, stats["conv2"].output.max
+    )
+    assert plan.layers["conv2"].weight == WeightPlan(8, "sym", False)
+    average = plan_of(residual, {"*": {"clip_acts": "avg"}}).layers["conv1"].inputs[0]
+    assert average == TensorPlan(8, "asym_u", "avg", seen.avg_min, seen.avg_max)
+
+
+def wide(stats: ModelStats) -> ModelStats:
+    """As if every output had been seen between -20 and 30."""
+    layers = {
+        name: LayerStats(layer.inputs, replace(layer.output, min=-20.0, max=30.0, avg_min=-10.0, avg_max=15.0))
+        for name, layer in stats.layers.items()
+    }
+    return ModelStats(layers)
+
+
+@pytest.mark.parametrize(
+    ("function", "low", "high", "average"),
+    [
+        pytest.param(lambda m, x: m.relu(m.conv1(x)), 0.0, 30.0, (0.0, 15.0), id="relu"),
+        pytest.param(lambda m, x: F.relu(m.conv1(x)), 0.0, 30.0, (0.0, 15.0), id="functional relu"),
+        pytest.param(lambda m, x: m.relu6(m.conv1(x)), 0.0, 6.0, (0.0, 6.0), id="relu6"),
+        pytest.param(lambda m, x: m.sigmoid(m.conv1(x)), -6.0, 6.0, (-6.0, 6.0), id="sigmoid"),
+        pytest.param(lambda m, x: m.tanh(m.conv1(x)), -4.0, 4.0, (-4.0, 4.0), id="tanh"),
+        pytest.param(lambda m, x: torch.tanh(m.conv1(x)), -4.0, 4.0, (-4.0, 4.0), id="functional tanh"),
+        pytest.param(lambda m, x: F.gelu(m.conv1(x)), -20.0, 30.0, (-10.0, 15.0), id="another activation"),
+        pytest.param(
+            lambda m, x: (lambda y: m.sigmoid(y) + y)(m.conv1(x)), -20.0, 30.0, (-10.0, 15.0), id="two successors"
+        ),
+    ],
+)
+def test_what_the_next_activation_flattens_gets_no_codes(
+    function: Callable[[Any, Tensor], Tensor], low: float, high: float, average: tuple[float, float]
+) -> None:
+    output = plan_of(function, stats=wide).layers["conv1"].output
+    assert output == TensorPlan(8, "asym_u", "none", low, high)
+    output = plan_of(function, {"*": {"clip_acts": "avg"}}, stats=wide).layers["conv1"].output
+    assert output == TensorPlan(8, "asym_u", "avg", *average)
+
+
+def test_a_range_below_zero_before_relu_becomes_zero() -> None:
+    def negative(stats: ModelStats) -> ModelStats:
+        return ModelStats(
+            {n: LayerStats(s.inputs, replace(s.output, min=-3.0, max=-1.0)) for n, s in stats.layers.items()}
+        )
+
+    output = plan_of(lambda m, x: m.relu(m.conv1(x)), stats=negative).layers["conv1"].output
+    assert output == TensorPlan(8, "asym_u", "none", 0.0, 0.0)
+
+
+def test_statistics_of_the_unfolded_model_are_understood() -> None:
+    """A file of Distiller has entries for batch-norms: the folded layer's output is the batch-norm's."""
+
+    def unfolded(stats: ModelStats) -> ModelStats:
+        layers = dict(stats.layers)
+        layers["bn1"] = layers["conv1"]
+        layers["conv1"] = LayerStats(layers["conv1"].inputs, replace(layers["conv1"].output, min=-99.0, max=99.0))
+        return ModelStats(layers)
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        return m.bn1(m.conv1(x))
+
+    assert plan_of(function, stats=unfolded) == plan_of(function)
+
+
+def test_ranges_of_a_constant_operand_are_its_own() -> None:
+    plan = plan_of(lambda m, x: m.conv1(x) * m.gain)
+    assert plan.layers["mul"].inputs == (None, TensorPlan(8, "asym_u", "none", -1.0, 2.0))
+
+
+def test_softmax_has_a_fixed_range() -> None:
+    output = plan_of(lambda m, x: F.softmax(m.conv1(x), -1)).layers["softmax"].output
+    assert output == TensorPlan(8, "asym_u", "none", 0.0, 255 / 256)
+    assert output.qparams().scale.item() == 1 / 256
+
+
+def test_passing_layers_keep_their_input_grid() -> None:
+    plan = plan_of(lambda m, x: F.max_pool2d(m.conv1(x), 2))
+    assert plan.layers["max_pool2d"] == LayerPlan("max_pool", (None,))
+    plan = plan_of(lambda m, x: m.conv1(F.max_pool2d(x, 2)))
+    assert plan.layers["max_pool2d"].note == "its input is float"
+    assert plan.layers["conv1"].inputs[0] is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer", "expected"),
+    [
+        pytest.param({"bits_activations": 0}, "conv2", ("weight", None), id="weights only"),
+        pytest.param({"bits_activations": 0, "bits_weights": 0}, "conv2", (None, None), id="float"),
+        pytest.param({"bits_weights": 0}, "conv2", (None, "output"), id="activations only"),
+        pytest.param({"fake": True}, "conv2", (None, "output"), id="fake"),
+        pytest.param({"fpq": 16}, "conv2", (None, None), id="float16"),
+    ],
+)
+def test_parts_that_stay_in_float(settings: dict[str, Any], layer: str, expected: tuple[str | None, ...]) -> None:
+    plan = plan_of(residual, {layer: settings})
+    got = plan.layers[layer]
+    assert ("weight" if got.weight else None, "output" if got.output else None) == expected
+    assert bool(got.note) or expected == ("weight", "output")
+    assert (got.float_bits == 16) == ("fpq" in settings)
+    after = plan.layers["add"].inputs
+    assert (after[0] is not None) == (got.output is None), "what arrives in float is quantized by the next layer"
+    assert lower(prepared(residual)[0], plan)(IMAGES).shape == (8, 5)
+
+
+def test_settings_of_weights_reach_the_plan() -> None:
+    settings = {
+        "conv2": {
+            "bits_weights": 4, "mode_weights": "asym_s", "per_channel_wts": True, "bits_bias": 16, "bits_accum": 20,
+            "scale_approx_mult_bits": 6,
+        }
+    }  # fmt: skip
+    layer = plan_of(residual, settings).layers["conv2"]
+    assert layer.weight == WeightPlan(4, "asym_s", True)
+    assert (layer.bits_bias, layer.bits_accum, layer.scale_approx_bits) == (16, 20, 6)
+
+
+def test_input_overrides_of_an_input_that_arrives_in_float() -> None:
+    override = {"conv1": {"input_overrides": {0: {"bits_activations": 4, "mode_activations": "sym"}}}}
+    grid = plan_of(residual, override).layers["conv1"].inputs[0]
+    assert grid is not None
+    assert (grid.bits, grid.mode) == (4, "sym")
+    from_output = {"conv1": {"bits_activations": 5, "input_overrides": {0: {"from_output": True}}}}
+    grid = plan_of(residual, from_output).layers["conv1"].inputs[0]
+    assert grid is not None
+    assert grid.bits == 5
+
+
+def lacking(name: str, *, inputs: bool = False) -> Callable[[ModelStats], ModelStats]:
+    def cut(stats: ModelStats) -> ModelStats:
+        layers = dict(stats.layers)
+        gone = layers.pop(name)
+        return ModelStats({**layers, name: LayerStats((), gone.output)} if inputs else layers)
+
+    return cut
+
+
+def without(field: str) -> Callable[[ModelStats], ModelStats]:
+    def cut(stats: ModelStats) -> ModelStats:
+        def clear(one: TensorStats) -> TensorStats:
+            return replace(one, **{field: None})  # type: ignore[arg-type]
+
+        return ModelStats(
+            {n: LayerStats(tuple(map(clear, s.inputs)), clear(s.output)) for n, s in stats.layers.items()}
+        )
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("stats", "settings", "message"),
+    [
+        pytest.param(lacking("conv2"), {}, "the statistics lack layer 'conv2'; collect them again", id="a layer"),
+        pytest.param(lacking("conv1", inputs=True), {}, "the statistics lack input 0 of layer 'conv1'", id="an input"),
+        pytest.param(
+            without("b"), {"clip_acts": "laplace"}, "layer 'conv1': the statistics lack 'b'", id="b for laplace"
+        ),
+        pytest.param(
+            without("std"), {"clip_acts": "gauss"}, "layer 'conv1': the statistics lack 'std'", id="std for gauss"
+        ),
+    ],
+)
+def test_what_statistics_may_lack(
+    stats: Callable[[ModelStats], ModelStats], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StatsError, match=message):
+        plan_of(residual, {"*": settings}, stats=stats)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_range_that_is_not_finite_names_the_layer(bad: float) -> None:
+    graph, folded = prepared(residual)
+    plan = plan_post_train_linear(graph, {i.name: DEFAULTS for i in layer_infos(graph)}, stats_of(graph), folded)
+    conv2 = plan.layers["conv2"]
+    assert conv2.output is not None
+    broken = {**plan.layers, "conv2": replace(conv2, output=replace(conv2.output, max=bad))}
+    with pytest.raises(StatsError, match=r"the range .* of 'conv2' cannot be quantized: range is not finite"):
+        lower(graph, Plan(broken))
+
+
+def test_a_layer_left_in_float_needs_no_statistics() -> None:
+    off = {"bits_activations": 0, "bits_weights": 0}
+    plan = plan_of(residual, {"conv2": off}, stats=lacking("conv2"))
+    assert plan.layers["conv2"].output is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param(
+            {"conv2": {"input_overrides": {0: {"bits_activations": 4}}}},
+            "input_overrides of 'conv2' for input 0 conflicts: 'conv1' already quantizes it; override that layer",
+            id="an override of a quantized input",
+        ),
+        pytest.param(
+            {"conv1": {"inputs_quant_auto_fallback": False}},
+            "inputs_quant_auto_fallback of 'conv1' is false, but input 0 arrives in float; give input_overrides for it",
+            id="no fallback",
+        ),
+        pytest.param(
+            {"fc": {"make_identity": True}},
+            "make_identity of 'fc' is only known for a ReLU that its producer computes; remove it",
+            id="make_identity",
+        ),
+    ],
+)
+def test_settings_that_contradict_the_graph(settings: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(residual, settings)
+    assert message in str(caught.value)
+
+
+def test_all_contradictions_are_told_at_once_with_their_places() -> None:
+    graph, folded = prepared(residual)
+    each = {info.name: DEFAULTS for info in layer_infos(graph)}
+    overrides = {"input_overrides": {0: {"bits_activations": 4}}}
+    each["conv2"] = DEFAULTS.with_settings(overrides, {"input_overrides": "my.yaml:7"})
+    each["fc"] = DEFAULTS.with_settings({"make_identity": True}, {"make_identity": "my.yaml:12"})
+    with pytest.raises(ConfigError) as caught:
+        plan_post_train_linear(graph, each, stats_of(graph), folded)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["my.yaml:7", "my.yaml:12"]
+
+
+def test_half_range_of_gauss_and_laplace_follows_the_relu() -> None:
+    def ranges(function: Callable[[Any, Tensor], Tensor], clip: str) -> tuple[float | None, float | None]:
+        output = plan_of(function, {"*": {"clip_acts": clip}}).layers["conv1"].output
+        assert output is not None
+        return output.min, output.max
+
+    for clip in ("gauss", "laplace"):
+        low, high = ranges(lambda m, x: m.relu(m.conv1(x)), clip)
+        assert low == 0.0
+        assert high != ranges(lambda m, x: m.conv1(x), clip)[1]
+
+
+def test_dynamic_plans_quantize_weighted_layers_and_matmul_only() -> None:
+    plan = plan_of(lambda m, x: m.fc((m.conv1(x) @ m.conv1(x) + 1).flatten(2)[..., :4]), dynamic=True)
+    assert plan.dynamic
+    dynamic = TensorPlan(8, "asym_u")
+    kinds = {layer.kind: layer.inputs for layer in plan.layers.values()}
+    assert kinds == {"conv": (dynamic,), "matmul": (dynamic, dynamic), "float_op": (None,), "linear": (dynamic,)}
+    assert all(layer.output is None for layer in plan.layers.values())
+    notes = [layer.note for layer in plan.layers.values() if layer.kind == "float_op"]
+    assert notes == ["dynamic: only weighted layers and matmul are quantized"]
+
+
+@pytest.mark.parametrize("mode", ["sym", "sym_restr", "asym_s", "asym_u"])
+def test_dynamic_result_is_near_float_and_does_not_depend_on_the_batch(mode: str) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        y = m.conv2(m.relu(m.bn1(m.conv1(x))))
+        return (y @ y.transpose(2, 3)) @ torch.ones(8, 2) + m.fc(y.mean((2, 3)))[:, :1, None, None]
+
+    settings = {"*": {"mode_activations": mode, "mode_weights": mode}}
+    lowered = lower(prepared(function)[0], plan_of(function, settings, dynamic=True))
+    with torch.inference_mode():
+        whole, want = lowered(IMAGES), prepared(function)[0](IMAGES)
+        assert torch.equal(whole, torch.cat([lowered(part) for part in IMAGES.split(3)]))
+        assert float((whole - want).abs().max()) < 0.05 * float(want.abs().max())
+
+
+def test_dynamic_product_with_a_constant_matrix() -> None:
+    """The rows of a matrix are summed over: one scale must hold for all of it."""
+    matrix = torch.diag(torch.tensor([1.0, 100.0, 0.01, 10.0, 1.0, 1.0, 1.0, 1.0]))
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(matrix)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.matrix
+
+    graph = capture(Product(), IMAGES[:2])
+    settings = replace(DEFAULTS, bits_activations=12)
+    plan = plan_post_train_linear(graph, {"matmul": settings}, None)
+    with torch.inference_mode():
+        got, want = lower(graph, plan)(IMAGES), IMAGES @ matrix
+    assert float((got - want).abs().max()) < 1e-2 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_dynamic_values_that_are_not_finite_name_the_layer(bad: float) -> None:
+    lowered = lower(prepared(residual)[0], plan_of(residual, dynamic=True))
+    images = IMAGES.clone()
+    images[5, 1, 2, 3] = bad
+    with pytest.raises(StatsError, match="an input of 'conv1' cannot be quantized: range is not finite"):
+        lowered(images)
+
+
+def test_weights_only_keeps_activations_in_float() -> None:
+    settings = {"*": {"bits_activations": 0, "bits_weights": 4, "per_channel_wts": True}}
+    plans = [plan_of(residual, settings), plan_of(residual, settings, dynamic=True)]
+    assert plans[0].layers == plans[1].layers
+    assert all(layer.output is None and not any(layer.inputs) for layer in plans[0].layers.values())
+    static, dynamic = (lower(prepared(residual)[0], plan)(IMAGES) for plan in plans)
+    assert torch.equal(static, dynamic)
+
+
+def test_input_that_stays_in_float_by_an_override() -> None:
+    """The layer then computes in float with its integer weight, and its output is quantized all the same."""
+    plan = plan_of(residual, {"conv1": {"input_overrides": {0: {"bits_activations": 0}}}})
+    assert plan.layers["conv1"].inputs == (None,)
+    assert plan.layers["conv2"].inputs == (None,)
+    graph, _ = prepared(residual)
+    with torch.inference_mode():
+        got, want = lower(graph, plan)(IMAGES), graph(IMAGES)
+    assert 0 < float((got - want).abs().max()) < 0.05 * float(want.abs().max())
+    assert torch.equal(got, lower(graph, plan)(IMAGES))
