@@ -174,7 +174,8 @@ def test_the_scales_above_make_ties() -> None:
     [
         pytest.param(300, (8, 8), "float32", id="below 2^24: one float32 product"),
         pytest.param(900, (8, 8), "two parts", id="above: two parts"),
-        pytest.param(4000, (8, 8), "more parts", id="above: more parts"),
+        pytest.param(1200, (8, 8), "more parts", id="above: more parts"),
+        pytest.param(4000, (8, 8), "float64", id="too many parts: float64"),
         pytest.param(64, (16, 16), "float64", id="one product too large: float64"),
     ],
 )
