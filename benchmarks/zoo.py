@@ -1,0 +1,156 @@
+"""Every torchvision classifier through the whole path: capture, fold, calibrate, quantize, evaluate, save, reload.
+
+    python benchmarks/zoo.py [MODEL ...] [--data IMAGEFOLDER] [--results zoo.csv] [--table docs/zoo.md]
+
+Weights are random (the path is tested, not accuracy). Each model runs in a process of its own. A model that is in the
+results file is not run again, so a broken sweep goes on where it stood. The exit code is 1 when a model failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from tabulate import tabulate
+from torch import Tensor
+from whole_path import Row, check
+
+from qlib.data import open_dataset
+from qlib.models import ModelSpec, create_model, find_model, model_names
+from qlib.models.names import family_of
+
+IMAGES = 4
+"""Images for calibration and for the integer model; the float graphs are compared on the first two."""
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def images_for(spec: ModelSpec, data: Path) -> Tensor:
+    """The first images of an ImageFolder's validation split, or random ones where there is no such folder."""
+    if not data.is_dir():
+        return torch.randn(IMAGES, *spec.input_shape)
+    dataset = open_dataset("imagefolder", data, "val", spec.transform, num_classes=None)
+    return torch.stack([dataset[index][0] for index in range(IMAGES)])
+
+
+def check_one(arch: str, data: Path) -> None:
+    """Checks one model, and prints its row as JSON."""
+    torch.manual_seed(0)
+    spec = find_model(arch)
+    print(json.dumps(asdict(check(arch, lambda: create_model(spec), images_for(spec, data)))))
+
+
+def check_apart(arch: str, data: Path) -> Row:
+    """Checks one model in a process of its own; a crash is a row too."""
+    command = [sys.executable, __file__, "--one", arch, "--data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Row(**json.loads(done.stdout))
+    print(done.stderr, file=sys.stderr)
+    return Row(arch, problems=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300])
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """The rows of a results file, by model; none where it is absent."""
+    if not path.exists():
+        return {}
+    types: dict[str, Any] = {name: type(value) for name, value in asdict(Row("")).items()}
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [Row(**{key: types[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
+    return {row.model: row for row in rows}
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Adds a row to the results file."""
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+def write_table(path: Path, rows: Iterable[Row], wanted: int) -> None:
+    """Writes the table as Markdown."""
+    rows = list(rows)
+    good = [row for row in rows if not row.problems]
+    cells = [
+        [
+            row.model,
+            row.side,
+            row.layers,
+            f"{row.float_layers}: {row.float_kinds}" if row.float_layers else "0",
+            f"{row.captured_error:.0e}",
+            f"{row.folded_error:.0e}",
+            f"{row.sqnr_db:.1f}",
+            f"{row.fp32_mb:.1f}",
+            f"{row.int8_mb:.1f}",
+            f"{row.seconds:.0f}",
+            row.problems or "ok",
+        ]
+        for row in rows
+    ]
+    headers = [
+        *("model", "side", "layers", "in float", "captured", "folded"),
+        *("SQNR dB", "FP32 MB", "int8 MB", "s", "result"),
+    ]
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
+    text = _INTRODUCTION.format(good=len(good), rows=len(rows), wanted=wanted, versions=versions)
+    table = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
+    path.write_text(f"{text}\n{table}\n", encoding="utf-8")
+
+
+_INTRODUCTION = """\
+# All torchvision classifiers
+
+{good} of {rows} models pass ({wanted} in all). Written by `python benchmarks/zoo.py`; {versions}, CPU.
+
+Weights are random, batch-norms and whatever starts at zero are randomized too: the table shows that the path works and
+that integers come close to float, not accuracy. *side*: height and width of the images. *layers*: after folding.
+*in float*: layers computed in float between integer tensors, by kind; `--check` and the log give the reason of each.
+*captured*, *folded*: largest difference of the logits of the captured graph, before and after batch-norm folding, from
+those of the model itself, relative to the largest logit (allowed: 1e-4). *SQNR*: of the logits of the 8-bit model
+(asym_u activations, sym weights per channel, ranges of 4 images) against float; random weights are a hard case.
+*FP32 MB*: weights and buffers; *int8 MB*: the quantized checkpoint. *s*: seconds for everything.
+
+*ok*: both errors are within bounds; every layer in float is listed with its reason; images have different logits; an
+image alone gives the same logits, to the last bit, as in a batch of 4; and so does the saved checkpoint, restored on a
+model with other weights.
+"""
+
+
+def main() -> int:
+    """Runs the sweep, or one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name in model_names() if family_of(name) == "torchvision_models"]
+    parser.add_argument("models", nargs="*", default=names, metavar="MODEL", help="all where none is given")
+    parser.add_argument("--data", type=Path, default=_ROOT / "../shared/data/imagenet-sample", help="an ImageFolder")
+    parser.add_argument("--results", type=Path, default=Path("zoo.csv"), help="results so far; delete it to start anew")
+    parser.add_argument("--table", type=Path, default=_ROOT / "docs/zoo.md")
+    parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        check_one(args.one, args.data)
+        return 0
+    rows = read_rows(args.results)
+    for arch in args.models:
+        if arch not in rows:
+            rows[arch] = check_apart(arch, args.data)
+            append_row(args.results, rows[arch])
+            print(f"{len(rows)} {arch}: {rows[arch].problems or 'ok'}, {rows[arch].seconds:.0f} s", file=sys.stderr)
+            write_table(args.table, (rows[name] for name in sorted(rows)), len(names))
+    return int(any(row.problems for row in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
