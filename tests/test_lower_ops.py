@@ -198,6 +198,18 @@ def test_global_average_pool(module: nn.Module, size: tuple[int, int]) -> None:
         assert (run("global_avg_pool", module, (x,), y, (q,)) == want).all()
 
 
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_global_average_pool_of_every_sum(side: int) -> None:
+    """Scales that put sums beside a tie: there the order of the two divisions shows."""
+    count = side * side
+    sums = np.arange(0, count * 255)[:, None]
+    q = (sums // count + (np.arange(count) < sums % count)).reshape(1, -1, side, side)
+    for sx, half_steps in itertools.product((0.1, 0.0131, 0.7, 1 / 3), (1, 3, 5, 7)):
+        x, y = grids((sx, sx / count * 2 * half_steps * side), (0, 3))
+        want = oracle.requantize((q - x.zero).sum((2, 3), keepdims=True), x.scale / (y.scale * f32(count)), y)
+        assert (run("global_avg_pool", nn.AdaptiveAvgPool2d(1), (x,), y, (q,)) == want).all()
+
+
 @pytest.mark.parametrize("shape", [(64, 10), (2, 3, 5, 49), (3, 1000), (4, 1)], ids=str)
 @pytest.mark.parametrize("scale", [2**-4, 0.1, 0.0235, 1e-3, 0.7])
 def test_softmax(shape: tuple[int, ...], scale: float) -> None:
