@@ -15,6 +15,7 @@ __all__ = ["float_layers", "plan_table", "settings_table"]
 
 _PASSING = ("relu", "max_pool")
 _WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
+_OF_WEIGHTS = ("bits_weights", "mode_weights", "per_channel_wts")
 _SHOWN = ("bits_activations", "bits_weights", "mode_activations", "mode_weights", "clip_acts", "per_channel_wts", "fpq")
 
 
@@ -43,19 +44,17 @@ def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed
                 _bits(s.bits_activations) if s.fpq is None else f"float{s.fpq}",
                 mode,
                 s.clip_acts + (f" {s.clip_n_stds:g}" if s.clip_acts == "n_std" and s.clip_n_stds else ""),
-                _origins(s),
+                _origins(s, weighted),
             ]
         )
     headers = ["Name", "Kind", "Output", "W bits", "A bits", "Mode (weights / acts)", "Clip", "Set by"]
     return tabulate(rows, headers, tablefmt="psql", disable_numparse=True)
 
 
-def _origins(settings: LayerSettings) -> str:
-    places: dict[str, list[str]] = {}
-    for setting in _SHOWN:
-        if settings.origin_of(setting) != "default":
-            places.setdefault(settings.origin_of(setting), []).append(setting)
-    return ", ".join(places) if places else "defaults"
+def _origins(settings: LayerSettings, weighted: bool) -> str:
+    shown = [setting for setting in _SHOWN if weighted or setting not in _OF_WEIGHTS]
+    places = dict.fromkeys(settings.origin_of(setting) for setting in shown)
+    return ", ".join(place for place in places if place != "default") or "defaults"
 
 
 def _bits(bits: int) -> str:
