@@ -41,7 +41,8 @@ def calibrate(job: Job, graph: Graph, fraction: float) -> ModelStats:
     config = job.config
     split = config.qe.calibration_split
     dataset = open_split(job, split)
-    indices = choose_subset(len(dataset), fraction, config.seed)
+    # In random order: images sorted by class would let the running means, from which b is taken, wander.
+    indices = choose_subset(len(dataset), fraction, config.seed, shuffled=True)
     fingerprint: dict[str, str | int] = {
         "arch": job.spec.arch,
         "weights": weights_hash(job.model.state_dict()),

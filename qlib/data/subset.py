@@ -10,17 +10,20 @@ def _permutation(n: int, seed: int) -> list[int]:
     return [int(index) for index in np.random.RandomState(seed).permutation(n)]
 
 
-def choose_subset(n: int, fraction: float, seed: int) -> list[int]:
-    """A random `fraction` (above 0, to 1) of the indices 0 .. n-1, sorted; at least one.
+def choose_subset(n: int, fraction: float, seed: int, *, shuffled: bool = False) -> list[int]:
+    """A random `fraction` (above 0, to 1) of the indices 0 .. n-1, sorted or in random order; at least one.
 
     >>> choose_subset(10, 0.3, seed=0)
     [2, 4, 8]
+    >>> choose_subset(10, 0.3, seed=0, shuffled=True)
+    [2, 8, 4]
     >>> choose_subset(3, 0.01, seed=0), choose_subset(3, 1.0, seed=0)
     ([2], [0, 1, 2])
     """
     assert n > 0
     assert 0 < fraction <= 1
-    return sorted(_permutation(n, seed)[: max(1, round(n * fraction))])
+    chosen = _permutation(n, seed)[: max(1, round(n * fraction))]
+    return chosen if shuffled else sorted(chosen)
 
 
 def split_train(n: int, validation_split: float, seed: int) -> tuple[list[int], list[int]]:
