@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qlib.checkpoint_file import read_checkpoint
 from qlib.config.ptq_config import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
 from qlib.config.resolve import resolve
 from qlib.config.run_config import RunConfig, asks_for_something, nothing_to_do, startup_warnings
-from qlib.errors import UsageError
+from qlib.errors import ModelError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together
 from qlib.job import FoldedGraph, Job, choose_device, fold, load_job, report_skipped, test_loader
 from qlib.lower import exact_arithmetic, lower
@@ -239,6 +240,11 @@ def _test(job: Job, *models: Callable[[Tensor], Tensor]) -> list[Evaluation]:
     with exact_arithmetic():
         results = evaluate_together(models, meters, batches, job.device)
     report_skipped(loader)
+    if not all(math.isfinite(each.loss) for each in results):
+        raise ModelError(
+            f"{job.spec.arch} gives NaN or infinity for some of these images, so it has no loss;"
+            " --qe-calibration tells in which layer they arise"
+        )
     result = results[0]
     _log.info("==> Top1: %.3f    Top5: %.3f    Loss: %.3f\n", result.top1, result.top5, result.loss)
     low, high = result.top1_interval

@@ -15,7 +15,7 @@ from qlib.checkpoint import float_weights, is_quantized
 from qlib.checkpoint_file import load_state, model_state, read_checkpoint
 from qlib.config.run_config import RunConfig
 from qlib.data import ImageDataset, Loader, Split, choose_subset, make_loader, open_dataset, split_train
-from qlib.errors import CheckpointError, UsageError
+from qlib.errors import CheckpointError, ModelError, UsageError
 from qlib.graph import Graph, capture, fold_batch_norm, fused_activations, kind_of
 from qlib.graph.ir import layer_inputs, layers, name_of
 from qlib.models import ModelSpec, create_model, find_model
@@ -113,8 +113,8 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
         arch = str(checkpoint["arch"])
     spec = find_model(arch)
     dataset_name = config.dataset or spec.dataset
-    num_classes = spec.num_classes
-    if dataset_name == "imagefolder" and config.data is not None:
+    num_classes, needs_images = spec.num_classes, not (config.summary or config.check)
+    if dataset_name == "imagefolder" and (needs_images or config.data is not None):
         num_classes = len(open_dataset(dataset_name, config.data, "val", spec.transform, num_classes=None).classes)
     pretrained = config.pretrained and weights_file is None
     model = create_model(spec, num_classes=num_classes, pretrained=pretrained)
@@ -122,10 +122,47 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
         _log.info("=> loading checkpoint %s", weights_file)
         load_state(model, model_state(checkpoint), f"checkpoint {str(weights_file)!r}")
     _log.info("=> created a %s%s model with the %s dataset", "pretrained " * pretrained, spec.arch, dataset_name)
-    if not (pretrained or weights_file or config.summary or config.check):
+    if needs_images and not (pretrained or weights_file):
         remedy = "give --pretrained, --resume-from or --exp-load-weights-from for trained ones"
         _log.warning("Warning: the weights are random; %s", remedy)
-    return Job(config, run, device, spec, dataset_name, num_classes, model.to(device))
+    _check_weights(model, spec.arch)
+    job = Job(config, run, device, spec, dataset_name, num_classes, model.to(device))
+    if needs_images:
+        _check_output(job)
+    return job
+
+
+def _check_weights(model: nn.Module, arch: str) -> None:
+    """Raises ModelError for NaN or infinity; buffers may hold infinities, as masks do."""
+    bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    bad += [name for name, value in model.named_buffers() if torch.isnan(value).any()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(f"the weights {bad[0]!r}{more} of {arch} hold NaN or infinity; give others")
+
+
+def _check_output(job: Job) -> None:
+    """A model of the user's own may answer anything. Raises ModelError unless it answers a logit for each class."""
+    try:
+        with torch.inference_mode():
+            logits: object = job.model(job.example)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{job.spec.arch!r} fails on images of {_sizes(job.spec.input_shape)}, with {type(error).__name__}"
+            f" ({reason}); correct its forward, or give the model an attribute input_shape"
+        ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    if shape != (2, job.num_classes):
+        returned = type(logits).__name__ if shape is None else f"a tensor of {_sizes(shape)}"
+        raise ModelError(
+            f"{job.spec.arch!r} returns {returned} for 2 images, and the dataset has {job.num_classes} classes;"
+            f" make it return a tensor of 2x{job.num_classes}, or give data with as many classes"
+        )
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _weights_only(path: Path) -> Mapping[str, Any]:

@@ -175,7 +175,8 @@ def needs_folder(config: RunConfig) -> bool:
     A checkpoint or a model of the user's own may turn out to need one too.
     """
     digits = config.dataset == "digits" or (config.dataset is None and "digits" in config.arch)
-    unknown = config.resume_from is not None or ".py:" in config.arch
+    loads = config.resume_from is not None or config.exp_load_weights_from is not None
+    unknown = loads or ".py:" in config.arch
     return not (digits or unknown or config.summary or config.check)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
     _fold_constants(graph)
     _drop_same_size_pools(graph)
     _canonicalize(graph)
+    _make_positional(graph)
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -86,11 +88,14 @@ def _name_nodes(graph: Graph, tracer: _Tracer) -> None:
     for node, path in paths.items():
         if node.op in ("call_function", "call_method"):
             owners[path.rpartition(".")[0]] = owners.get(path.rpartition(".")[0], 0) + 1
+    # The tracer writes `x.shape` at its first use, be it the call of a module: that does not make it the module's op.
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     taken: set[str] = set()
     for node in graph.graph.nodes:
         path = str(node.target) if node.op in ("call_module", "get_attr") else paths[node]
         owner = path.rpartition(".")[0]
-        if node.op in ("call_function", "call_method") and owner and owners[owner] == 1 and _is_bare(graph, owner):
+        functional = node.op in ("call_function", "call_method")
+        if functional and owner and owners[owner] == 1 and owner not in called and _is_bare(graph, owner):
             path = owner
         name, suffix = path, 0
         while name in taken:
@@ -205,6 +210,21 @@ def _only_moves(node: fx.Node) -> bool:
         given = {**dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)), **node.kwargs}
         return not given.get("value")
     return name in MOVES
+
+
+def _make_positional(graph: Graph) -> None:
+    """Writes the keyword arguments of module calls as positional ones: inputs are numbered."""
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.kwargs:
+            call = inspect.signature(graph.get_submodule(str(node.target)).forward)
+            bound = call.bind(*node.args, **node.kwargs)
+            bound.apply_defaults()
+            if bound.kwargs:
+                raise ModelError(
+                    f"{node.meta['name']!r} is called with {next(iter(bound.kwargs))!r}, which it takes by name only;"
+                    " let its forward take it by position"
+                )
+            node.args, node.kwargs = bound.args, {}
 
 
 def _free_target(graph: Graph, name: str) -> str:

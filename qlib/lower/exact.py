@@ -40,6 +40,7 @@ class _Builder:
     root: dict[str, object] = field(default_factory=dict)
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
     edges: dict[fx.Node, Edge | None] = field(default_factory=dict)
+    quantized: dict[tuple[fx.Node, TensorPlan], tuple[fx.Node, Edge]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fused = fused_activations(self.graph)
@@ -68,37 +69,35 @@ class _Builder:
     def _add_layer(self, node: fx.Node) -> None:
         module, name = self.graph.get_submodule(str(node.target)), name_of(node)
         plan = self.plan.layers.get(name, LayerPlan(kind_of(module)))
-        sources = layer_inputs(node)
-        inputs = {
-            source: self._arrive(source, plan.inputs[i] if i < len(plan.inputs) else None)
-            for i, source in enumerate(sources)
-        }
+        planned = (*plan.inputs, *[None] * len(layer_inputs(node)))
+        arrivals = [self._arrive(source, grid) for source, grid in zip(layer_inputs(node), planned, strict=False)]
         activation = self.fused.get(node) if plan.output is not None else None
-        bounds = None
-        if activation is not None:
-            relu6 = isinstance(self.graph.get_submodule(str(activation.target)), nn.ReLU6)
-            bounds = (0.0, 6.0 if relu6 else float("inf"))
+        bounds = None if activation is None else self._bounds(activation)
         output = Edge.of(_params(name, plan.output), bounds) if plan.output is not None else None
-        site = Site(module, plan, tuple(inputs[source][1] for source in sources), output)
+        site = Site(module, plan, tuple(edge for _, edge in arrivals), output)
         lowered, edge = LOWERINGS[kind_of(module)](site)
         self.root[name] = lowered
-        self.values[node] = self.new.create_node(
-            "call_module",
-            name,
-            fx.node.map_arg(node.args, lambda old: inputs[old][0] if old in inputs else self.values[old]),
-            name=node.name,
-        )
+        tensors = iter(arrivals)  # in the order of layer_inputs: one input may be used twice, on two grids
+        args = fx.node.map_arg(node.args, lambda old: next(tensors)[0] if old.meta["tensor"] else self.values[old])
+        self.values[node] = self.new.create_node("call_module", name, args, name=node.name)
         self.edges[node] = edge
         if activation is not None and edge is not None:
             self.skipped[activation] = node
+
+    def _bounds(self, activation: fx.Node) -> tuple[float, float]:
+        """What a fused ReLU or ReLU6 clamps to."""
+        relu6 = isinstance(self.graph.get_submodule(str(activation.target)), nn.ReLU6)
+        return 0.0, 6.0 if relu6 else float("inf")
 
     def _arrive(self, source: fx.Node, planned: TensorPlan | None) -> tuple[fx.Node, Edge | None]:
         """The value of an input and its grid, quantized first where the plan says so."""
         value, edge = self.values[source], self.edges[source]
         if edge is not None or planned is None:
             return value, edge
-        edge = Edge.of(_params(name_of(source), planned))
-        return self._call("quantize", source, Quantize(edge), value), edge
+        if (source, planned) not in self.quantized:
+            edge = Edge.of(_params(name_of(source), planned))
+            self.quantized[source, planned] = (self._call("quantize", source, Quantize(edge), value), edge)
+        return self.quantized[source, planned]
 
     def _as_float(self, source: fx.Node) -> fx.Node:
         edge = self.edges[source]

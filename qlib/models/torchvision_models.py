@@ -21,8 +21,12 @@ from qlib.models.spec import ModelSpec, StateDict
 _INCEPTIONS = ("googlenet", "inception_v3")
 
 
-def _build(arch: str, num_classes: int) -> nn.Module:
-    extra = {"aux_logits": False, "init_weights": False, "transform_input": True} if arch in _INCEPTIONS else {}
+def _build(arch: str, side: int, num_classes: int) -> nn.Module:
+    extra: dict[str, Any] = {}
+    if arch in _INCEPTIONS:
+        extra = {"aux_logits": False, "init_weights": False, "transform_input": True}
+    elif arch.startswith("vit_"):  # made for images of one size: that of the published weights
+        extra = {"image_size": side}
     return cast(nn.Module, models.get_model(arch, weights=None, num_classes=num_classes, **extra))
 
 
@@ -55,6 +59,6 @@ def model_spec(arch: str) -> ModelSpec:
         len(weights.meta["categories"]),
         (3, side, side),
         transform,
-        build=partial(_build, arch),
+        build=partial(_build, arch, side),
         weights=partial(_download, arch, weights.url),
     )

@@ -13,7 +13,17 @@ from qlib.config.ptq_config import LayerSettings
 from qlib.config.resolve import LayerInfo
 from qlib.errors import ConfigError, StatsError
 from qlib.graph import Graph, fused_activations, kind_of
-from qlib.graph.ir import attribute, is_constant, is_layer, is_move, layer_inputs, layers, name_of, source_of, tensor_users
+from qlib.graph.ir import (
+    attribute,
+    is_constant,
+    is_layer,
+    is_move,
+    layer_inputs,
+    layers,
+    name_of,
+    source_of,
+    tensor_users,
+)
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
@@ -22,6 +32,7 @@ __all__ = ["layer_infos", "plan_post_train_linear"]
 _WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "embedding"})
 _PASSING = frozenset({"relu", "max_pool"})
 _DYNAMIC = frozenset({"conv", "conv_transpose", "linear", "matmul"})
+_IN_FLOAT = "computed in float between integer tensors"
 _SATURATING = ((nn.Sigmoid, 6.0), (nn.Tanh, 4.0))
 
 
@@ -149,11 +160,15 @@ class _Planner:
             return LayerPlan(kind, inputs, weight, note=note)
         return None
 
-    def _common(self, kind: str, settings: LayerSettings) -> dict[str, Any]:
+    def _common(self, node: fx.Node, kind: str, settings: LayerSettings) -> dict[str, Any]:
         weight = self._weight(kind, settings)
         note = ""
-        if kind == "float_op" or (kind in _WEIGHTED and weight is None):
-            note = "computed in float between integer tensors" + (": no integer form" if kind == "float_op" else "")
+        if kind in _WEIGHTED and weight is None:
+            note = _IN_FLOAT
+        elif kind == "float_op":
+            note = f"{_IN_FLOAT}: no integer form"
+        elif kind == "softmax" and not self._exact_softmax(node, settings):
+            note = f"{_IN_FLOAT}: the integer form is that of 8 bits asym_u, over the last axis, without a mask"
         return {
             "weight": weight,
             "bits_bias": settings.bits_bias,
@@ -161,6 +176,11 @@ class _Planner:
             "scale_approx_bits": settings.scale_approx_mult_bits,
             "note": note,
         }
+
+    def _exact_softmax(self, node: fx.Node, settings: LayerSettings) -> bool:
+        module = self.graph.get_submodule(str(node.target))
+        unsigned = (settings.bits_activations, settings.mode_activations) == (8, "asym_u")
+        return unsigned and isinstance(module, nn.Softmax) and module.dim == -1
 
     def _plan_dynamic(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
         sources = layer_inputs(node)
@@ -171,11 +191,13 @@ class _Planner:
             TensorPlan(s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds)
             for s in (self._input_settings(settings, i) for i in range(len(sources)))
         )
-        return LayerPlan(kind, inputs, **self._common(kind, settings))
+        return LayerPlan(kind, inputs, **self._common(node, kind, settings))
 
     def _plan_static(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
         inputs = tuple(self._plan_input(node, kind, i, source) for i, source in enumerate(layer_inputs(node)))
-        return LayerPlan(kind, inputs, output=self._plan_output(node, kind, settings), **self._common(kind, settings))
+        return LayerPlan(
+            kind, inputs, output=self._plan_output(node, kind, settings), **self._common(node, kind, settings)
+        )
 
     @staticmethod
     def _input_settings(settings: LayerSettings, index: int) -> LayerSettings:

@@ -51,12 +51,14 @@ class TensorStats:
         def blend(a: float | None, b: float | None, wa: int, wb: int) -> float | None:
             return None if a is None or b is None else (a * wa + b * wb) / (wa + wb)
 
-        std = None
-        if None not in (self.mean, other.mean, self.std, other.std):
-            assert self.mean is not None and other.mean is not None and self.std is not None and other.std is not None
-            within = self.std**2 * self.count + other.std**2 * other.count
-            between = (self.mean - other.mean) ** 2 * self.count * other.count / count
-            std = math.sqrt((within + between) / count)
+        spread = None
+        known = (self.mean, other.mean, self.std, other.std)
+        moments = [moment for moment in known if moment is not None]
+        if len(moments) == len(known):
+            mean, other_mean, std, other_std = moments
+            within = std**2 * self.count + other_std**2 * other.count
+            between = (mean - other_mean) ** 2 * self.count * other.count / count
+            spread = math.sqrt((within + between) / count)
         return TensorStats(
             count=count,
             samples=samples,
@@ -65,7 +67,7 @@ class TensorStats:
             avg_min=blend(self.avg_min, other.avg_min, self.samples, other.samples),
             avg_max=blend(self.avg_max, other.avg_max, self.samples, other.samples),
             mean=blend(self.mean, other.mean, self.count, other.count),
-            std=std,
+            std=spread,
             b=blend(self.b, other.b, self.count, other.count),
             shape=self.shape,
         )

@@ -157,7 +157,7 @@ class ExactWeighted(_QuantizedWeight):
         total = float(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=False).max())
         limit = 2 ** (self.plan.bits_accum - 1)
         self.saturation = limit if total >= limit else None
-        self.parts = [] if total < EXACT_LIMIT else None
+        self.parts: list[int] | None = [] if total < EXACT_LIMIT else None
         if self.parts is None and self.splittable:
             self.parts = split_points(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=True))
         if self.parts is not None and len(self.parts) > _MOST_PARTS:
@@ -206,12 +206,14 @@ def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_ch
     >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, edge, by_channel=False)
     tensor([[765.]], dtype=torch.float64)
     """
-    w = weight.flatten(2) if by_channel and weight.ndim > 2 else weight.flatten(1)
-    w = w if w.ndim == 3 else w[:, :, None] if by_channel else w[:, None]
-    total, size = w.sum(-1, dtype=torch.float64), w.abs().sum(-1, dtype=torch.float64)
-    positive, negative = (size + total) / 2, (size - total) / 2
-    up, down = positive * edge.high - negative * edge.low, negative * edge.high - positive * edge.low
-    bounds = torch.maximum(up, down).transpose(0, 1).contiguous()
+    if by_channel and weight.ndim == 2:  # one weight each: either sum is 0
+        bounds = weight.abs().T.double() * edge.magnitude
+    else:
+        w = weight.flatten(2) if by_channel else weight.flatten(1)[:, None]
+        total, size = w.sum(-1, dtype=torch.float64), w.abs().sum(-1, dtype=torch.float64)
+        positive, negative = (size + total) / 2, (size - total) / 2
+        up, down = positive * edge.high - negative * edge.low, negative * edge.high - positive * edge.low
+        bounds = torch.maximum(up, down).T.contiguous()
     if bias is not None:
         bounds[0] += bias.double().abs()
     return bounds
