@@ -194,7 +194,7 @@ class Collector:
             raise OutputError(f"cannot write {path}: {error}; choose a folder that can be written") from error
 
     def load(self, path: Path, fingerprint: Mapping[str, Any]) -> int:
-        """Goes on from a file of `save`: how many images it consumed; 0 where it is absent or of another calibration."""
+        """Goes on from a file of `save`: how many images it consumed; 0 where absent or of another calibration."""
         try:
             with safetensors.safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("qlib", "{}"))
