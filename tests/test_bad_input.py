@@ -1,0 +1,339 @@
+"""Each mistake of a user: one clear sentence, exit code 2, nothing lost. Most are run in this process."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from runs import CLASSES, Run, finish, good, make_images, run, start, user_model
+
+from qlib.checkpoint_file import write_checkpoint
+
+DIGITS = "-a digits_cnn --pretrained"
+QUANTIZE = f"{DIGITS} --quantize-eval"
+USER = "-a net.py:brightest images"
+STATS = "stats/digits_cnn_digits.yaml"
+CHECKPOINT = "quantized_checkpoint.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with statistics, a plan and a quantized checkpoint of digits_cnn, a model of a user's, and images."""
+    folder = tmp_path_factory.mktemp("template")
+    done = good(f"{QUANTIZE} --qe-calibration 0.02 --etes 0.02", folder)
+    shutil.copy(done.folder / CHECKPOINT, folder)
+    shutil.copy(done.folder / "layer_quant_params.yaml", folder / "plan.yaml")
+    user_model(folder)
+    make_images(folder / "images")
+    shutil.rmtree(folder / "logs")
+    (folder / "latest_log_dir").unlink()
+    (folder / "latest_log_file").unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(template: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "work"))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    """Writes a file."""
+    return lambda folder: (folder / name).write_text(text)
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    """Replaces the first `old` in a file."""
+
+    def change(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    """Truncates a file."""
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+def without_layer(folder: Path) -> None:
+    """Takes `fc` out of the statistics."""
+    text = (folder / STATS).read_text()
+    (folder / STATS).write_text(text[: text.index("\nfc:") + 1])
+
+
+def not_a_number(folder: Path) -> None:
+    """Makes the first minimum of the statistics NaN."""
+    text = (folder / STATS).read_text()
+    (folder / STATS).write_text(re.sub(r"min: \S+", "min: .nan", text, count=1))
+
+
+def empty_folders(folder: Path) -> None:
+    for split in ("train", "val"):
+        for name in CLASSES:
+            (folder / "empty" / split / name).mkdir(parents=True)
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch harmed",)
+
+
+def hostile(folder: Path) -> None:
+    torch.save({"state_dict": {}, "extra": Hostile()}, folder / "hostile.pth.tar")
+    legacy = [0x1950A86A20F9469CFC6C, 1001, {}, Hostile()]
+    (folder / "legacy.pth.tar").write_bytes(b"".join(pickle.dumps(each, 2) for each in legacy))
+
+
+def damaged_header(folder: Path) -> None:
+    write_checkpoint(folder / "header.pth.tar", {"format": "qlib_quantized", "version": 1, "arch": "digits_cnn"})
+
+
+def other_model(folder: Path) -> None:
+    weights = torch.nn.Linear(2, 2).state_dict()
+    torch.save({"state_dict": weights, "arch": "digits_cnn"}, folder / "other.pth.tar")
+
+
+def schedule(body: str) -> Callable[[Path], None]:
+    """Writes q.yaml, whose quantizer has the lines of `body` as well."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    return write("q.yaml", f"quantizers:\n  ptq:\n    class: PostTrainLinearQuantizer\n{lines}")
+
+
+CONFIG = f"{QUANTIZE} --qe-config-file q.yaml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mistake: how it comes about, the command line, and a regular expression for the sentence."""
+
+    words: str
+    sentence: str
+    prepare: Callable[[Path], object] = nothing
+
+
+TABLE = {
+    # the dataset
+    "missing folder": Row("-a resnet20_cifar no/images -e", r"there is no dataset folder 'no/images'; give the folder"),
+    "no folder": Row("-a resnet20_cifar -e", r"DATASET_DIR is missing: give the folder of images"),
+    "no folder for a user's model": Row("-a net.py:brightest -e", r"dataset imagefolder needs its folder; give it as"),
+    "empty folder": Row(f"{USER[:-6]}empty -e", r"the 4 class folders in 'empty/val' hold no images", empty_folders),
+    "no train and val": Row("-a resnet18 stats -e", r"dataset folder 'stats' has no val/; it needs train/ and val/"),
+    "corrupt image": Row(
+        f"{USER} -e",
+        r"cannot read image 'images/val/blue/009.png', number 2 of 12 \(.*\); replace or delete it, or leave such",
+        write("images/val/blue/009.png", "no image"),
+    ),
+    "corrupt image in calibration": Row(
+        f"{USER} --qe-calibration 1",
+        r"cannot read image 'images/train/red/000.png'",
+        cut("images/train/red/000.png"),
+    ),
+    "wrong class count": Row(
+        "-a resnet20_cifar images -e", r"'images' \(cifar10\) has 4 classes and the model 10; give the data that"
+    ),
+    "class in one split": Row(
+        f"{USER} -e", r"train/ and val/ of 'images' differ in 1 class", lambda folder: (folder / "images/val/x").mkdir()
+    ),
+    "model of fewer classes": Row(
+        f"{USER} -e",
+        r"'net.py:brightest' returns a tensor of 2x4 for 2 images, and the dataset has 5 classes; make it return",
+        lambda folder: [(folder / "images" / split / "white").mkdir() for split in ("train", "val")],
+    ),
+    # the model
+    "unknown model": Row("-a resnet8 images -e", r"unknown model 'resnet8'; .* did you mean resnet18 or"),
+    "missing model file": Row("-a no.py:make images -e", r"there is no model file 'no.py'"),
+    "missing function": Row("-a net.py:brightness images -e", r"'net.py' has no function .*; did you mean brightest"),
+    "no pretrained weights": Row(
+        "-a resnet20_cifar --pretrained images -e", r"there are no pretrained weights for resnet20_cifar"
+    ),
+    "NaN weights": Row(
+        "-a net.py:broken images -e", r"the weights 'conv.weight' of net.py:broken hold NaN or infinity"
+    ),
+    "infinite activations": Row(
+        "-a net.py:overflowing images --qe-calibration 1",
+        r"the output of 'conv' holds NaN or infinity, in images 0 to 15 of the calibration set; check the weights",
+    ),
+    "infinite logits": Row(
+        "-a net.py:overflowing images -e",
+        r"net.py:overflowing gives NaN or infinity for some of these images, .* --qe-calibration tells in which layer",
+    ),
+    "GPU that is not there": Row(f"{DIGITS} -e --gpus 63", r"--gpus names GPU 63, but this machine has"),
+    # flags
+    "bits 1": Row(f"{QUANTIZE} --qe-bits-acts 1", r"--qe-bits-acts '1' is not allowed: it must be 0 .* from 2 to 16"),
+    "bits 33": Row(f"{QUANTIZE} --qebw 33", r"--qe-bits-wts '33' is not allowed: it must be 0 .* from 2 to 16"),
+    "n_std alone": Row(f"{QUANTIZE} --qeca n_std", r"--qe-clip-acts n_std needs --qe-clip-n-stds"),
+    "two sources": Row(
+        f"{QUANTIZE} --qe-dynamic --qe-stats-file {STATS}", r"--qe-stats-file and --qe-dynamic cannot be combined"
+    ),
+    "unknown flag": Row(f"{QUANTIZE} --qe-per-chanel", r"there is no flag --qe-per-chanel; did you mean"),
+    "nothing to do": Row(DIGITS, r"nothing to do: add --evaluate, --quantize-eval"),
+    "float checkpoint, nothing to do": Row(
+        "--resume-from f.pth.tar",
+        r"nothing to do: add --evaluate",
+        lambda folder: torch.save({"state_dict": torch.nn.Linear(1, 1).state_dict()}, folder / "f.pth.tar"),
+    ),
+    "flag for a layer that is not there": Row(
+        f"{QUANTIZE} --qe-no-quant-layers wide.com",
+        r"--qe-no-quant-layers: 'wide.com' matches no layer; did you mean wide.conv",
+    ),
+    # statistics
+    "missing statistics": Row(
+        f"{QUANTIZE} --qe-stats-file no.yaml", r"--qe-stats-file 'no.yaml' .* a file that exists"
+    ),
+    "statistics of another model": Row(
+        f"{QUANTIZE} --qe-stats-file {STATS}",
+        r"the statistics are of another model \(arch 'vgg11', this one is 'digits_cnn'\)",
+        edit(STATS, 'arch: "digits_cnn"', 'arch: "vgg11"'),
+    ),
+    "statistics of other weights": Row(
+        f"-a digits_cnn --quantize-eval --qe-stats-file {STATS}", r"of another model \(weights '\w{16}', this one is"
+    ),
+    "statistics lack a layer": Row(
+        f"{QUANTIZE} --qe-stats-file {STATS}", r"the statistics lack layer 'fc'; collect them again", without_layer
+    ),
+    "statistics are no YAML": Row(
+        f"{QUANTIZE} --qe-stats-file {STATS}",
+        r"digits_cnn_digits.yaml:2: not valid YAML: .*; collect",
+        write(STATS, "a: [1,\n}"),
+    ),
+    "statistics are no statistics": Row(
+        f"{QUANTIZE} --qe-stats-file {STATS}", r"layer 'conv1' is 3, not a mapping", write(STATS, "conv1: 3\n")
+    ),
+    "statistics of NaN": Row(
+        f"{QUANTIZE} --qe-stats-file {STATS}",
+        r"min of input 0 of layer 'stem.conv' is nan; statistics must be finite: collect them again",
+        not_a_number,
+    ),
+    # checkpoints
+    "missing checkpoint": Row(f"{DIGITS} -e --resume-from no.pth", r"--resume-from 'no.pth' .* a file that exists"),
+    "not a checkpoint": Row(f"{DIGITS} -e --resume-from net.py", r"'net.py' is not a checkpoint"),
+    "empty checkpoint": Row(f"{DIGITS} -e --resume-from e.pth", r"'e.pth' is empty; copy or", write("e.pth", "")),
+    "truncated checkpoint": Row(f"--resume-from {CHECKPOINT}", r"is truncated or damaged; copy or", cut(CHECKPOINT)),
+    "hostile checkpoint": Row(
+        f"{DIGITS} -e --resume-from hostile.pth.tar", r"refers to '(posix|os|nt).system', which could run code", hostile
+    ),
+    "hostile legacy checkpoint": Row(
+        f"{DIGITS} -e --exp-load-weights-from legacy.pth.tar", r"refers to '(posix|os|nt).system'", hostile
+    ),
+    "checkpoint of another model": Row(
+        f"{DIGITS} -e --resume-from other.pth.tar", r"checkpoint 'other.pth.tar' does not fit the model: ", other_model
+    ),
+    "damaged header": Row(
+        "--resume-from header.pth.tar", r"lacks dataset, num_classes, plan, state_dict", damaged_header
+    ),
+    "quantized already": Row(
+        f"--resume-from {CHECKPOINT} --quantize-eval", rf"{CHECKPOINT} is quantized already; drop --quantize-eval"
+    ),
+    "summary of integers": Row(f"--resume-from {CHECKPOINT} --summary model", r"--summary needs a float model, but"),
+    "quantized, of another name": Row(
+        f"-a resnet18 --resume-from {CHECKPOINT}", rf"{CHECKPOINT} is a quantized digits_cnn, not resnet18; drop --arch"
+    ),
+    "integers as float weights": Row(
+        f"{DIGITS} -e --exp-load-weights-from {CHECKPOINT}", rf"{CHECKPOINT} holds integers, not float weights"
+    ),
+    # settings
+    "missing config": Row(f"{QUANTIZE} --qe-config-file no.yaml", r"--qe-config-file 'no.yaml' .* a file that exists"),
+    "tabs": Row(CONFIG, r"q.yaml:4: .*tab", schedule("\tbits_activations: 8")),
+    "duplicate keys": Row(
+        CONFIG, r"q.yaml:5: .*bits_activations", schedule("bits_activations: 8\nbits_activations: 4")
+    ),
+    "unknown class": Row(
+        CONFIG,
+        r"q.yaml:3: unknown class 'PostTrainLinearQuantiser'; .* did you mean PostTrainLinearQuantizer",
+        write("q.yaml", "quantizers:\n  a:\n    class: PostTrainLinearQuantiser\n"),
+    ),
+    "unknown key": Row(
+        CONFIG, r"q.yaml:4: unknown key 'bits_activation'.* did you mean", schedule("bits_activation: 8")
+    ),
+    "rule without a layer": Row(
+        CONFIG,
+        r"q.yaml:5: 'wide.con' matches no layer; did you mean wide.conv",
+        schedule("overrides:\n  wide.con: {bits_weights: 4}"),
+    ),
+    "bits in a config": Row(CONFIG, r"q.yaml:4: bits_activations is 17; allowed: ", schedule("bits_activations: 17")),
+    "python in YAML": Row(
+        CONFIG, r"q.yaml:4: ", schedule("bits_activations: !!python/object/apply:os.system ['touch harmed']")
+    ),
+    "empty config": Row(CONFIG, r"q.yaml:1: ", write("q.yaml", "")),
+    "plan lacks a layer": Row(
+        f"{QUANTIZE} --qe-config-file plan.yaml",
+        r"layer 'head' is not in the model; remove it",
+        edit("plan.yaml", "  fc:\n", "  head:\n"),
+    ),
+    "plan with wrong bits": Row(
+        f"{QUANTIZE} --qe-config-file plan.yaml", r"plan.yaml:\d+: .*bits", edit("plan.yaml", "bits: 8", "bits: 88")
+    ),
+    # output
+    "output folder": Row(
+        f"{DIGITS} -e -o net.py/out", r"--out-dir net.py/out cannot be written: Not a directory; give"
+    ),
+    "statistics folder": Row(
+        f"{DIGITS} --qe-calibration 0.1",
+        r"cannot write stats/\S+: .*; choose a folder that can be written",
+        lambda folder: (shutil.rmtree(folder / "stats"), (folder / "stats").touch()),
+    ),
+}
+SEVERAL = {"plan lacks a layer"}  # files with more than one mistake: a line for each
+
+
+def check(done: Run, name: str) -> None:
+    """What each mistake has in common."""
+    assert done.code == 2, done
+    prefix, _, sentence = done.err.partition("error: ")
+    assert prefix == "compress.py: "
+    assert re.search(TABLE[name].sentence, sentence), done.err
+    assert "Traceback" not in done.err + done.out
+    lines = sentence.splitlines()
+    assert len(lines) == 1 or (name in SEVERAL and lines[0] == f"{len(lines) - 1} problems:"), done.err
+    assert sentence.endswith("\n")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the log folders'."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "log" not in str(path.relative_to(folder)))
+    return {str(path): path.read_bytes() for path in files if "__pycache__" not in str(path)}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_mistake(folder: Path, name: str) -> None:
+    row = TABLE[name]
+    row.prepare(folder)
+    before = contents(folder)
+    done = run(row.words, folder)
+    check(done, name)
+    assert contents(folder) == before
+    assert not (folder / "harmed").exists()
+    if (folder / "logs").exists():
+        (log,) = (folder / "logs").glob("*/*.log")
+        assert "error: " in log.read_text()
+        assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["bits 1", "corrupt image", "hostile checkpoint"])
+def test_mistake_in_a_process_of_its_own(folder: Path, name: str) -> None:
+    row = TABLE[name]
+    row.prepare(folder)
+    check(finish(start(f"{row.words} -j 2", folder), folder), name)
+    assert not (folder / "harmed").exists()
+
+
+def test_verbose_shows_where(folder: Path) -> None:
+    done = run("-a resnet8 images -e -v", folder)
+    assert done.code == 2
+    assert done.err.startswith("Traceback")
+    assert done.err.splitlines()[-1].startswith("compress.py: error: unknown model 'resnet8'; ")
