@@ -56,6 +56,8 @@ def calibrate(job: Job, graph: Graph, fraction: float) -> ModelStats:
     _log.info("Collecting quantization calibration stats based on %.1f%% of %s dataset", 100 * fraction, split)
     collector = Collector(graph)
     start = collector.load(partial, key)
+    if partial.exists() and not start:
+        _log.info("The unfinished collection in %s is of other settings, or damaged, and is replaced", partial)
     if start:
         _log.info("Going on from a broken collection: %d of %d images are done", start, len(indices))
     _collect(job, collector, dataset, indices, start, partial, key)
