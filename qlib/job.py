@@ -201,7 +201,7 @@ def test_loader(job: Job) -> Loader:
     """The test images; the sizes of all parts of the dataset are logged."""
     config, dataset = job.config, open_split(job, "test")
     indices = choose_subset(len(dataset), config.effective_test_size, config.seed)
-    train, validation = split_train(len(open_split(job, "train")), config.validation_split, config.seed)
+    train, validation = split_train(_train_images(job), config.validation_split, config.seed)
     _log.info(
         "Dataset sizes:\n\ttraining=%d\n\tvalidation=%d\n\ttest=%d",
         round(len(train) * config.effective_train_size),
@@ -209,6 +209,14 @@ def test_loader(job: Job) -> Loader:
         len(indices),
     )
     return loader_of(job, dataset, indices, config.batch_size)
+
+
+def _train_images(job: Job) -> int:
+    """How many training images there are; a folder with val/ alone is enough to evaluate."""
+    root = job.config.data
+    if root is not None and (root / "val").is_dir() and not (root / "train").is_dir():
+        return 0
+    return len(open_split(job, "train"))
 
 
 def report_skipped(loader: Loader) -> None:

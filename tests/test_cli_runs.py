@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,14 @@ def test_a_model_and_images_of_the_users_own(tmp_path: Path) -> None:
     assert table == [["0", "0", "0", "0"], ["0", "3", "0", "0"], ["0", "0", "4", "0"], ["0", "1", "0", "4"]]
     again = good(f"{data} --resume-from {run.folder / 'quantized_checkpoint.pth.tar'}", tmp_path)
     assert again.score() == run.score()
+
+
+def test_val_alone_is_enough_to_evaluate(tmp_path: Path) -> None:
+    data = make_images(tmp_path / "images")
+    shutil.rmtree(data / "train")
+    run = good(f"-a {user_model(tmp_path)} --dataset imagefolder {data} -e", tmp_path)
+    assert "\ttraining=0" in run.lines
+    assert run.metrics("fp32")["samples"] == "12"
 
 
 def test_a_cifar_model_on_an_image_folder(tmp_path: Path) -> None:

@@ -326,6 +326,26 @@ def test_half_range_of_gauss_and_laplace_follows_the_relu() -> None:
         assert high != ranges(lambda m, x: m.conv1(x), clip)[1]
 
 
+@pytest.mark.parametrize(
+    ("function", "layer", "of_the_relu"),
+    [
+        pytest.param(lambda m, x: F.relu(m.conv1(x) + m.conv1(x)), "add", True, id="after-an-addition"),
+        pytest.param(lambda m, x: m.relu(m.conv1(x)), "conv1", False, id="after-a-convolution"),
+    ],
+)
+def test_n_std_takes_mean_and_std_where_the_ancestor_does(
+    function: Callable[[Any, Tensor], Tensor], layer: str, of_the_relu: bool
+) -> None:
+    plan = plan_of(function, {"*": {"clip_acts": "n_std", "clip_n_stds": 1.0}})
+    stats = stats_of(prepared(function)[0]).layers
+    seen = stats["relu"].output if of_the_relu else stats[layer].output
+    assert seen.mean is not None
+    assert seen.std is not None
+    output = plan.layers[layer].output
+    assert output is not None
+    assert (output.min, output.max) == (0.0, pytest.approx(seen.mean + seen.std))
+
+
 def test_dynamic_plans_quantize_weighted_layers_and_matmul_only() -> None:
     plan = plan_of(lambda m, x: m.fc((m.conv1(x) @ m.conv1(x) + 1).flatten(2)[..., :4]), dynamic=True)
     assert plan.dynamic
