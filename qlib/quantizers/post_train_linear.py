@@ -246,7 +246,8 @@ class _Planner:
             stats = self.stats.layers[norm].output
         activation = self.fused.get(node)
         if settings.clip_acts == "n_std" and activation is not None and kind not in _WEIGHTED:
-            # The ancestor fuses a ReLU into weighted layers only: after others it clips by the ReLU's own mean and std.
+            # Inferred from the ancestor's results, not from its code: only after weighted layers is the ReLU part of
+            # the layer, after others its own mean and std count.
             stats = self._layer_stats(activation).output
         seen = self._seen_by_successor(node, stats)
         return self._tensor_plan(node, "the output of", seen, settings, self._half_range(node, settings))
