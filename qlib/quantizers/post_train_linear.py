@@ -31,7 +31,7 @@ __all__ = ["layer_infos", "plan_post_train_linear"]
 
 _WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "embedding"})
 _PASSING = frozenset({"relu", "max_pool"})
-_DYNAMIC = frozenset({"conv", "conv_transpose", "linear", "matmul"})
+_ACCUMULATING = frozenset({"conv", "conv_transpose", "linear", "matmul"})
 _IN_FLOAT = "computed in float between integer tensors"
 _SATURATING = ((nn.Sigmoid, 6.0), (nn.Tanh, 4.0))
 
@@ -169,13 +169,14 @@ class _Planner:
             note = f"{_IN_FLOAT}: no integer form"
         elif kind == "softmax" and not self._exact_softmax(node, settings):
             note = f"{_IN_FLOAT}: the integer form is that of 8 bits asym_u, over the last axis, without a mask"
-        return {
-            "weight": weight,
-            "bits_bias": settings.bits_bias,
-            "bits_accum": settings.bits_accum,
-            "scale_approx_bits": settings.scale_approx_mult_bits,
-            "note": note,
-        }
+        common: dict[str, Any] = {"weight": weight, "note": note}
+        if kind in _ACCUMULATING:  # others have no accumulator: their plan does not claim one
+            common |= {
+                "bits_bias": settings.bits_bias,
+                "bits_accum": settings.bits_accum,
+                "scale_approx_bits": settings.scale_approx_mult_bits,
+            }
+        return common
 
     def _exact_softmax(self, node: fx.Node, settings: LayerSettings) -> bool:
         module = self.graph.get_submodule(str(node.target))
@@ -184,7 +185,7 @@ class _Planner:
 
     def _plan_dynamic(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
         sources = layer_inputs(node)
-        if kind not in _DYNAMIC or (kind != "matmul" and not self._weight(kind, settings)):
+        if kind not in _ACCUMULATING or (kind != "matmul" and not self._weight(kind, settings)):
             note = "dynamic: only weighted layers and matmul are quantized"
             return LayerPlan(kind, (None,) * len(sources), note=note)
         inputs = tuple(
