@@ -9,6 +9,7 @@
     |-- ModelError            a model name, a model file, a graph that cannot be captured
     |-- StatsError            activation statistics: missing, of another model, not finite
     |-- CheckpointError       a checkpoint: unreadable, truncated, hostile, of another model
+    |-- ExportError           a model that cannot be handed over in the format asked for
     `-- OutputError           a folder or file that cannot be written
 
 A programmer's mistake is an ``assert``, never one of these.
@@ -61,6 +62,10 @@ class StatsError(QlibError):
 
 class CheckpointError(QlibError):
     """A checkpoint that cannot be read, or does not fit the model."""
+
+
+class ExportError(QlibError):
+    """A model that cannot be handed over in the format asked for."""
 
 
 class OutputError(QlibError):

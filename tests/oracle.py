@@ -49,6 +49,12 @@ class Codes:
         assert (spec.qmin, spec.qmax) == (self.low, self.high)
         return Edge.of(QParams(torch.tensor(self.scale), torch.tensor(self.zero, dtype=torch.int32), spec))
 
+    @property
+    def deployed(self) -> Codes:
+        """The grid as it is deployed, with unsigned codes: a signed one moves up by ``2^(bits-1)``."""
+        up = 0 if self.mode == "asym_u" else 2 ** (self.bits - 1)
+        return Codes(self.scale, self.zero + up, self.low + up, self.high + up, self.mode, self.bits)
+
     def bounded(self, top: float) -> tuple[int, int]:
         """The codes of a fused activation that clamps to ``0 .. top``."""
         high = self.high if np.isinf(top) else min(self.high, int(np.rint(f32(top) / self.scale)) + self.zero)

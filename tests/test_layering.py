@@ -19,7 +19,7 @@ LINES = (
     ("clip", "graph", "config", "data", "models"),
     ("lower", "quant.plan_schema", "quant.plan_file", "stats.collect", "stats.stats_file"),
     ("quantizers", "evaluate"),
-    ("checkpoint", "runlog", "report", "summary"),
+    ("checkpoint", "runlog", "report", "summary", "deploy"),
     ("job",),
     ("calibrate",),
     ("compress_classifier",),
@@ -30,6 +30,10 @@ LINES = (
 
 HOME = {
     "argparse": {"cli", "cli_flags"},
+    "onnx": {"deploy"},
+    "onnx_ir": {"deploy"},
+    "onnxruntime": {"deploy"},
+    "onnxscript": {"deploy"},
     "yaml": {"config", "quant.plan_file", "quant.plan_schema", "stats.stats_file"},
 }
 """Modules of others that only some of ours import."""

@@ -36,7 +36,7 @@ def grids(scales: Sequence[float], zeros: Sequence[int], mode: str = "asym_u") -
 
 
 def run(kind: str, module: nn.Module, inputs: Sequence[Codes], y: Codes, codes: Sequence[Ints | Tensor]) -> Ints:
-    """Output codes of the lowered layer; `codes` are numpy codes, or tensors of centered codes."""
+    """Deployed output codes of the layer; `codes` are numpy codes, or tensors of centered codes."""
     lowered, edge = LOWERINGS[kind](Site(module, LayerPlan(kind), tuple(x.edge for x in inputs), y.edge))
     assert edge is not None
     args = [q if isinstance(q, Tensor) else x.centered(q) for q, x in zip(codes, inputs, strict=True)]
@@ -52,8 +52,8 @@ def run(kind: str, module: nn.Module, inputs: Sequence[Codes], y: Codes, codes: 
 def test_add_all_pairs(scales: tuple[float, ...], mode: str) -> None:
     for zeros in ZEROS:
         a, b, y = grids(scales, zeros, mode)
-        qa, qb = PAIRS[0] + a.low, PAIRS[1] + b.low
-        assert (run("add", Add(), (a, b), y, (qa, qb)) == oracle.add(qa, a, qb, b, y)).all()
+        want = oracle.add(PAIRS[0], a.deployed, PAIRS[1], b.deployed, y.deployed)
+        assert (run("add", Add(), (a, b), y, (PAIRS[0] + a.low, PAIRS[1] + b.low)) == want).all()
 
 
 @pytest.mark.parametrize("scales", TIES, ids=str)
@@ -61,8 +61,8 @@ def test_mul_all_pairs(scales: tuple[float, ...]) -> None:
     for zeros, mode in itertools.product(ZEROS, ("asym_u", "asym_s")):
         for shrink in (1.0, 64.0):  # the output grid so wide that few results saturate
             a, b, y = grids((*scales[:2], scales[0] * scales[2] * shrink), zeros, mode)
-            qa, qb = PAIRS[0] + a.low, PAIRS[1] + b.low
-            assert (run("mul", Mul(), (a, b), y, (qa, qb)) == oracle.mul(qa, a, qb, b, y)).all()
+            want = oracle.mul(PAIRS[0], a.deployed, PAIRS[1], b.deployed, y.deployed)
+            assert (run("mul", Mul(), (a, b), y, (PAIRS[0] + a.low, PAIRS[1] + b.low)) == want).all()
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -14,7 +14,10 @@ from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan
 
-__all__ = ["lower_exact"]
+__all__ = ["EDGE", "lower_exact"]
+
+EDGE = "edge"
+"""In a node's meta: the grid of the codes it holds, or None where it holds floats."""
 
 
 def lower_exact(graph: Graph, plan: Plan) -> fx.GraphModule:
@@ -65,6 +68,7 @@ class _Builder:
             self.root[str(node.target)] = self.graph.get_submodule(str(node.target))
         self.values[node] = self.new.node_copy(node, lambda old: self.values[old])
         self.edges[node] = self.edges[layer_inputs(node)[0]] if is_move(self.graph, node) else None
+        self.values[node].meta[EDGE] = self.edges[node]
 
     def _add_layer(self, node: fx.Node) -> None:
         module, name = self.graph.get_submodule(str(node.target)), name_of(node)
@@ -80,6 +84,7 @@ class _Builder:
         tensors = iter(arrivals)  # in the order of layer_inputs: one input may be used twice, on two grids
         args = fx.node.map_arg(node.args, lambda old: next(tensors)[0] if old.meta["tensor"] else self.values[old])
         self.values[node] = self.new.create_node("call_module", name, args, name=node.name)
+        self.values[node].meta = {**node.meta, EDGE: edge}
         self.edges[node] = edge
         if activation is not None and edge is not None:
             self.skipped[activation] = node
@@ -96,21 +101,23 @@ class _Builder:
             return value, edge
         if (source, planned) not in self.quantized:
             edge = Edge.of(_params(name_of(source), planned))
-            self.quantized[source, planned] = (self._call("quantize", source, Quantize(edge), value), edge)
+            self.quantized[source, planned] = (self._call("quantize", source, Quantize(edge), value, edge), edge)
         return self.quantized[source, planned]
 
     def _as_float(self, source: fx.Node) -> fx.Node:
         edge = self.edges[source]
         value = self.values[source]
-        return value if edge is None else self._call("dequantize", source, Dequantize(edge), value)
+        return value if edge is None else self._call("dequantize", source, Dequantize(edge), value, None)
 
-    def _call(self, what: str, source: fx.Node, module: nn.Module, value: fx.Node) -> fx.Node:
+    def _call(self, what: str, source: fx.Node, module: nn.Module, value: fx.Node, edge: Edge | None) -> fx.Node:
         target, count = f"{what}_{source.name}", 0
         while target in self.root:
             count += 1
             target = f"{what}_{source.name}_{count}"
         self.root[target] = module
-        return self.new.call_module(target, (value,))
+        called = self.new.call_module(target, (value,))
+        called.meta = {**source.meta, EDGE: edge}
+        return called
 
     def finish(self) -> fx.GraphModule:
         """The integer model."""

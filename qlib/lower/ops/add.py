@@ -7,8 +7,10 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Edge, Grid, Lowered, Site
+from qlib.graph.ops import Add
+from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ExactAdd", "fma"]
 
@@ -76,8 +78,12 @@ class ExactAdd(nn.Module):
         zero_y = self.grid.zero_point
         return (y.sub_(zero_y) if zero_y else y).clamp_(self.grid.low, self.grid.high)
 
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize."""
+        return QdqLayer(Add(), inputs, output)
+
 
 @LOWERINGS.register("add")
 def lower_add(site: Site) -> Lowered:
-    """Exact where both inputs are integer."""
-    return (ExactAdd(site), site.output) if site.integer else lower_float(site)
+    """Exact on 8-bit codes; in float on others."""
+    return (ExactAdd(site), site.output) if site.byte_codes else lower_float(site)

@@ -6,8 +6,9 @@ import copy
 
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ExactAvgPool"]
 
@@ -29,8 +30,12 @@ class ExactAvgPool(nn.Module):
         y: Tensor = self.pool(codes * self.scale)
         return self.grid.round_inside(y.div_(self.grid.scale))
 
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize."""
+        return QdqLayer(self.pool, inputs, output)
+
 
 @LOWERINGS.register("avg_pool")
 def lower_avg_pool(site: Site) -> Lowered:
-    """Exact where the input is integer."""
-    return (ExactAvgPool(site), site.output) if site.integer else lower_float(site)
+    """Exact on 8-bit codes; in float on others."""
+    return (ExactAvgPool(site), site.output) if site.byte_codes else lower_float(site)

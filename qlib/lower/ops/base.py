@@ -16,7 +16,7 @@ from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan
 from qlib.registry import Registry
 
-__all__ = ["EXACT_LIMIT", "LOWERINGS", "Edge", "Grid", "Lowered", "Site"]
+__all__ = ["EXACT_LIMIT", "LOWERINGS", "Edge", "Edges", "Grid", "Lowered", "Site"]
 
 EXACT_LIMIT = 2**24
 """float32 holds every integer below this magnitude."""
@@ -52,8 +52,18 @@ class Edge:
 
     @property
     def zero_point(self) -> int:
-        """The zero point."""
-        return int(self.params.zero_point)
+        """The zero point of the codes that are deployed: they are unsigned, so a signed grid moves up by 2^(bits-1)."""
+        spec = self.params.spec
+        return int(self.params.zero_point) + (2 ** (spec.bits - 1) if spec.signed else 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the codes that are deployed."""
+        return torch.uint8 if self.params.spec.bits <= 8 else torch.uint16
+
+    def codes(self, centered: Tensor) -> Tensor:
+        """The codes that are deployed, of centered ones."""
+        return (centered + self.zero_point).to(self.dtype)
 
     def with_bounds(self, low: int, high: int) -> Edge:
         """The same grid with tighter bounds."""
@@ -74,12 +84,20 @@ class Site:
         """Whether every input arrives as codes and the output leaves as codes."""
         return self.output is not None and all(edge is not None for edge in self.inputs)
 
+    @property
+    def byte_codes(self) -> bool:
+        """Whether all of these are codes of at most 8 bits: on wider ones ONNX Runtime computes in float."""
+        return self.integer and all(edge is None or edge.dtype == torch.uint8 for edge in (*self.inputs, self.output))
+
     def codes_in(self) -> tuple[Edge, ...]:
         """The input edges, all of which are integer."""
         edges = tuple(edge for edge in self.inputs if edge is not None)
         assert len(edges) == len(self.inputs)
         return edges
 
+
+Edges = tuple["Edge | None", ...]
+"""The edges of a layer's inputs; None where one is float."""
 
 Lowered = tuple[nn.Module, "Edge | None"]
 """The exact module, and the edge of what it returns."""

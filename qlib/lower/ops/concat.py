@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import Concat
-from qlib.lower.ops.base import LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ExactConcat"]
 
@@ -34,8 +35,12 @@ class ExactConcat(nn.Module):
             parts.append(codes if scale is None else self.grid((codes * scale).div_(self.grid.scale)))
         return torch.cat(parts, self.dim)
 
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize."""
+        return QdqLayer(Concat(self.dim), inputs, output)
+
 
 @LOWERINGS.register("concat")
 def lower_concat(site: Site) -> Lowered:
-    """Exact where every input is integer."""
-    return (ExactConcat(site), site.output) if site.integer else lower_float(site)
+    """Exact on 8-bit codes; in float on others."""
+    return (ExactConcat(site), site.output) if site.byte_codes else lower_float(site)

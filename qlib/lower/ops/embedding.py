@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Edge, Lowered, Site
+from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.quant.affine import qparams_from_range, quantize, range_of_weight
 from qlib.quant.spec import QuantSpec
@@ -34,6 +34,10 @@ class ExactEmbedding(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.weight_codes).float() * self.weight_scale
+
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The same: centered codes are looked up, then dequantized."""
+        return self
 
 
 @LOWERINGS.register("embedding")

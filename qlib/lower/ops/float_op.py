@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["FloatOp", "lower_float"]
 
@@ -40,6 +41,20 @@ class FloatOp(nn.Module):
             return y
         y = y.float()
         return y if self.grid is None else self.grid.quantize(y)
+
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The same."""
+        return QdqLayer(self.module if self.dtype == torch.float32 else _InDtype(self.module, self.dtype), inputs, output)
+
+
+class _InDtype(nn.Module):
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, *args: Any) -> Any:
+        y = self.module(*(arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args))
+        return y.float() if isinstance(y, Tensor) else y
 
 
 @LOWERINGS.register("float_op")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Grid, Lowered, Site
+from qlib.lower.onnx_ops import global_average_pool
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ExactGlobalAvgPool"]
 
@@ -30,8 +32,18 @@ class ExactGlobalAvgPool(nn.Module):
         total = exact.sum((-2, -1), keepdim=self.keepdim).float()
         return self.grid.forward(total.mul_(self.scale / (self.grid.scale * count)))
 
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize; the axes are dropped from the codes."""
+        return QdqLayer(_GlobalAveragePool(), inputs, output, after=None if self.keepdim else nn.Flatten())
+
+
+class _GlobalAveragePool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = global_average_pool(x)
+        return y
+
 
 @LOWERINGS.register("global_avg_pool")
 def lower_global_avg_pool(site: Site) -> Lowered:
-    """Exact where the input is integer."""
-    return (ExactGlobalAvgPool(site), site.output) if site.integer else lower_float(site)
+    """Exact on 8-bit codes; in float on others."""
+    return (ExactGlobalAvgPool(site), site.output) if site.byte_codes else lower_float(site)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import MatMul
-from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Grid, Lowered, Site
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import approximate_factor, requant_factor
 
 __all__ = ["ExactMatMul"]
@@ -23,7 +24,7 @@ class ExactMatMul(nn.Module):
         assert isinstance(site.module, MatMul)
         assert site.output is not None
         a, b = site.codes_in()
-        self.transpose = site.module.transpose
+        self.transpose, self.alpha = site.module.transpose, site.module.alpha
         self.magnitude = a.magnitude * b.magnitude
         self.limit = 2 ** (site.plan.bits_accum - 1)
         self.grid = Grid(site.output)
@@ -39,6 +40,18 @@ class ExactMatMul(nn.Module):
         if bound >= self.limit:
             acc = acc.clamp_(-self.limit, self.limit - 1)
         return self.grid.forward(acc.mul_(self.factor))
+
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize; the codes of `b` are transposed, `alpha` is in a scale."""
+        before: dict[int, nn.Module] = {1: Transpose()} if self.transpose else {}
+        return QdqLayer(MatMul(), inputs, output, before=before, factors={0: self.alpha})
+
+
+class Transpose(nn.Module):
+    """Swaps the last two axes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(-2, -1)
 
 
 @LOWERINGS.register("matmul")

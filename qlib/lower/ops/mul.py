@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Grid, Lowered, Site
+from qlib.graph.ops import Mul
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import requant_factor
 
 __all__ = ["ExactMul"]
@@ -28,8 +30,12 @@ class ExactMul(nn.Module):
         product = (a.double() * b.double()).float() if self.wide else a * b
         return self.grid.round_inside(product.mul_(self.factor))
 
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize."""
+        return QdqLayer(Mul(), inputs, output)
+
 
 @LOWERINGS.register("mul")
 def lower_mul(site: Site) -> Lowered:
-    """Exact where both inputs are integer."""
-    return (ExactMul(site), site.output) if site.integer else lower_float(site)
+    """Exact on 8-bit codes; in float on others."""
+    return (ExactMul(site), site.output) if site.byte_codes else lower_float(site)

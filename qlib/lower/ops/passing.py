@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Lowered, Site
+from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Lowered, Site
 
 __all__ = ["ClampCodes"]
 
@@ -21,6 +21,12 @@ class ClampCodes(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return torch.clamp(codes, self.low, self.high)
+
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The same clamp, of the codes that are deployed."""
+        (edge,) = inputs
+        assert edge is not None
+        return ClampCodes(self.low + edge.zero_point, self.high + edge.zero_point)
 
 
 @LOWERINGS.register("relu")

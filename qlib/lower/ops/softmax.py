@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import MaskedSoftmax
-from qlib.lower.ops.base import LOWERINGS, Edge, Grid, Lowered, Site
+from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ExactSoftmax", "softmax_table"]
 
@@ -47,6 +48,10 @@ class ExactSoftmax(nn.Module):
         for column in columns[1:]:  # in order, as the kernel adds: another order rounds differently
             total += column
         return self.grid.forward((exponentials * self.steps).div_(total[..., None]))
+
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize."""
+        return QdqLayer(nn.Softmax(-1), inputs, output)
 
 
 @LOWERINGS.register("softmax")

@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Grid, Lowered, Site
+from qlib.lower.onnx_ops import dequantize_linear
+from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
+from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import (
     QParams,
     approximate_factor,
@@ -66,6 +68,8 @@ class _QuantizedWeight(nn.Module):
         weight = _swap_channels(site.module, weight.detach())
         axis = 0 if plan.per_channel else None
         self.spec = QuantSpec.of_mode(plan.mode, plan.bits, axis)
+        self.apply_weight, self.splittable = _applier(site.module)
+        self.pad = _padding(site.module)
         low, high = range_of_weight(weight, axis)
         params = qparams_from_range(low, high, self.spec)
         self.register_buffer("weight_codes", quantize(weight, params).to(_smallest_dtype(self.spec)))
@@ -85,6 +89,48 @@ class _QuantizedWeight(nn.Module):
     def prepare(self) -> None:
         """Derives what `forward` uses from the integers."""
         raise NotImplementedError
+
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The float layer between dequantize and quantize; padding that copies values is done on the codes."""
+        before: dict[int, nn.Module] = {0: self.pad} if self.pad is not None else {}
+        return QdqLayer(_QdqWeighted(self, inputs[0]), inputs, output, before=before)
+
+
+class _QdqWeighted(nn.Module):
+    """Applies a dequantized weight, and a bias whose int32 codes have the scale ``s_x * s_w`` where the input is codes."""
+
+    weight_codes: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+    bias: Tensor | None
+    bias_scale: Tensor | None
+    bias_zero_point: Tensor | None
+
+    def __init__(self, exact: _QuantizedWeight, edge: Edge | None) -> None:
+        super().__init__()
+        self.apply_weight = exact.apply_weight
+        codes, zero_point = exact.weight_codes, exact.weight_zero_point
+        if codes.dtype not in (torch.int8, torch.uint8):  # centered, as wide codes are dequantized without zero point
+            codes, zero_point = exact.centered_weight().to(torch.int32), torch.zeros_like(zero_point)
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight_scale", exact.weight_scale)
+        self.register_buffer("weight_zero_point", zero_point.to(codes.dtype))
+        bias = exact.bias_codes if isinstance(exact, ExactWeighted) else exact.module.bias
+        self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None)
+        if isinstance(exact, ExactWeighted) and bias is not None:
+            assert edge is not None
+            scale = edge.scale * exact.weight_scale
+            self.register_buffer("bias_scale", scale)
+            self.register_buffer("bias_zero_point", torch.zeros_like(scale, dtype=torch.int32))
+        else:
+            self.bias_scale = self.bias_zero_point = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = dequantize_linear(self.weight_codes, self.weight_scale, self.weight_zero_point, 0)
+        bias = self.bias
+        if bias is not None and self.bias_scale is not None:
+            bias = dequantize_linear(bias, self.bias_scale, self.bias_zero_point, 0)
+        return self.apply_weight(x, weight, bias)
 
 
 class FloatWeighted(_QuantizedWeight):
@@ -130,7 +176,6 @@ class ExactWeighted(_QuantizedWeight):
         (edge,) = site.codes_in()
         self.edge, self.plan = edge, site.plan
         self.grid = Grid(site.output) if site.output is not None else None
-        self.apply_weight, self.splittable = _applier(site.module)
         self.ndim = self.weight_codes.ndim - 2
         self.register_buffer("bias_codes", self._bias_codes(site.module))
         for name in ("weights", "bias", "factor"):
@@ -169,6 +214,7 @@ class ExactWeighted(_QuantizedWeight):
 
     def accumulate(self, codes: Tensor) -> Tensor:
         """``float32(acc)``, before requantization."""
+        codes = codes if self.pad is None else self.pad(codes)
         if self.parts is None:
             return self.apply_weight(codes.double(), self.weights, self.bias).float()
         if not self.parts:
@@ -250,18 +296,29 @@ def _applier(module: nn.Module) -> tuple[_Apply, bool]:
         options |= {"padding": module.padding, "output_padding": module.output_padding}
         return lambda x, w, b: transposed(x, _swap_channels(module, w), b, **options), False
     function: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[module.weight.ndim - 3]
-    mode, pads = module.padding_mode, module._reversed_padding_repeated_twice
-    if mode == "zeros":
+    if module.padding_mode == "zeros":
         options["padding"] = module.padding
+    return lambda x, w, b: function(x, w, b, **options), module.groups == 1
 
-        def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return function(x, w, b, **options)
-    else:
 
-        def apply(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return function(F.pad(x, pads, mode), w, b, **options)
+class _Pad(nn.Module):
+    """Padding with copies of values: reflect, replicate or circular."""
 
-    return apply, module.groups == 1
+    def __init__(self, pads: Sequence[int], mode: str) -> None:
+        super().__init__()
+        self.pads, self.mode = tuple(pads), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.pads, self.mode)
+
+
+def _padding(module: nn.Module) -> nn.Module | None:
+    """The padding that is no part of the convolution: one that does not fill with zeros."""
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode == "zeros":
+        return None
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    return _Pad(module._reversed_padding_repeated_twice, mode)
 
 
 @LOWERINGS.register("conv")

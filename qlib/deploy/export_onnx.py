@@ -1,0 +1,182 @@
+"""Graphs to ONNX files: the float one as it is, the quantized one with QuantizeLinear and DequantizeLinear.
+
+torch's own exporter writes them. What it leaves to do is here: names that people can find, and no traces of the
+machine that it ran on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qlib.errors import ExportError, OutputError
+from qlib.lower.qdq import lower_qdq
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["CODES", "INPUT", "OUTPUT", "export_float", "export_quantized"]
+
+INPUT, OUTPUT = "images", "logits"
+"""Names of the model's input and output."""
+
+CODES = "/codes"
+"""Ends the name of an integer tensor; before it stands the name of the layer that computes it."""
+
+_OPSETS = range(18, 24)
+_EXTERNAL = 1_900_000_000  # bytes; protobuf ends at 2^31
+
+
+def export_float(graph: nn.Module, example: Tensor, path: Path, *, opset: int, metadata: Mapping[str, str]) -> None:
+    """Writes the float model. Each layer's output tensor has the layer's name.
+
+    Raises ExportError where an operator has no ONNX form, OutputError where the file cannot be written.
+    """
+    model = _export(graph, example, opset)
+    _name(model)
+    _save(model, path, metadata)
+
+
+def export_quantized(
+    exact: fx.GraphModule, example: Tensor, path: Path, *, opset: int, metadata: Mapping[str, str]
+) -> None:
+    """Writes the model of `lower_exact` with int8 weights, int32 biases and uint8 activations.
+
+    The integer output of layer NAME is the tensor ``NAME/codes``. From opset 21 on, weights of 4 bits are stored as such.
+
+    Raises ExportError where an operator has no ONNX form, OutputError where the file cannot be written.
+    """
+    model = _export(lower_qdq(exact).cpu(), example.cpu(), opset)
+    _name(model)
+    _unshare(model)
+    _save(model, path, metadata)
+
+
+def _translations() -> dict[Any, Callable[..., Any]]:
+    """Our operators -> their namesakes."""
+    from onnxscript import opset18 as op
+
+    ops = torch.ops.qlib
+
+    def quantize(x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.QuantizeLinear(x, scale, zero_point)
+
+    def dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+    def pool(x: Any) -> Any:
+        return op.GlobalAveragePool(x)
+
+    return {
+        ops.quantize_linear.default: quantize,
+        ops.dequantize_linear.default: dequantize,
+        ops.global_average_pool.default: pool,
+    }
+
+
+def _export(model: nn.Module, example: Tensor, opset: int) -> ir.Model:
+    with _quietly(), torch.no_grad():
+        program = torch.onnx.export(
+            model.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    assert program is not None
+    return program.model
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The exporter's warnings are for its own developers; what fails is raised."""
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _layer_of(node: ir.Node) -> str:
+    """The layer that a node belongs to; empty for moves between layers."""
+    import ast
+
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return str(scopes[1]) if len(scopes) > 2 else ""
+
+
+def _name(model: ir.Model) -> None:
+    """Names nodes after layers, and each layer's output after it; drops the exporter's notes."""
+    counts: Counter[str] = Counter()
+    last: dict[str, ir.Node] = {}
+    for node in model.graph:
+        layer = _layer_of(node)
+        node.metadata_props.clear()
+        base = f"{layer}/{node.op_type}" if layer else node.op_type
+        counts[base] += 1
+        node.name = base if counts[base] == 1 else f"{base}_{counts[base] - 1}"
+        if layer:
+            last[layer] = node
+    for layer, node in last.items():
+        value = node.outputs[0]
+        if value.is_graph_output():
+            continue
+        value.name = layer + CODES if value.dtype is not None and value.dtype.is_integer() else layer
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _unshare(model: ir.Model) -> None:
+    """Gives each weight a zero point of its own.
+
+    The exporter merges equal ones; ONNX Runtime, where it rewrites int8 weights as uint8, cannot rewrite one twice.
+    """
+    import onnx_ir as ir
+
+    for node in model.graph:
+        if node.op_type != "DequantizeLinear" or node.inputs[0] is None or not node.inputs[0].is_initializer():
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is not None and len(value.uses()) > 1:
+                own = ir.Value(name=f"{node.name}.{index}", type=value.type, shape=value.shape, const_value=value.const_value)
+                model.graph.register_initializer(own)
+                node.replace_input_with(index, own)
+
+
+def _save(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes the file under a temporary name, then renames it; weights of more than 1.9 GB stand beside it."""
+    import onnx_ir as ir
+
+    model.producer_name, model.producer_version = "qlib-compress", metadata.get("version", "")
+    model.metadata_props.clear()
+    model.metadata_props.update({f"qlib.{key}": value for key, value in metadata.items()})
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            ir.save(model, temporary, external_data=f"{path.name}.data" if size > _EXTERNAL else None)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"the model cannot be written to {path}: {error.strerror or error}") from None

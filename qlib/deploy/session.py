@@ -1,0 +1,43 @@
+"""ONNX Runtime sessions on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qlib.deploy.export_onnx import INPUT
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["open_session", "run_session"]
+
+
+def open_session(
+    model: Path | bytes, *, exact: bool = True, threads: int | None = None, optimized: Path | None = None
+) -> ort.InferenceSession:
+    """A session on a file or a serialized model; `threads` defaults to torch's, `optimized` is where to save the graph that runs.
+
+    `exact`: on x86 without VNNI, int8 weights become uint8, whose products are added without saturation; elsewhere it
+    changes nothing.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, bytes) else str(model)
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: ort.InferenceSession, images: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:
+    """The outputs called `names` (all where None) for a batch of images."""
+    outputs = session.run(list(names) if names is not None else None, {INPUT: images.cpu().numpy()})
+    return [torch.from_numpy(value) for value in outputs]

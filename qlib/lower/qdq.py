@@ -1,0 +1,114 @@
+"""The qdq lowering: the model that ONNX export writes, from the exact one and so from the same integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from qlib.graph.ir import attribute, layer_inputs
+from qlib.graph.ops import WindowPartition
+from qlib.lower.exact import EDGE
+from qlib.lower.ops.base import Edge, Edges
+from qlib.lower.ops.quantize import Dequantize, Quantize
+from qlib.lower.qdq_layer import FromCodes, ToCodes
+
+__all__ = ["lower_qdq"]
+
+
+def lower_qdq(exact: fx.GraphModule) -> fx.GraphModule:
+    """The model `exact`, of `lower_exact`, as float layers between dequantize and quantize; layers keep their names.
+
+    Between layers, and through views, transposes, max pools and the like, travel codes of type uint8 (uint16 for
+    grids of more than 8 bits). In torch it rounds as float layers do; ONNX Runtime computes it in integers.
+    """
+    builder = _Builder(exact)
+    for node in exact.graph.nodes:
+        builder.add(node)
+    lowered = fx.GraphModule(builder.root, builder.new)
+    lowered.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    lowered.delete_all_unused_submodules()
+    lowered.recompile()
+    return lowered.eval()
+
+
+def _edge(node: fx.Node) -> Edge | None:
+    edge = node.meta.get(EDGE)
+    assert edge is None or isinstance(edge, Edge)
+    return edge
+
+
+@dataclass
+class _Builder:
+    exact: fx.GraphModule
+    new: fx.Graph = field(default_factory=fx.Graph)
+    root: dict[str, object] = field(default_factory=dict)
+    values: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def add(self, node: fx.Node) -> None:
+        """Writes one node."""
+        if node.op == "get_attr":
+            self.root[str(node.target)] = attribute(self.exact, node)
+        elif node.op == "call_module":
+            module = self.exact.get_submodule(str(node.target))
+            (source, *_) = layer_inputs(node)
+            if isinstance(module, Quantize) and source.op == "get_attr":
+                self.values[node] = self._constant(node, module, attribute(self.exact, source))
+                return
+            self.root[str(node.target)] = _layer(module, tuple(map(_edge, layer_inputs(node))), _edge(node))
+        if _pads(self.exact, node):
+            self.values[node] = self._move_values(node)
+        else:
+            self.values[node] = self.new.node_copy(node, lambda old: self.values[old])
+
+    def _constant(self, node: fx.Node, quantize: Quantize, value: Tensor) -> fx.Node:
+        """The codes of an operand that the model holds."""
+        edge = _edge(node)
+        assert edge is not None
+        self.root[str(node.target)] = edge.codes(quantize(value))
+        return self.new.get_attr(str(node.target))
+
+    def _move_values(self, node: fx.Node) -> fx.Node:
+        """Moves float values instead of codes: it fills with zeros, of which the code is another number."""
+        (source,) = layer_inputs(node)
+        edge = _edge(source)
+        assert edge is not None
+        values = self._call(f"dequantize_{node.name}", FromCodes(edge), self.values[source])
+        moved = self.new.node_copy(node, lambda old: values if old is source else self.values[old])
+        return self._call(f"quantize_{node.name}", ToCodes(edge), moved)
+
+    def _call(self, target: str, module: nn.Module, value: fx.Node) -> fx.Node:
+        self.root[target] = module
+        return self.new.call_module(target, (value,))
+
+
+def _layer(module: nn.Module, inputs: Edges, output: Edge | None) -> nn.Module:
+    """What stands for a module of the exact model: on codes where that one is on centered codes."""
+    if isinstance(module, Quantize):
+        assert output is not None
+        return ToCodes(output)
+    if isinstance(module, Dequantize):
+        assert inputs[0] is not None
+        return FromCodes(inputs[0])
+    if hasattr(module, "qdq"):
+        lowered = module.qdq(inputs, output)
+        assert isinstance(lowered, nn.Module)
+        return lowered
+    return module  # it moves values or takes their maximum: on codes as on values
+
+
+def _pads(exact: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node fills codes with zeros."""
+    if _edge(node) is None:
+        return False
+    if node.op == "call_module":
+        fills: bool = isinstance(exact.get_submodule(str(node.target)), (WindowPartition, nn.ZeroPad2d))
+    else:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        fills = name in ("pad", "_patch_merging_pad")
+    return fills and _size(node) > _size(layer_inputs(node)[0])
+
+
+def _size(node: fx.Node) -> int:
+    return torch.Size(node.meta["shape"]).numel()
