@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from qlib.quant.affine import (
 )
 from qlib.quant.spec import QuantSpec
 
-__all__ = ["ExactWeighted", "FloatWeighted", "accumulator_bounds", "split_points"]
+__all__ = ["ExactWeighted", "FloatWeighted", "accumulator_bounds", "rounded_sum", "split_points"]
 
 _Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
@@ -212,16 +213,16 @@ class ExactWeighted(_QuantizedWeight):
             self.weights = self.weights.contiguous(memory_format=torch.channels_last)
         self.bias = None if self.bias_codes is None else self.bias_codes.to(self.weights.dtype)
 
-    def accumulate(self, codes: Tensor) -> Tensor:
-        """``float32(acc)``, before requantization."""
+    def partial_sums(self, codes: Tensor) -> list[Tensor]:
+        """Tensors whose sum is the accumulator, each of them exact; one in float64, or one or more in float32."""
         codes = codes if self.pad is None else self.pad(codes)
         if self.parts is None:
-            return self.apply_weight(codes.double(), self.weights, self.bias).float()
+            return [self.apply_weight(codes.double(), self.weights, self.bias)]
         if not self.parts:
-            return self.apply_weight(codes, self.weights, self.bias)
+            return [self.apply_weight(codes, self.weights, self.bias)]
         axis = 1 if self.ndim else codes.ndim - 1
         starts, ends = [0, *self.parts], [*self.parts, codes.shape[axis]]
-        sums = [
+        return [
             self.apply_weight(
                 codes.narrow(axis, start, end - start),
                 self.weights.narrow(1, start, end - start),
@@ -229,16 +230,33 @@ class ExactWeighted(_QuantizedWeight):
             )
             for start, end in zip(starts, ends, strict=True)
         ]
-        if len(sums) == 2:
-            return sums[0].add_(sums[1])
-        return torch.stack([part.double() for part in sums]).sum(0).float()
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """``float32(acc)``, before requantization."""
+        return rounded_sum(self.partial_sums(codes))
 
     def forward(self, codes: Tensor) -> Tensor:
-        acc = self.accumulate(codes)
+        return self.requantize(self.accumulate(codes))
+
+    def requantize(self, acc: Tensor) -> Tensor:
+        """The codes of accumulators, which are overwritten."""
         if self.saturation is not None:
             acc = acc.clamp_(-self.saturation, self.saturation - 1)
         acc = acc.mul_(self.factor)
         return acc if self.grid is None else self.grid(acc)
+
+
+def rounded_sum(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of integer tensors, rounded once, to float32; the first may be overwritten.
+
+    >>> rounded_sum([torch.tensor([2.0**24]), torch.tensor([1.0]), torch.tensor([1.0])]).item() - 2**24
+    2.0
+    """
+    if len(parts) == 1:
+        return parts[0].float()
+    if len(parts) == 2 and parts[0].dtype == parts[1].dtype == torch.float32:
+        return parts[0].add_(parts[1])
+    return torch.stack([part.double() for part in parts]).sum(0).float()
 
 
 def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_channel: bool) -> Tensor:
@@ -288,7 +306,7 @@ def split_points(bounds: Tensor) -> list[int] | None:
 def _applier(module: nn.Module) -> tuple[_Apply, bool]:
     """The function of (codes, weight, bias) that the layer computes, and whether its input channels can be split."""
     if isinstance(module, nn.Linear):
-        return F.linear, True
+        return partial(F.linear), True
     assert isinstance(module, nn.modules.conv._ConvNd)
     options: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -298,7 +316,7 @@ def _applier(module: nn.Module) -> tuple[_Apply, bool]:
     function: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[module.weight.ndim - 3]
     if module.padding_mode == "zeros":
         options["padding"] = module.padding
-    return lambda x, w, b: function(x, w, b, **options), module.groups == 1
+    return partial(function, **options), module.groups == 1
 
 
 class _Pad(nn.Module):
