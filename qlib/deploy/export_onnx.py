@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.errors import ExportError, OutputError
+from qlib.errors import OutputError
 from qlib.lower.qdq import lower_qdq
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def export_quantized(
 ) -> None:
     """Writes the model of `lower_exact` with int8 weights, int32 biases and uint8 activations.
 
-    The integer output of layer NAME is the tensor ``NAME/codes``. From opset 21 on, weights of 4 bits are stored as such.
+    The integer output of layer NAME is the tensor ``NAME/codes``. From opset 21 on, weights of 4 bits are stored
+    as such.
 
     Raises ExportError where an operator has no ONNX form, OutputError where the file cannot be written.
     """
@@ -158,7 +159,9 @@ def _unshare(model: ir.Model) -> None:
             continue
         for index, value in enumerate(node.inputs):
             if value is not None and len(value.uses()) > 1:
-                own = ir.Value(name=f"{node.name}.{index}", type=value.type, shape=value.shape, const_value=value.const_value)
+                own = ir.Value(
+                    name=f"{node.name}.{index}", type=value.type, shape=value.shape, const_value=value.const_value
+                )
                 model.graph.register_initializer(own)
                 node.replace_input_with(index, own)
 

@@ -20,8 +20,9 @@ __all__ = ["open_session", "run_session"]
 def open_session(
     model: Path | bytes, *, exact: bool = True, threads: int | None = None, optimized: Path | None = None
 ) -> ort.InferenceSession:
-    """A session on a file or a serialized model; `threads` defaults to torch's, `optimized` is where to save the graph that runs.
+    """A session on a file or a serialized model.
 
+    `threads`: as many as torch uses where None. `optimized`: where to save the graph that really runs.
     `exact`: on x86 without VNNI, int8 weights become uint8, whose products are added without saturation; elsewhere it
     changes nothing.
     """

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.graph.ir import Graph, kind_of, layer_inputs, name_of
+from qlib.graph.ops import ChannelAffine
 
 __all__ = ["fold_batch_norm"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
 
 
+@torch.no_grad()
 def fold_batch_norm(graph: Graph) -> dict[str, str]:
     """Folds, in place, each batch-norm that alone follows a convolution or linear layer; returns batch-norm -> layer.
 
     ``W' = W * gamma / sqrt(var + eps)``, ``b' = beta + (b - mean) * gamma / sqrt(var + eps)``, per output channel
-    (Jacob et al. 2018, section 3.2). One that follows something else stays, and is computed in float.
+    (Jacob et al. 2018, section 3.2). One over ``[N, C, H, W]`` that follows something else becomes a `ChannelAffine` of
+    its own name; any other stays, and is computed in float.
     """
     calls: dict[str, int] = {}
     for node in graph.graph.nodes:
@@ -28,35 +31,47 @@ def fold_batch_norm(graph: Graph) -> dict[str, str]:
         if node.op != "call_module" or not isinstance(norm := graph.get_submodule(str(node.target)), _BATCH_NORMS):
             continue
         (source,) = layer_inputs(node)
-        if source.op != "call_module" or len(source.users) > 1 or calls[str(source.target)] > 1:
+        if norm.running_mean is None:
             continue
-        layer = graph.get_submodule(str(source.target))
-        kind = kind_of(layer)
-        if kind not in ("conv", "conv_transpose", "linear") or norm.running_mean is None:
-            continue
-        if kind == "linear" and len(node.meta["shape"]) != 2:  # the norm is over axis 1, the layer's outputs are last
-            continue
-        _fold(layer, norm)
-        folded[name_of(node)] = name_of(source)
-        node.replace_all_uses_with(source)
-        graph.graph.erase_node(node)
+        if calls.get(str(source.target), 0) == 1 and _absorbs(graph, source, node):
+            layer = graph.get_submodule(str(source.target))
+            gain, bias = _gain_and_bias(norm, getattr(layer, "bias", None))
+            assert isinstance(layer.weight, Tensor)
+            layer.weight = nn.Parameter((layer.weight.double() * _per_output(layer, gain)).to(layer.weight.dtype))
+            layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+            folded[name_of(node)] = name_of(source)
+            node.replace_all_uses_with(source)
+            graph.graph.erase_node(node)
+        elif len(node.meta["shape"]) == 4 and calls[str(node.target)] == 1:
+            dtype = norm.running_mean.dtype
+            assert isinstance(dtype, torch.dtype)
+            gain, bias = _gain_and_bias(norm, None)
+            graph.add_submodule(str(node.target), ChannelAffine(gain.to(dtype), bias.to(dtype)).eval())
     graph.delete_all_unused_submodules()
     graph.recompile()
     return folded
 
 
-@torch.no_grad()
-def _fold(layer: nn.Module, norm: nn.Module) -> None:
-    """Replaces the layer's weight and bias by those of layer and batch-norm together."""
-    weight, mean, variance = layer.weight, norm.running_mean, norm.running_var
-    assert isinstance(weight, Tensor)
+def _absorbs(graph: Graph, source: fx.Node, node: fx.Node) -> bool:
+    """Whether the layer `source` can take the batch-norm `node` into its weight."""
+    if source.op != "call_module" or len(source.users) > 1:
+        return False
+    kind = kind_of(graph.get_submodule(str(source.target)))
+    if kind == "linear":  # the norm is over axis 1, the layer's outputs are last
+        return len(node.meta["shape"]) == 2
+    return kind in ("conv", "conv_transpose")
+
+
+def _gain_and_bias(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What each channel is multiplied by, and the bias after it, for an input that already has `bias`.
+
+    In double: folding must not cost more than one rounding of the weights.
+    """
+    mean, variance = norm.running_mean, norm.running_var
     assert isinstance(mean, Tensor)
     assert isinstance(variance, Tensor)
-    # In double: folding must not cost more than one rounding of the weights.
-    factor = _double(norm.weight, 1.0) * torch.rsqrt(variance.double() + norm.eps)  # type: ignore[operator]
-    bias = (_double(layer.bias, 0.0) - mean.double()) * factor + _double(norm.bias, 0.0)
-    layer.weight = nn.Parameter((weight.double() * _per_output(layer, factor)).to(weight.dtype))
-    layer.bias = nn.Parameter(bias.to(weight.dtype))
+    gain = _double(norm.weight, 1.0) * torch.rsqrt(variance.double() + norm.eps)  # type: ignore[operator]
+    return gain, (_double(bias, 0.0) - mean.double()) * gain + _double(norm.bias, 0.0)
 
 
 def _double(value: Tensor | nn.Module | None, default: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Add",
+    "ChannelAffine",
     "Concat",
     "Function",
     "GlobalAvgPool",
@@ -40,6 +41,18 @@ class Mul(Op):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a * b
+
+
+class ChannelAffine(nn.Conv2d):
+    """``x * gain + bias`` for each channel of ``[N, C, H, W]``: a batch-norm that no layer absorbs.
+
+    As a depthwise convolution it is computed in integers, by the kernel of convolutions.
+    """
+
+    def __init__(self, gain: Tensor, bias: Tensor) -> None:
+        super().__init__(len(gain), len(gain), 1, groups=len(gain), device=gain.device, dtype=gain.dtype)
+        self.weight = nn.Parameter(gain.detach().view(-1, 1, 1, 1))
+        self.bias = nn.Parameter(bias.detach())
 
 
 class Concat(Op):

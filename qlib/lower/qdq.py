@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -92,9 +94,8 @@ def _layer(module: nn.Module, inputs: Edges, output: Edge | None) -> nn.Module:
         assert inputs[0] is not None
         return FromCodes(inputs[0])
     if hasattr(module, "qdq"):
-        lowered = module.qdq(inputs, output)
-        assert isinstance(lowered, nn.Module)
-        return lowered
+        build = cast("Callable[[Edges, Edge | None], nn.Module]", module.qdq)
+        return build(inputs, output)
     return module  # it moves values or takes their maximum: on codes as on values
 
 

@@ -39,11 +39,15 @@ class ToCodes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bounds is None:
-            return quantize_linear(x, self.scale, self.zero_point)
+            return self._quantize(x)
         if self.zero_point.dtype == torch.uint8:
-            return torch.clamp(quantize_linear(x, self.scale, self.zero_point), *self.bounds)
+            return torch.clamp(self._quantize(x), *self.bounds)
         # ONNX Runtime has no Clip of uint16, and computes such a layer in float anyway
-        return quantize_linear(torch.clamp(x, *self.real_bounds), self.scale, self.zero_point)
+        return self._quantize(torch.clamp(x, *self.real_bounds))
+
+    def _quantize(self, x: Tensor) -> Tensor:
+        codes: Tensor = quantize_linear(x, self.scale, self.zero_point)
+        return codes
 
 
 class FromCodes(nn.Module):

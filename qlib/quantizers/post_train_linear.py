@@ -24,6 +24,7 @@ from qlib.graph.ir import (
     source_of,
     tensor_users,
 )
+from qlib.graph.ops import ChannelAffine
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
@@ -138,9 +139,11 @@ class _Planner:
         where = self.settings[name_of(node)].origin_of(setting)
         self.problems.append(f"{where}: {setting} of {name_of(node)!r} {sentence}")
 
-    def _weight(self, kind: str, settings: LayerSettings) -> WeightPlan | None:
+    def _weight(self, node: fx.Node, kind: str, settings: LayerSettings) -> WeightPlan | None:
         if kind not in _WEIGHTED or not settings.bits_weights or settings.fake:
             return None
+        if isinstance(self.graph.get_submodule(str(node.target)), ChannelAffine):
+            return WeightPlan(settings.bits_weights, "sym_restr", per_channel=True)  # one weight a channel: it is exact
         per_channel = settings.per_channel_wts and kind != "embedding"
         return WeightPlan(settings.bits_weights, settings.mode_weights, per_channel)
 
@@ -150,7 +153,7 @@ class _Planner:
         if settings.fpq is not None:
             note = f"runs in float{settings.fpq} ({settings.origin_of('fpq')})"
             return LayerPlan(kind, inputs, float_bits=settings.fpq, note=note)
-        weight = self._weight(kind, settings)
+        weight = self._weight(node, kind, settings)
         if kind == "embedding":
             return LayerPlan(kind, inputs, weight, note="" if weight else "bits_weights 0")
         if "shape" not in node.meta:
@@ -161,7 +164,7 @@ class _Planner:
         return None
 
     def _common(self, node: fx.Node, kind: str, settings: LayerSettings) -> dict[str, Any]:
-        weight = self._weight(kind, settings)
+        weight = self._weight(node, kind, settings)
         note = ""
         if kind in _WEIGHTED and weight is None:
             note = _IN_FLOAT
@@ -185,7 +188,7 @@ class _Planner:
 
     def _plan_dynamic(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
         sources = layer_inputs(node)
-        if kind not in _ACCUMULATING or (kind != "matmul" and not self._weight(kind, settings)):
+        if kind not in _ACCUMULATING or (kind != "matmul" and not self._weight(node, kind, settings)):
             note = "dynamic: only weighted layers and matmul are quantized"
             return LayerPlan(kind, (None,) * len(sources), note=note)
         inputs = tuple(

@@ -44,7 +44,9 @@ class FloatOp(nn.Module):
 
     def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
         """The same."""
-        return QdqLayer(self.module if self.dtype == torch.float32 else _InDtype(self.module, self.dtype), inputs, output)
+        return QdqLayer(
+            self.module if self.dtype == torch.float32 else _InDtype(self.module, self.dtype), inputs, output
+        )
 
 
 class _InDtype(nn.Module):

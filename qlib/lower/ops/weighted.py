@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,11 +94,26 @@ class _QuantizedWeight(nn.Module):
     def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
         """The float layer between dequantize and quantize; padding that copies values is done on the codes."""
         before: dict[int, nn.Module] = {0: self.pad} if self.pad is not None else {}
-        return QdqLayer(_QdqWeighted(self, inputs[0]), inputs, output, before=before)
+        layer = QdqLayer(_QdqWeighted(self, inputs[0]), inputs, output, before=before)
+        return _InRows(layer) if self.weight_codes.ndim == 2 and inputs[0] is not None else layer
+
+
+class _InRows(nn.Module):
+    """A linear layer on ``[..., in]`` as one on ``[rows, in]``: of more axes, the exporter makes no Gemm."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, codes: Tensor) -> Tensor:
+        if codes.ndim == 2:
+            return cast(Tensor, self.layer(codes))
+        y: Tensor = self.layer(codes.reshape(-1, codes.shape[-1]))
+        return y.reshape(-1, *codes.shape[1:-1], y.shape[-1])
 
 
 class _QdqWeighted(nn.Module):
-    """Applies a dequantized weight, and a bias whose int32 codes have the scale ``s_x * s_w`` where the input is codes."""
+    """Applies a dequantized weight, and a bias: int32 codes of scale ``s_x * s_w`` where the layer is exact."""
 
     weight_codes: Tensor
     weight_scale: Tensor
@@ -116,15 +131,15 @@ class _QdqWeighted(nn.Module):
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", exact.weight_scale)
         self.register_buffer("weight_zero_point", zero_point.to(codes.dtype))
-        bias = exact.bias_codes if isinstance(exact, ExactWeighted) else exact.module.bias
-        self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None)
-        if isinstance(exact, ExactWeighted) and bias is not None:
+        self.bias = self.bias_scale = self.bias_zero_point = None
+        if isinstance(exact, FloatWeighted):
+            bias = getattr(exact.module, "bias", None)
+            self.bias = None if bias is None else nn.Buffer(bias.detach())
+        elif isinstance(exact, ExactWeighted) and exact.bias_codes is not None:
             assert edge is not None
             scale = edge.scale * exact.weight_scale
-            self.register_buffer("bias_scale", scale)
-            self.register_buffer("bias_zero_point", torch.zeros_like(scale, dtype=torch.int32))
-        else:
-            self.bias_scale = self.bias_zero_point = None
+            self.bias, self.bias_scale = nn.Buffer(exact.bias_codes), nn.Buffer(scale)
+            self.bias_zero_point = nn.Buffer(torch.zeros_like(scale, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = dequantize_linear(self.weight_codes, self.weight_scale, self.weight_zero_point, 0)
