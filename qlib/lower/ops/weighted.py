@@ -131,15 +131,13 @@ class _QdqWeighted(nn.Module):
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", exact.weight_scale)
         self.register_buffer("weight_zero_point", zero_point.to(codes.dtype))
-        self.bias = self.bias_scale = self.bias_zero_point = None
-        if isinstance(exact, FloatWeighted):
-            bias = getattr(exact.module, "bias", None)
-            self.bias = None if bias is None else nn.Buffer(bias.detach())
-        elif isinstance(exact, ExactWeighted) and exact.bias_codes is not None:
+        bias, scale = getattr(getattr(exact, "module", None), "bias", None), None
+        if isinstance(exact, ExactWeighted) and exact.bias_codes is not None:
             assert edge is not None
-            scale = edge.scale * exact.weight_scale
-            self.bias, self.bias_scale = nn.Buffer(exact.bias_codes), nn.Buffer(scale)
-            self.bias_zero_point = nn.Buffer(torch.zeros_like(scale, dtype=torch.int32))
+            bias, scale = exact.bias_codes, edge.scale * exact.weight_scale
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("bias_scale", scale)
+        self.register_buffer("bias_zero_point", None if scale is None else torch.zeros_like(scale, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         weight = dequantize_linear(self.weight_codes, self.weight_scale, self.weight_zero_point, 0)
