@@ -6,6 +6,7 @@ Nothing heavy is imported before the command line has been understood: `--help` 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import traceback
@@ -55,7 +56,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
         UsageError: a flag, a value or a combination that cannot be obeyed.
         ConfigError: the file of `--run-config` has mistakes.
     """
-    namespace, rest = build_parser().parse_known_args(list(argv))
+    namespace, rest = build_parser().parse_known_args(_with_values(argv))
     words: dict[str, Any] = vars(namespace)
     file = words.pop(_RUN_CONFIG, None)
     texts: _Texts = {flag: value if isinstance(value, list) else [str(value)] for flag, value in words.items()}
@@ -70,6 +71,16 @@ def parse(argv: Sequence[str]) -> RunConfig:
         raise UsageError(_no_folder(config))
     check_combination(config)
     return config
+
+
+def _with_values(argv: Sequence[str]) -> list[str]:
+    """Writes out what a flag whose value was left out stands for; a folder after it is the dataset, not its value."""
+    defaults = {name: flag.kind.without for flag in FLAGS if flag.kind.without is not None for name in flag.names}
+    words: list[str] = []
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="-"):
+        bare = word in defaults and (following.startswith("-") or Path(following).expanduser().is_dir())
+        words.append(f"{word}={defaults[word]}" if bare else word)
+    return words
 
 
 def _positional(rest: Sequence[str]) -> str | None:

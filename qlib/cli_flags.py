@@ -14,6 +14,7 @@ from qlib.config.flag_kinds import (
     existing_file,
     fraction,
     names,
+    new_file,
     path,
     real,
     run_name,
@@ -22,8 +23,10 @@ from qlib.config.flag_kinds import (
 
 __all__ = ["FLAGS", "GROUPS", "Flag"]
 
+ENGINES = ("torch", "onnxruntime")
 DATASETS = ("imagenet", "imagefolder", "cifar10", "cifar100", "mnist", "fashion-mnist", "digits")
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
+IN_RUN_FOLDER = "run-folder"
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "Evaluation": (
         Flag("--evaluate -e", SWITCH, "evaluate on the test split"),
         Flag("--confusion", SWITCH, "print the confusion matrix"),
+        Flag("--engine", choice(ENGINES), "what computes the model: torch, or ONNX Runtime on the exported file"),
     ),
     "Post-training quantization": (
         Flag("--quantize-eval --qe", SWITCH, "quantize the model, then evaluate it; implies --evaluate"),
@@ -127,8 +131,34 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             whole(1, 31),
             "requantize with an integer multiplier of so many bits and a shift",
         ),
+        Flag(
+            "--qe-reduce-range",
+            choice(("none", "auto", "all")),
+            "weights of 7 bits, which cannot saturate on x86 without VNNI: nowhere, where 8 bits did on calibration"
+            " images, everywhere",
+        ),
         Flag("--qe-save-fp-weights", SWITCH, "keep the float weights in the quantized model"),
         Flag("--qe-pytorch-backend", choice(("fbgemm", "qnnpack")), "backend of PyTorch's own quantized modules"),
+    ),
+    "Deployment": (
+        Flag(
+            "--export-onnx",
+            new_file(".onnx", without=IN_RUN_FOLDER),
+            "write the model as ONNX, in float or, with --quantize-eval or a quantized checkpoint, in integers"
+            " (without FILE: into the run's folder)",
+        ),
+        Flag("--export-opset", whole(18, 23), "ONNX operator set (default: 20, or 21 for activations of 9 to 16 bits)"),
+        Flag(
+            "--export-encodings",
+            choice(("ort", "tensorrt", "aimet"), many="repeat"),
+            "write the ranges alone, for tools that quantize by themselves",
+        ),
+        Flag(
+            "--verify",
+            whole(1, without="64"),
+            "prove on N test images (64 without N) that the exported model computes the same integers;"
+            " exit code 1 if not",
+        ),
     ),
 }
 FLAGS: tuple[Flag, ...] = tuple(flag for group in GROUPS.values() for flag in group)

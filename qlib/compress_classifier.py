@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qlib.calibrate import calibrate
 from qlib.checkpoint import (
@@ -23,9 +22,10 @@ from qlib.checkpoint import (
 from qlib.checkpoint_file import read_checkpoint
 from qlib.config.ptq_config import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
 from qlib.config.resolve import resolve
-from qlib.config.run_config import RunConfig, asks_for_something, nothing_to_do, startup_warnings
+from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, startup_warnings
 from qlib.errors import ModelError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together
+from qlib.handover import Model, hand_over, hand_over_float, measure_saturation
 from qlib.job import FoldedGraph, Job, choose_device, fold, load_job, report_skipped, test_loader
 from qlib.lower import exact_arithmetic, lower
 from qlib.models import create_model, find_model
@@ -33,6 +33,7 @@ from qlib.progress import track
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import check_plan, is_plan_file, read_plan, stats_from_plan, write_plan
 from qlib.quantizers import layer_infos, plan_post_train_linear
+from qlib.quantizers.reduce_range import reduce_range
 from qlib.report import float_layers, plan_table, settings_table
 from qlib.runlog import RunLog, append_metrics, open_run
 from qlib.stats.stats_file import check_fingerprint, read_stats
@@ -57,8 +58,7 @@ def run(config: RunConfig) -> int:
         device = choose_device(config)
         checkpoint = read_checkpoint(config.resume_from) if config.resume_from is not None else {}
         if is_quantized(checkpoint):
-            _evaluate_checkpoint(config, run_log, device, checkpoint)
-            return 0
+            return _use_checkpoint(config, run_log, device, checkpoint)
         if not asks_for_something(config):
             raise nothing_to_do()
         job = load_job(config, run_log, device, checkpoint)
@@ -67,11 +67,11 @@ def run(config: RunConfig) -> int:
         elif config.check:
             _check(job)
         elif config.quantize_eval:
-            _quantize_and_evaluate(job)
+            return _quantize_and_evaluate(job)
         elif config.qe.calibration is not None:
             calibrate(job, fold(job).graph, config.qe.calibration)
         else:
-            _evaluate_float(job)
+            _use_float(job)
     return 0
 
 
@@ -128,10 +128,10 @@ def _given_plan(job: Job, folded: FoldedGraph) -> Plan | None:
     return plan
 
 
-def _make_plan(job: Job, folded: FoldedGraph) -> tuple[Plan, bool]:
+def _make_plan(job: Job, folded: FoldedGraph) -> tuple[Plan, ModelStats | None, bool]:
     """The plan from settings and statistics, which are collected where none are given.
 
-    Also: whether to keep the float weights.
+    Also: the statistics, and whether to keep the float weights.
     """
     ptq, settings = _settings(job, folded)
     fraction, stats = job.config.qe.calibration, None
@@ -145,7 +145,7 @@ def _make_plan(job: Job, folded: FoldedGraph) -> tuple[Plan, bool]:
             "Warning: dynamic quantization: each image's own range is used;"
             " only weighted layers and matrix products are quantized"
         )
-    return plan_post_train_linear(folded.graph, settings, stats, folded.folded), ptq.save_fp_weights
+    return plan_post_train_linear(folded.graph, settings, stats, folded.folded), stats, ptq.save_fp_weights
 
 
 def _check(job: Job) -> None:
@@ -160,37 +160,61 @@ def _check(job: Job) -> None:
     _log.info("%s", settings_table(folded.graph, settings, folded.absorbed))
 
 
-def _quantize_and_evaluate(job: Job) -> None:
+def _quantize_and_evaluate(job: Job) -> int:
     folded = fold(job)
     given = _given_plan(job, folded)
-    plan, keep_float_weights = (given, False) if given is not None else _make_plan(job, folded)
+    plan, stats, keep_float_weights = (given, None, False) if given is not None else _make_plan(job, folded)
+    plan = _reduce_range(job, folded, plan)
     plan_path = job.file("layer_quant_params.yaml")
     write_plan(plan_path, plan)
     _log.info("Plan of each layer saved to %s; edit it and pass it back with --qe-config-file", plan_path)
     lowered = lower(folded.graph, plan).to(job.device)
     for line in float_layers(plan):
         _log.info("%s", line)
-    result, reference = _test(job, lowered, job.model)
+    deployed = hand_over(job, folded.graph, lowered, plan, stats)
+    result, reference, *others = _test(job, deployed.engine, job.model, *deployed.others)
     _log.info("FP32:    Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
     _log.info("Predictions that differ from FP32: %.2f %%", result.changed(reference))
     _record(job, "fp32", reference)
     _record(job, "quantized", result, changed=result.changed(reference))
+    _record_saturating(job, result, others)
     path = job.file("quantized_checkpoint.pth.tar")
     header = QuantizedHeader(job.spec.arch, job.dataset_name, job.num_classes, plan)
     original = job.model if keep_float_weights else None
     save_quantized(path, header, lowered, {"quantized_top1": result.top1}, original)
     _log.info("Saving checkpoint to: %s", path)
+    return deployed.exit_code
 
 
-def _evaluate_float(job: Job) -> None:
-    result, *_ = _test(job, job.model)
-    _record(job, "fp32", result)
+def _reduce_range(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:
+    """The plan with 7-bit weights where `--qe-reduce-range` asks for them."""
+    wanted = job.config.qe.reduce_range
+    if wanted == "none":
+        return plan
+    names = list(plan.layers)
+    if wanted == "auto":
+        rates = measure_saturation(job, lower(folded.graph, plan).to(job.device))
+        names = [name for name, rate in rates.items() if rate.saturated]
+    reduced = reduce_range(plan, names)
+    changed = [name for name, layer in reduced.layers.items() if layer != plan.layers[name]]
+    _log.info("--qe-reduce-range %s: %d layers get 7-bit weights%s", wanted, len(changed), _listed(changed))
+    return reduced
 
 
-def _evaluate_checkpoint(
-    config: RunConfig, run_log: RunLog, device: torch.device, checkpoint: Mapping[str, Any]
-) -> None:
-    """Evaluates a quantized checkpoint, which knows its architecture and plan."""
+def _listed(names: list[str]) -> str:
+    return f": {', '.join(names)}" if names else ""
+
+
+def _use_float(job: Job) -> None:
+    """Exports and evaluates the float model, as the flags ask."""
+    engine = hand_over_float(job, fold(job).graph)
+    if job.config.evaluate:
+        result, *_ = _test(job, engine)
+        _record(job, "fp32", result)
+
+
+def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, checkpoint: Mapping[str, Any]) -> int:
+    """Exports, verifies and evaluates a quantized checkpoint, which knows its architecture and plan."""
     file = str(config.resume_from)
     header = read_header(checkpoint, f"checkpoint {file!r}")
     _refuse_flags(config, file, header.arch)
@@ -203,9 +227,13 @@ def _evaluate_checkpoint(
     lowered = restore_quantized(checkpoint, header, folded.graph, f"checkpoint {file!r}").to(device)
     if config.check:
         _log.info("%s", plan_table(folded.graph, header.plan))
-        return
-    result, *_ = _test(job, lowered)
-    _record(job, "quantized", result)
+        return 0
+    deployed = hand_over(job, folded.graph, lowered, header.plan, None)
+    if config.evaluate or not exports(config):
+        result, *others = _test(job, deployed.engine, *deployed.others)
+        _record(job, "quantized", result)
+        _record_saturating(job, result, others)
+    return deployed.exit_code
 
 
 def _refuse_flags(config: RunConfig, file: str, arch: str) -> None:
@@ -218,7 +246,7 @@ def _refuse_flags(config: RunConfig, file: str, arch: str) -> None:
         raise UsageError(f"{file} is a quantized {arch}, not {config.arch}; drop --arch, as the file knows it")
 
 
-def _test(job: Job, *models: Callable[[Tensor], Tensor]) -> list[Evaluation]:
+def _test(job: Job, *models: Model) -> list[Evaluation]:
     """Evaluates the models on the same test images; the log lines people grep for are of the first one."""
     config, loader = job.config, test_loader(job)
     _log.info("--- test ---------------------")
@@ -253,6 +281,17 @@ def _test(job: Job, *models: Callable[[Tensor], Tensor]) -> list[Evaluation]:
         rows = (" ".join(f"{count:5d}" for count in row) for row in result.confusion.tolist())
         _log.info("==> Confusion:\n%s\n", "\n".join(rows))
     return results
+
+
+def _record_saturating(job: Job, result: Evaluation, others: Sequence[Evaluation]) -> None:
+    """What the integer model would be on a CPU that saturates, if that was evaluated."""
+    for other in others:
+        _log.info(
+            "On x86 without VNNI, where products saturate in 16 bits: Top1 %.3f    Top5 %.3f    Loss %.5f"
+            " (%.2f %% of predictions differ); --qe-reduce-range auto avoids it",
+            *(other.top1, other.top5, other.loss, other.changed(result)),
+        )
+        _record(job, "saturating", other, changed=other.changed(result))
 
 
 def _record(job: Job, what: str, result: Evaluation, **more: float) -> None:

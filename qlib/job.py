@@ -49,6 +49,11 @@ class Job:
     model: nn.Module
 
     @property
+    def has_images(self) -> bool:
+        """Whether the run was given a dataset, or has one built in."""
+        return self.config.data is not None or self.dataset_name == "digits"
+
+    @property
     def example(self) -> Tensor:
         """A batch of two images of the model's size, on its device."""
         return torch.zeros(2, *self.spec.input_shape, device=self.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from qlib.errors import UsageError, did_you_mean
 
 __all__ = ["Kind", "SWITCH", "arch", "choice", "devices", "existing_file", "fraction", "names", "path", "real"]
-__all__ += ["run_name", "split_names", "whole"]
+__all__ += ["new_file", "run_name", "split_names", "whole"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Kind:
     """How a flag's text becomes a value. `read` answers ValueError to a text that is not `allowed`.
 
     `many`: the flag takes several words (`words`), or may be repeated with one each (`repeat`).
+    `without`: what the flag alone, without a value, stands for.
     """
 
     read: Callable[[str], object]
@@ -26,6 +28,7 @@ class Kind:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     many: str = ""
+    without: str | None = None
 
     def value(self, flag: str, text: str) -> object:
         """The value of `text`.
@@ -54,7 +57,7 @@ def _switch(text: str) -> bool:
 SWITCH = Kind(_switch, "true or false")
 
 
-def whole(low: int, high: int | None = None, *, zero: str = "", metavar: str = "N") -> Kind:
+def whole(low: int, high: int | None = None, *, zero: str = "", metavar: str = "N", without: str | None = None) -> Kind:
     """A whole number from `low` to `high`; also 0 if `zero` says what that means."""
 
     def read(text: str) -> int:
@@ -63,7 +66,7 @@ def whole(low: int, high: int | None = None, *, zero: str = "", metavar: str = "
         return number
 
     span = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
-    return Kind(read, f"0 ({zero}) or {span}" if zero else span, metavar)
+    return Kind(read, f"0 ({zero}) or {span}" if zero else span, metavar, without=without)
 
 
 def real(accept: Callable[[float], bool], allowed: str, metavar: str = "F") -> Kind:
@@ -116,6 +119,18 @@ def path(metavar: str = "DIR") -> Kind:
         return Path(text).expanduser()
 
     return Kind(read, "a path", metavar)
+
+
+def new_file(suffix: str, *, without: str) -> Kind:
+    """The path of a file to write, which ends in `suffix`; `~` is expanded. `without` is left as it stands."""
+
+    def read(text: str) -> Path:
+        file = Path(text).expanduser()
+        _require(text == without or (file.suffix == suffix and not file.is_dir() and os.access(file.parent, os.W_OK)))
+        return file
+
+    allowed = f"a file to write that ends in {suffix}, in a folder that exists and can be written"
+    return Kind(read, allowed, "FILE", without=without)
 
 
 def existing_file() -> Kind:

@@ -18,11 +18,13 @@ __all__ = [
     "RunConfig",
     "asks_for_something",
     "check_combination",
+    "exports",
     "ignored_flags",
     "needs_folder",
     "nothing_to_do",
     "read_run_config",
     "startup_warnings",
+    "wants_onnx",
 ]
 
 #: A quantization config file replaces what these flags say.
@@ -41,6 +43,9 @@ _REPLACED_BY_CONFIG_FILE = (
     "--qe-scale-approx-bits",
     "--qe-save-fp-weights",
 )
+
+_NEED_QUANTIZING = ("--qe-stats-file", "--qe-dynamic", "--qe-config-file", "--qe-reduce-range")
+_DEPLOYING = ("--engine", "--export-onnx", "--export-opset", "--export-encodings", "--verify")
 
 #: Flags of which one run can have only one, with what each of them does.
 _EXCLUSIVE: tuple[dict[str, str], ...] = (
@@ -74,6 +79,7 @@ class QuantArgs:
     no_quant_layers: tuple[str, ...] = ()
     per_channel: bool = False
     scale_approx_bits: int | None = None
+    reduce_range: str = "none"
     save_fp_weights: bool = False
     pytorch_backend: str = "fbgemm"
     stats_file: Path | None = None
@@ -105,6 +111,7 @@ class RunConfig:
     skip_corrupt: bool = False
     evaluate: bool = False
     confusion: bool = False
+    engine: str = "torch"
     summary: tuple[str, ...] = ()
     check: bool = False
     print_freq: int = 10
@@ -117,6 +124,10 @@ class RunConfig:
     deterministic: bool = False
     quantize_eval: bool = False
     qe: QuantArgs = field(default_factory=QuantArgs)
+    export_onnx: Path | None = None
+    export_opset: int | None = None
+    export_encodings: tuple[str, ...] = ()
+    verify: int | None = None
     given: frozenset[str] = frozenset()
 
     def to_yaml(self) -> str:
@@ -169,6 +180,16 @@ def _value(node: Node) -> Any:
     return [_value(item) for item in node.value] if isinstance(node.value, tuple) else node.value
 
 
+def wants_onnx(config: RunConfig) -> bool:
+    """Whether the run makes an ONNX file."""
+    return config.export_onnx is not None or config.verify is not None or config.engine == "onnxruntime"
+
+
+def exports(config: RunConfig) -> bool:
+    """Whether the run has something to hand over, so that a quantized checkpoint need not be evaluated as well."""
+    return config.export_onnx is not None or config.verify is not None or bool(config.export_encodings)
+
+
 def needs_folder(config: RunConfig) -> bool:
     """Whether the run cannot do without a DATASET_DIR, as far as the command line alone can tell.
 
@@ -177,7 +198,9 @@ def needs_folder(config: RunConfig) -> bool:
     digits = config.dataset == "digits" or (config.dataset is None and "digits" in config.arch)
     loads = config.resume_from is not None or config.exp_load_weights_from is not None
     unknown = loads or ".py:" in config.arch
-    return not (digits or unknown or config.summary or config.check)
+    looks_at_images = config.evaluate or config.qe.calibration is not None or config.verify is not None
+    only_exports = exports(config) and not looks_at_images
+    return not (digits or unknown or config.summary or config.check or only_exports)
 
 
 def check_combination(config: RunConfig) -> None:
@@ -196,6 +219,11 @@ def check_combination(config: RunConfig) -> None:
         raise UsageError(
             "--qe-clip-acts n_std needs --qe-clip-n-stds, the number of standard deviations to keep, above 0"
         )
+    for flag, given in (("--verify", config.verify is not None), ("--export-encodings", config.export_encodings)):
+        if given and not config.quantize_eval and config.resume_from is None:
+            raise UsageError(
+                f"{flag} needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint"
+            )
     # A quantized checkpoint is evaluated without being asked; whether it is one is known once it is read.
     if not asks_for_something(config) and config.resume_from is None:
         raise nothing_to_do()
@@ -204,12 +232,14 @@ def check_combination(config: RunConfig) -> None:
 def asks_for_something(config: RunConfig) -> bool:
     """Whether a flag says what to do."""
     verbs = (config.evaluate, config.quantize_eval, config.summary, config.check, config.qe.calibration is not None)
-    return any(verbs)
+    return any(verbs) or exports(config)
 
 
 def nothing_to_do() -> UsageError:
     """The error of a command line that asks for nothing."""
-    return UsageError("nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --summary or --check")
+    return UsageError(
+        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --export-onnx, --summary or --check"
+    )
 
 
 def ignored_flags(config: RunConfig) -> list[str]:
@@ -229,8 +259,15 @@ def startup_warnings(config: RunConfig) -> list[str]:
     source = next((flag for flag in ("--qe-stats-file", "--qe-dynamic", "--qe-config-file") if flag in given), None)
     found = [f"{flag} is ignored: {qe.config_file} (--qe-config-file) replaces it" for flag in ignored_flags(config)]
     if not config.quantize_eval and not config.check:
-        wanted = (*_REPLACED_BY_CONFIG_FILE, "--qe-stats-file", "--qe-dynamic", "--qe-config-file")
+        wanted = (*_REPLACED_BY_CONFIG_FILE, *_NEED_QUANTIZING)
         found += [f"{flag} has no effect without --quantize-eval" for flag in wanted if flag in given]
+    prints = "--summary" if config.summary else "--check" if config.check else None
+    if prints:
+        found += [f"{flag} is ignored: {prints} only prints" for flag in _DEPLOYING if flag in given]
+    elif not config.evaluate and qe.calibration is not None:
+        found += [f"{flag} has no effect: --qe-calibration alone only collects" for flag in _DEPLOYING if flag in given]
+    elif "--export-opset" in given and not wants_onnx(config):
+        found.append("--export-opset has no effect without --export-onnx")
     if "--qe-calibration-split" in given and source:
         found.append(f"--qe-calibration-split is ignored: with {source} no images are read for calibration")
     if "--qe-clip-n-stds" in given and qe.clip_acts != "n_std" and qe.config_file is None:

@@ -10,6 +10,8 @@ import contextlib
 import io
 import logging
 import os
+import re
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from qlib.errors import OutputError
+from qlib.deploy.named import with_named_tensors
+from qlib.errors import ExportError, OutputError
+from qlib.graph import Graph
+from qlib.graph.ir import source_line
 from qlib.lower.qdq import lower_qdq
 
 if TYPE_CHECKING:
@@ -37,12 +42,12 @@ _OPSETS = range(18, 24)
 _EXTERNAL = 1_900_000_000  # bytes; protobuf ends at 2^31
 
 
-def export_float(graph: nn.Module, example: Tensor, path: Path, *, opset: int, metadata: Mapping[str, str]) -> None:
-    """Writes the float model. Each layer's output tensor has the layer's name.
+def export_float(graph: Graph, example: Tensor, path: Path, *, opset: int, metadata: Mapping[str, str]) -> None:
+    """Writes the float model. The output tensor of each layer, and of each move, has its name.
 
     Raises ExportError where an operator has no ONNX form, OutputError where the file cannot be written.
     """
-    model = _export(graph, example, opset)
+    model = _export(with_named_tensors(graph), example, opset)
     _name(model)
     _save(model, path, metadata)
 
@@ -85,21 +90,42 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     }
 
 
-def _export(model: nn.Module, example: Tensor, opset: int) -> ir.Model:
-    with _quietly(), torch.no_grad():
-        program = torch.onnx.export(
-            model.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=opset,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            custom_translation_table=_translations(),
-            verbose=False,
-        )
+def _export(model: fx.GraphModule, example: Tensor, opset: int) -> ir.Model:
+    try:
+        with _quietly(), torch.no_grad():
+            program = torch.onnx.export(
+                model.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                custom_translation_table=_translations(),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(_refusal(model, error)) from error
     assert program is not None
     return program.model
+
+
+def _refusal(model: fx.GraphModule, error: BaseException) -> str:
+    """What the exporter could not translate: the operator, the layer, and the line of the model's source."""
+    text, layer = str(error), ""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("node")
+        if isinstance(node, fx.Node):
+            layer = next((path for path, _ in node.meta.get("nn_module_stack", {}).values() if path), "")
+    found = re.search(r"OpOverload\(op='([^']+)'", text)
+    called = next((node for node in model.graph.nodes if node.target == layer), None)
+    line = source_line(called) if called is not None else ""
+    where = f" in layer {layer!r}{f' ({line})' if line else ''}" if layer else ""
+    if found is None:
+        return f"the model cannot be exported{where}: {' '.join(str(error).split())[:300]}"
+    return f"the model cannot be exported: ONNX has no form of {found[1]}{where}; write it with other operators"
 
 
 @contextlib.contextmanager

@@ -67,6 +67,8 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
 
 
 class _Tracer(NodePathTracer):  # type: ignore[misc]
+    record_stack_traces = True  # an error can then name the line of the model
+
     def root_module(self, model: nn.Module) -> nn.Module:
         return model
 

@@ -6,7 +6,9 @@ values (view, transpose, chunk, ...), read constants, or compute shapes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ __all__ = [
     "layer_inputs",
     "layers",
     "name_of",
+    "source_line",
     "source_of",
     "tensor_users",
 ]
@@ -71,6 +74,13 @@ def kind_of(module: nn.Module) -> str:
 def name_of(node: fx.Node) -> str:
     """The node's stable hierarchical name, such as ``layer1.0.conv1``."""
     return str(node.meta["name"])
+
+
+def source_line(node: fx.Node) -> str:
+    """Where the model's own code calls the node, as ``model.py:12``; empty where that is not known."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = re.findall(r'File "(.+)", line (\d+), in ', node.stack_trace or "")
+    return next((f"{file}:{line}" for file, line in reversed(frames) if not file.startswith(ours)), "")
 
 
 def is_constant(node: fx.Node) -> bool:

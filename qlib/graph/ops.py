@@ -139,7 +139,8 @@ class WindowPartition(Move):
     def forward(self, x: Tensor) -> Tensor:
         n, height, width, channels = x.shape
         (h, w), (rows, columns) = self.window, window_grid((height, width), self.window)
-        x = F.pad(x, (0, 0, 0, columns * w - width, 0, rows * h - height))
+        if (rows * h, columns * w) != (height, width):
+            x = F.pad(x, (0, 0, 0, columns * w - width, 0, rows * h - height))
         shift = effective_shift((height, width), self.window, self.shift)
         if any(shift):
             x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
