@@ -74,7 +74,7 @@ def set_weight(layer: nn.Module, rng: np.random.Generator) -> None:
 def lowered_layer(
     layer: nn.Module, images: Tensor, weight: WeightPlan, act: TensorPlan, output: TensorPlan | None = None
 ) -> fx.GraphModule:
-    reach = float(layer(images).detach().abs().max()) if output is None else 0.0
+    reach = 2 * float(layer(images).detach().abs().max()) if output is None else 0.0
     output = output or TensorPlan(8, "asym_u", min=-reach, max=reach)
     plan = LayerPlan(kind_of(layer), (act,), weight, output)
     return lower(capture(OneLayer(layer), images), Plan({"layer": plan}))
