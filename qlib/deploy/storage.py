@@ -78,7 +78,8 @@ def storage_notes(plan: Plan, opset: int) -> Iterator[str]:
         if bits < 8:
             yield f"activations of {bits} bits are stored as uint8 with the same codes: {_listed(names)}"
         elif bits > 8:
-            yield f"activations of {bits} bits are stored as uint16, which ONNX Runtime computes in float: {_listed(names)}"
+            kind = "uint16, which ONNX Runtime computes in float"
+            yield f"activations of {bits} bits are stored as {kind}: {_listed(names)}"
 
 
 def _listed(names: list[str]) -> str:

@@ -39,15 +39,11 @@ class ToCodes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bounds is None:
-            return self._quantize(x)
+            return quantize_linear(x, self.scale, self.zero_point)
         if self.zero_point.dtype == torch.uint8:
-            return torch.clamp(self._quantize(x), *self.bounds)
+            return torch.clamp(quantize_linear(x, self.scale, self.zero_point), *self.bounds)
         # ONNX Runtime has no Clip of uint16, and computes such a layer in float anyway
-        return self._quantize(torch.clamp(x, *self.real_bounds))
-
-    def _quantize(self, x: Tensor) -> Tensor:
-        codes: Tensor = quantize_linear(x, self.scale, self.zero_point)
-        return codes
+        return quantize_linear(torch.clamp(x, *self.real_bounds), self.scale, self.zero_point)
 
 
 class FromCodes(nn.Module):
@@ -62,8 +58,7 @@ class FromCodes(nn.Module):
         self.register_buffer("zero_point", torch.tensor(edge.zero_point, dtype=edge.dtype))
 
     def forward(self, codes: Tensor) -> Tensor:
-        y: Tensor = dequantize_linear(codes, self.scale, self.zero_point, 0)
-        return y
+        return dequantize_linear(codes, self.scale, self.zero_point, 0)
 
 
 class QdqLayer(nn.Module):
