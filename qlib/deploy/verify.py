@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import csv
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from qlib.deploy.export_onnx import CODES, OUTPUT
-from qlib.deploy.placement import Kernels, exact_layers, kernels_of, open_with_graph
+from qlib.deploy.export_onnx import OUTPUT
+from qlib.deploy.inspection import LOGITS, Inspection, dequantizes
+from qlib.deploy.kernels import Kernels
 from qlib.deploy.session import run_session
 from qlib.errors import OutputError
-from qlib.graph.ir import layer_inputs
 from qlib.lower import exact_arithmetic
 from qlib.lower.exact import EDGE
-from qlib.lower.ops.base import Edge
-from qlib.lower.ops.quantize import Quantize
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
 
 __all__ = ["FLOAT_SHARE", "Checked", "Verification", "table", "verify", "write_csv"]
 
 FLOAT_SHARE = 1e-3
 """Of the codes of a layer that ONNX Runtime computes in float, this share may differ, by one step."""
+
+_ROUNDING = 1e-4
+"""How far logits that are computed in float may be apart, relative to the largest one."""
 
 _BATCH = 8
 """Images at a time: the codes of all their layers are held at once."""
@@ -39,6 +37,7 @@ _BATCH = 8
 class Checked:
     """One tensor of codes: how many, how many differ and by how much at most, given the same codes before the layer.
 
+    The logits are one more: all of them must be equal where they are dequantized codes, else nearly so.
     `integer` tells whether ONNX Runtime computes the layer in integers; `codes` is 0 where the file does not hold the
     tensor. `same_kernel` is false where ONNX Runtime computes the layer otherwise once its codes are to be seen: then
     nothing is known about it. `differing_alone` counts without giving both sides the same codes before the layer.
@@ -90,7 +89,8 @@ class Verification:
     @property
     def exact(self) -> bool:
         """Whether every integer layer computes the same codes, and every float one nearly so."""
-        return self.faithful and all(layer.verdict in ("exact", "within a step") for layer in self.layers)
+        good = [layer.verdict in ("exact", "within a step") for layer in self.layers]
+        return self.faithful and self.images > 0 and all(good)
 
     @property
     def first(self) -> str | None:
@@ -105,8 +105,8 @@ def verify(exact: fx.GraphModule, path: Path, batches: Iterable[Tensor]) -> Veri
     Each layer is judged alone: it is given the codes that ONNX Runtime had before it. Where codes are made from float
     values that ONNX Runtime does not show, those of the exact model are taken.
     """
-    inspection = _Inspection.open(exact, path)
-    tallies = {name: _Tally() for name in inspection.edges}
+    inspection = Inspection.open(exact, path)
+    tallies = {name: _Tally() for name in (*inspection.edges, LOGITS)}
     images = agreeing = 0
     largest, faithful = 0.0, True
     with exact_arithmetic():
@@ -118,7 +118,7 @@ def verify(exact: fx.GraphModule, path: Path, batches: Iterable[Tensor]) -> Veri
             images += len(batch)
             agreeing += int((mine.argmax(-1) == shipped.argmax(-1)).sum())
             largest = max(largest, float((mine - shipped).abs().max()))
-    return Verification(tuple(inspection.rows(tallies)), images, agreeing, largest, faithful)
+    return Verification(tuple(_rows(inspection, tallies)), images, agreeing, largest, faithful)
 
 
 @dataclass
@@ -127,6 +127,21 @@ class _Tally:
     differing: int = 0
     largest: int = 0
     differing_alone: int = 0
+
+
+def _rows(inspection: Inspection, tallies: Mapping[str, _Tally]) -> Iterator[Checked]:
+    for name, tally in tallies.items():
+        kernels = inspection.kernels.get(name, Kernels())
+        yield Checked(
+            name,
+            str(kernels),
+            kernels.integer and name not in inspection.from_float,
+            tally.codes,
+            tally.differing,
+            tally.largest,
+            tally.differing_alone,
+            name not in inspection.altered,
+        )
 
 
 def _compare(
@@ -155,120 +170,34 @@ class _SideBySide(fx.Interpreter):
     def __init__(self, exact: fx.GraphModule, deployed: Mapping[str, Tensor], *, follow: bool) -> None:
         super().__init__(exact)
         self.deployed, self.follow = deployed, follow
+        self.dequantized = dequantizes(exact)
         self.found: dict[str, tuple[int, int]] = {}
 
     def run_node(self, node: fx.Node) -> Any:
         mine = super().run_node(node)
         name = str(node.target)
-        if node.op != "call_module" or name not in self.deployed:
-            return mine
-        # The exporter leaves out a reshape where another follows.
-        theirs = self.deployed[name].to(mine.device).float().view_as(mine) - node.meta[EDGE].zero_point
-        self.found[name] = (0, 0)
-        if not torch.equal(mine, theirs):
-            difference = (mine - theirs).abs_()
-            self.found[name] = int(difference.count_nonzero()), int(difference.max())
-        return theirs if self.follow else mine
+        if node.op == "output":
+            theirs = self.deployed[LOGITS].to(mine.device)
+            tolerance = 0.0 if self.dequantized else _ROUNDING * float(theirs.abs().max())
+            self.found[LOGITS] = _differences(mine, theirs, tolerance)
+        elif node.op == "call_module" and name in self.deployed:
+            # The exporter leaves out a reshape where another follows.
+            theirs = self.deployed[name].to(mine.device).float().view_as(mine) - node.meta[EDGE].zero_point
+            self.found[name] = _differences(mine, theirs, 0.0)
+            mine = theirs if self.follow else mine
+        return mine
 
 
-@dataclass(frozen=True)
-class _Inspection:
-    """The shipped model, and one that gives all codes as well; `edges` are the layers that hold codes."""
+def _differences(mine: Tensor, theirs: Tensor, tolerance: float) -> tuple[int, int]:
+    """How many values are further apart than the tolerance, and the largest difference of these, rounded up.
 
-    shipped: ort.InferenceSession
-    inspected: ort.InferenceSession
-    edges: Mapping[str, bool]
-    """Layer -> whether its codes come from float values that ONNX Runtime computes."""
-    kernels: Mapping[str, Kernels]
-    altered: frozenset[str]
-    seen: Sequence[str]
-
-    @classmethod
-    def open(cls, exact: fx.GraphModule, path: Path) -> _Inspection:
-        nodes = dict(exact_layers(exact))
-        names = [str(node.target) for node in nodes]
-        edges = {
-            str(node.target): isinstance(module, Quantize) and _of_float_layer(node)
-            for node, module in nodes.items()
-            if isinstance(node.meta.get(EDGE), Edge) and not _is_constant(node, module)
-        }
-        shipped, graph = open_with_graph(path)
-        kernels = kernels_of(graph, names)
-        with tempfile.TemporaryDirectory() as folder:
-            exposed = Path(folder) / "inspected.onnx"
-            seen = _expose(path, exposed, edges)
-            inspected, graph = open_with_graph(exposed)
-        others = kernels_of(graph, names)
-        altered = frozenset(
-            name for name in names if _plain(kernels.get(name, Kernels())) != _plain(others.get(name, Kernels()))
-        )
-        return cls(shipped, inspected, edges, kernels, altered, seen)
-
-    def run(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The logits, and the codes of each layer."""
-        logits, *codes = run_session(self.inspected, batch, [OUTPUT, *(name + CODES for name in self.seen)])
-        return logits, dict(zip(self.seen, codes, strict=True))
-
-    def rows(self, tallies: Mapping[str, _Tally]) -> Iterator[Checked]:
-        """One row a tensor."""
-        for name, of_float in self.edges.items():
-            kernels, tally = self.kernels.get(name, Kernels()), tallies[name]
-            yield Checked(
-                name,
-                str(kernels),
-                kernels.integer and not of_float,
-                tally.codes,
-                tally.differing,
-                tally.largest,
-                tally.differing_alone,
-                name not in self.altered,
-            )
-
-
-def _is_constant(node: fx.Node, module: nn.Module) -> bool:
-    """Whether a node quantizes an operand that the model holds: the file has its codes only; their user is compared."""
-    return isinstance(module, Quantize) and layer_inputs(node)[0].op == "get_attr"
-
-
-def _of_float_layer(node: fx.Node) -> bool:
-    """Whether a quantize step takes what a layer computed, not an image or a constant."""
-    while node.op not in ("placeholder", "get_attr"):
-        sources = layer_inputs(node)
-        if not sources:
-            return True
-        (node, *_) = sources
-        if node.op == "call_module":
-            return True
-    return False
-
-
-def _plain(kernels: Kernels) -> list[str]:
-    """Operators that compute values, whatever the layout of their data."""
-    return sorted(each.removeprefix("Nhwc") for each in kernels.operators)
-
-
-def _expose(path: Path, exposed: Path, layers: Iterable[str]) -> list[str]:
-    """Writes the model with the codes of `layers` as further outputs; which of them it holds."""
-    import onnx
-    from onnx import TensorProto
-
-    model = onnx.load(path, load_external_data=False)
-    external = any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
-    if external:
-        onnx.load_external_data_for_model(model, str(path.parent))
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    made = {name for node in model.graph.node for name in node.output}
-    wide = {
-        node.output[0]
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and types.get(node.input[2]) == TensorProto.UINT16
-    }
-    seen = [name for name in layers if name + CODES in made]
-    for name in seen:
-        kind = TensorProto.UINT16 if name + CODES in wide else TensorProto.UINT8
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name + CODES, kind, None))
-    onnx.save(model, exposed, save_as_external_data=external)
-    return seen
+    >>> _differences(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([1.0, 3.0, 3.0]), 0.0)
+    (2, 2)
+    """
+    if torch.equal(mine, theirs):
+        return 0, 0
+    apart = (mine - theirs).abs_()
+    return int((apart > tolerance).sum()), math.ceil(float(torch.where(apart > tolerance, apart, 0.0).max()))
 
 
 _HEADERS = ("Layer", "Kernel", "Type", "Codes", "Differing", "Share", "Largest", "Verdict")

@@ -1,0 +1,113 @@
+"""A look inside the file that ships: the same model, with the codes of every layer among its outputs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx, nn
+
+from qlib.deploy.export_onnx import CODES, OUTPUT
+from qlib.deploy.kernels import Kernels, exact_layers, kernels_of, open_with_graph
+from qlib.deploy.session import run_session
+from qlib.graph.ir import layer_inputs, source_of
+from qlib.lower.exact import EDGE
+from qlib.lower.ops.base import Edge
+from qlib.lower.ops.quantize import Dequantize, Quantize
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+__all__ = ["LOGITS", "Inspection", "dequantizes"]
+
+LOGITS = "(logits)"
+"""Stands among the names of layers for what leaves the model."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The shipped model, and one that gives all codes as well.
+
+    `edges` are the grids of the layers that hold codes, `from_float` those that quantize what a layer computed in float
+    (and the logits, where they are float), `seen` those that the file holds, `altered` those whose kernels differ
+    between the two models.
+    """
+
+    shipped: ort.InferenceSession
+    inspected: ort.InferenceSession
+    edges: Mapping[str, Edge]
+    from_float: frozenset[str]
+    kernels: Mapping[str, Kernels]
+    altered: frozenset[str]
+    seen: Sequence[str]
+
+    @classmethod
+    def open(cls, exact: fx.GraphModule, path: Path) -> Inspection:
+        nodes = dict(exact_layers(exact))
+        names = [str(node.target) for node in nodes]
+        edges = {
+            str(node.target): edge
+            for node, module in nodes.items()
+            if isinstance(edge := node.meta.get(EDGE), Edge) and not _is_constant(node, module)
+        }
+        from_float = {
+            str(node.target)
+            for node, module in nodes.items()
+            if isinstance(module, Quantize) and source_of(exact, layer_inputs(node)[0]).op == "call_module"
+        }
+        from_float |= set() if dequantizes(exact) else {LOGITS}
+        shipped, graph = open_with_graph(path)
+        kernels = kernels_of(graph, names)
+        with tempfile.TemporaryDirectory() as folder:
+            exposed = Path(folder) / "inspected.onnx"
+            seen = _expose(path, exposed, edges)
+            inspected, graph = open_with_graph(exposed)
+        others = kernels_of(graph, names)
+        altered = frozenset(
+            name for name in names if _plain(kernels.get(name, Kernels())) != _plain(others.get(name, Kernels()))
+        )
+        return cls(shipped, inspected, edges, frozenset(from_float), kernels, altered, seen)
+
+    def run(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits, and the codes of each layer with the logits among them."""
+        logits, *codes = run_session(self.inspected, batch, [OUTPUT, *(name + CODES for name in self.seen)])
+        return logits, {**dict(zip(self.seen, codes, strict=True)), LOGITS: logits}
+
+
+def dequantizes(exact: fx.GraphModule) -> bool:
+    """Whether the logits of an exact model are dequantized codes."""
+    output = next(node for node in exact.graph.nodes if node.op == "output")
+    (source,) = layer_inputs(output)
+    return source.op == "call_module" and isinstance(exact.get_submodule(str(source.target)), Dequantize)
+
+
+def _is_constant(node: fx.Node, module: nn.Module) -> bool:
+    """Whether a node quantizes an operand that the model holds: the file has its codes only; their user is compared."""
+    return isinstance(module, Quantize) and layer_inputs(node)[0].op == "get_attr"
+
+
+def _plain(kernels: Kernels) -> list[str]:
+    """Operators that compute values, whatever the layout of their data."""
+    return sorted(each.removeprefix("Nhwc") for each in kernels.operators)
+
+
+def _expose(path: Path, exposed: Path, edges: Mapping[str, Edge]) -> list[str]:
+    """Writes the model with the codes of the layers `edges` as further outputs; which of them it holds."""
+    import onnx
+    from onnx import TensorProto
+
+    model = onnx.load(path, load_external_data=False)
+    external = any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)
+    if external:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    made = {name for node in model.graph.node for name in node.output}
+    seen = [name for name in edges if name + CODES in made]
+    for name in seen:
+        kind = TensorProto.UINT16 if edges[name].dtype == torch.uint16 else TensorProto.UINT8
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name + CODES, kind, None))
+    onnx.save(model, exposed, save_as_external_data=external)
+    return seen
