@@ -12,7 +12,7 @@ from typing import Any
 from qlib.checkpoint import weights_hash
 from qlib.data import ImageDataset, choose_subset
 from qlib.graph import Graph
-from qlib.job import Job, loader_of, open_split, report_skipped
+from qlib.job import LAYOUT, Job, loader_of, open_split, report_skipped
 from qlib.progress import track
 from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.stats_file import write_stats
@@ -98,7 +98,7 @@ def _collect(
     skipped = 0
     try:
         for images, _ in batches:
-            collector.update(images.to(job.device), consumed=len(images) + len(loader.skipped) - skipped)
+            collector.update(images.to(job.device, memory_format=LAYOUT), consumed=len(images) + len(loader.skipped) - skipped)
             skipped = len(loader.skipped)
             if time.monotonic() >= next_save:
                 collector.save(partial, key)

@@ -191,11 +191,13 @@ def _reduce_range(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:
     wanted = job.config.qe.reduce_range
     if wanted == "none":
         return plan
-    names = list(plan.layers)
-    if wanted == "auto":
-        rates = measure_saturation(job, lower(folded.graph, plan).to(job.device))
+    reduced = reduce_range(plan, list(plan.layers)) if wanted == "all" else plan
+    while wanted == "auto":  # a layer may begin to saturate when those before it no longer do
+        rates = measure_saturation(job, lower(folded.graph, reduced).to(job.device))
         names = [name for name, rate in rates.items() if rate.saturated]
-    reduced = reduce_range(plan, names)
+        if not names:
+            break
+        reduced = reduce_range(reduced, names)
     changed = [name for name, layer in reduced.layers.items() if layer != plan.layers[name]]
     _log.info("--qe-reduce-range %s: %d layers get 7-bit weights%s", wanted, len(changed), _listed(changed))
     return reduced

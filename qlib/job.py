@@ -22,6 +22,7 @@ from qlib.models import ModelSpec, create_model, find_model
 from qlib.runlog import RunLog
 
 __all__ = [
+    "LAYOUT",
     "FoldedGraph",
     "Job",
     "choose_device",
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+
+LAYOUT = torch.channels_last
+"""Memory layout of graphs and of the images they are given: convolutions take up to half the time on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class FoldedGraph:
 def fold(job: Job) -> FoldedGraph:
     """Captures the job's model and folds its batch-norms. Raises ModelError where it cannot be captured."""
     graph = capture(job.model, job.example)
-    return FoldedGraph(graph, fold_batch_norm(graph))
+    folded = fold_batch_norm(graph)
+    return FoldedGraph(graph.to(memory_format=LAYOUT), folded)
 
 
 def choose_device(config: RunConfig) -> torch.device:

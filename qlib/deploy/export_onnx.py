@@ -14,17 +14,18 @@ import re
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qlib.deploy.named import with_named_tensors
 from qlib.errors import ExportError, OutputError
 from qlib.graph import Graph
 from qlib.graph.ir import source_line
+from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.lower.qdq import lower_qdq
 
 if TYPE_CHECKING:
@@ -65,7 +66,13 @@ def export_quantized(
     model = _export(lower_qdq(exact).cpu(), example.cpu(), opset)
     _name(model)
     _unshare(model)
+    if opset >= 21:
+        _pack_four_bits(model, {name for name, module in exact.named_modules() if _weight_bits(module) == 4})
     _save(model, path, metadata)
+
+
+def _weight_bits(module: nn.Module) -> int:
+    return module.spec.bits if isinstance(module, (ExactWeighted, FloatWeighted)) else 0
 
 
 def _translations() -> dict[Any, Callable[..., Any]]:
@@ -173,6 +180,13 @@ def _name(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
+def _weight_steps(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes that dequantize weights and biases."""
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            yield node
+
+
 def _unshare(model: ir.Model) -> None:
     """Gives each weight a zero point of its own.
 
@@ -180,16 +194,28 @@ def _unshare(model: ir.Model) -> None:
     """
     import onnx_ir as ir
 
-    for node in model.graph:
-        if node.op_type != "DequantizeLinear" or node.inputs[0] is None or not node.inputs[0].is_initializer():
-            continue
+    for node in _weight_steps(model):
         for index, value in enumerate(node.inputs):
-            if value is not None and len(value.uses()) > 1:
-                own = ir.Value(
-                    name=f"{node.name}.{index}", type=value.type, shape=value.shape, const_value=value.const_value
-                )
+            if value is not None and value.const_value is not None and len(value.uses()) > 1:
+                name, const = f"{node.name}.{index}", value.const_value
+                own = ir.Value(name=name, type=ir.TensorType(const.dtype), shape=value.shape, const_value=const)
                 model.graph.register_initializer(own)
                 node.replace_input_with(index, own)
+
+
+def _pack_four_bits(model: ir.Model, layers: Collection[str]) -> None:
+    """Stores the weights of `layers` and their zero points as int4 or uint4, two in a byte."""
+    import onnx_ir as ir
+
+    smaller = {ir.DataType.INT8: ir.DataType.INT4, ir.DataType.UINT8: ir.DataType.UINT4}
+    for node in _weight_steps(model):
+        if str(node.name).rpartition("/")[0] not in layers:
+            continue
+        for value in (node.inputs[0], node.inputs[2]):
+            if value is not None and value.const_value is not None and value.dtype in smaller:
+                kind = smaller[value.dtype]
+                packed = ir.Tensor(value.const_value.numpy().astype(kind.numpy()), dtype=kind, name=value.name)
+                value.const_value, value.dtype = packed, kind
 
 
 def _save(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:

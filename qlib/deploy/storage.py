@@ -1,4 +1,4 @@
-"""What an ONNX file can hold of a plan: what is refused, what is stored in a wider type, which operator set it needs."""
+"""What an ONNX file can hold of a plan: what is refused, what is stored in a wider type, which opset it needs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def storage_notes(plan: Plan, opset: int) -> Iterator[str]:
         elif bits < 8:
             yield f"weights of {bits} bits are stored as int8 with the same codes: {_listed(names)}"
         elif bits > 8:
-            yield f"weights of {bits} bits are stored as int32, which ONNX Runtime computes in float: {_listed(names)}"
+            yield f"weights of {bits} bits are stored in float32, and computed so: {_listed(names)}"
     for bits, names in sorted(activations.items()):
         if bits < 8:
             yield f"activations of {bits} bits are stored as uint8 with the same codes: {_listed(names)}"

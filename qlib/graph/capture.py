@@ -60,6 +60,7 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
     _drop_same_size_pools(graph)
     _canonicalize(graph)
     _make_positional(graph)
+    _views_to_reshapes(graph)
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     graph.delete_all_unused_submodules()
     graph.recompile()
@@ -212,6 +213,14 @@ def _only_moves(node: fx.Node) -> bool:
         given = {**dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)), **node.kwargs}
         return not given.get("value")
     return name in MOVES
+
+
+def _views_to_reshapes(graph: Graph) -> None:
+    """A view fails where the memory layout does not allow it, which channels_last may not; a reshape never does."""
+    for node in graph.graph.nodes:
+        by_shape = not any(isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values()))
+        if node.op == "call_method" and node.target == "view" and by_shape:
+            node.target = "reshape"
 
 
 def _make_positional(graph: Graph) -> None:

@@ -144,7 +144,7 @@ class WindowPartition(Move):
         shift = effective_shift((height, width), self.window, self.shift)
         if any(shift):
             x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
-        x = x.view(n, rows, h, columns, w, channels)
+        x = x.reshape(n, rows, h, columns, w, channels)
         return x.permute(0, 1, 3, 2, 4, 5).reshape(n * rows * columns, h * w, channels)
 
 
@@ -158,7 +158,7 @@ class WindowReverse(Move):
     def forward(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         n, height, width, _ = shape
         (h, w), (rows, columns) = self.window, window_grid((height, width), self.window)
-        x = x.view(n, rows, columns, h, w, -1).permute(0, 1, 3, 2, 4, 5).reshape(n, rows * h, columns * w, -1)
+        x = x.reshape(n, rows, columns, h, w, -1).permute(0, 1, 3, 2, 4, 5).reshape(n, rows * h, columns * w, -1)
         shift = effective_shift((height, width), self.window, self.shift)
         if any(shift):
             x = torch.roll(x, shift, (1, 2))
@@ -197,7 +197,7 @@ class MaskedSoftmax(Op):
         if mask is None:
             return x
         windows = mask.shape[0]
-        return (x.view(-1, windows, *x.shape[1:]) + mask).view(x.shape)
+        return (x.reshape(-1, windows, *x.shape[1:]) + mask).reshape(x.shape)
 
     def forward(self, x: Tensor, shape: Sequence[int]) -> Tensor:
         return torch.softmax(self.masked(x, shape), -1)

@@ -43,7 +43,8 @@ def _swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _smallest_dtype(spec: QuantSpec) -> torch.dtype:
-    for dtype in (torch.int8, torch.uint8, torch.int16):
+    # Unsigned ones as uint8 even where int8 would do: kernels of signed weights may saturate (see lower.saturation).
+    for dtype in (torch.int8 if spec.signed else torch.uint8, torch.int16):
         info = torch.iinfo(dtype)
         if info.min <= spec.qmin and spec.qmax <= info.max:
             return dtype
@@ -112,39 +113,44 @@ class _InRows(nn.Module):
         return y.reshape(-1, *codes.shape[1:-1], y.shape[-1])
 
 
+class _Stored(nn.Module):
+    """A tensor as the file holds it: codes that are dequantized along the first axis, or float without a scale."""
+
+    values: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, values: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("values", values.detach())
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self) -> Tensor:
+        if self.scale is None:
+            return self.values
+        return dequantize_linear(self.values, self.scale, self.zero_point, 0)
+
+
 class _QdqWeighted(nn.Module):
     """Applies a dequantized weight, and a bias: int32 codes of scale ``s_x * s_w`` where the layer is exact."""
-
-    weight_codes: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor
-    bias: Tensor | None
-    bias_scale: Tensor | None
-    bias_zero_point: Tensor | None
 
     def __init__(self, exact: _QuantizedWeight, edge: Edge | None) -> None:
         super().__init__()
         self.apply_weight = exact.apply_weight
-        codes, zero_point = exact.weight_codes, exact.weight_zero_point
-        if codes.dtype not in (torch.int8, torch.uint8):  # centered, as wide codes are dequantized without zero point
-            codes, zero_point = exact.centered_weight().to(torch.int32), torch.zeros_like(zero_point)
-        self.register_buffer("weight_codes", codes)
-        self.register_buffer("weight_scale", exact.weight_scale)
-        self.register_buffer("weight_zero_point", zero_point.to(codes.dtype))
-        bias, scale = getattr(getattr(exact, "module", None), "bias", None), None
+        codes, scale = exact.weight_codes, exact.weight_scale
+        if codes.dtype in (torch.int8, torch.uint8):
+            self.weight = _Stored(codes, scale, exact.weight_zero_point.to(codes.dtype))
+        else:  # ONNX Runtime takes any codes for those of its integer kernels, and fails on wider ones
+            self.weight = _Stored(dequantize(codes.float(), exact.weight_params))
+        bias = getattr(getattr(exact, "module", None), "bias", None)
+        self.bias = None if bias is None else _Stored(bias)
         if isinstance(exact, ExactWeighted) and exact.bias_codes is not None:
             assert edge is not None
-            bias, scale = exact.bias_codes, edge.scale * exact.weight_scale
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.register_buffer("bias_scale", scale)
-        self.register_buffer("bias_zero_point", None if scale is None else torch.zeros_like(scale, dtype=torch.int32))
+            self.bias = _Stored(exact.bias_codes, edge.scale * scale, torch.zeros_like(scale, dtype=torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = dequantize_linear(self.weight_codes, self.weight_scale, self.weight_zero_point, 0)
-        bias = self.bias
-        if bias is not None and self.bias_scale is not None:
-            bias = dequantize_linear(bias, self.bias_scale, self.bias_zero_point, 0)
-        return self.apply_weight(x, weight, bias)
+        return self.apply_weight(x, self.weight(), None if self.bias is None else self.bias())
 
 
 class FloatWeighted(_QuantizedWeight):
