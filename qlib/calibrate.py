@@ -98,7 +98,8 @@ def _collect(
     skipped = 0
     try:
         for images, _ in batches:
-            collector.update(images.to(job.device, memory_format=LAYOUT), consumed=len(images) + len(loader.skipped) - skipped)
+            images = images.to(job.device, memory_format=LAYOUT)
+            collector.update(images, consumed=len(images) + len(loader.skipped) - skipped)
             skipped = len(loader.skipped)
             if time.monotonic() >= next_save:
                 collector.save(partial, key)
