@@ -86,9 +86,14 @@ def kernels_of(graph: onnx.GraphProto, layers: Collection[str]) -> dict[str, Ker
             if not node.op_type.startswith(_INTEGER) and not kinds.isdisjoint(floats):
                 in_float.add(layer)
     return {
-        layer: Kernels(tuple(computing.get(layer) or steps[layer]), layer not in in_float)
+        layer: Kernels((*_shown(steps.get(layer, []), computing.get(layer, [])),), layer not in in_float)
         for layer in dict.fromkeys([*computing, *steps])
     }
+
+
+def _shown(steps: list[str], computing: list[str]) -> list[str]:
+    """The operators of a layer: its quantize steps only where nothing but a clamp of the codes is left beside them."""
+    return computing if set(computing) - {"Clip"} else [*steps, *computing]
 
 
 def _owners(graph: onnx.GraphProto, layers: frozenset[str]) -> list[str | None]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tabulate import tabulate
 from torch import fx, nn
 
@@ -73,12 +72,14 @@ def placement(path: Path, exact: fx.GraphModule, macs: Mapping[str, int]) -> lis
 
 @dataclass(frozen=True)
 class _Shipped:
-    """What the file says about layers: the operators that compute each, and which have an operand or a use too many.
+    """What the file says about layers: the operators that compute each, and what keeps some from being fused.
 
-    `constant`: one operand is a float constant; `shared`: the float result is used by others than one quantize step.
+    `nibbles`: the weight is stored in 4 bits; `constant`: one operand is a float constant; `shared`: the float result
+    is used by others than one quantize step.
     """
 
     operators: Mapping[str, tuple[str, ...]]
+    nibbles: frozenset[str]
     constant: frozenset[str]
     shared: frozenset[str]
 
@@ -87,20 +88,25 @@ class _Shipped:
         uses: dict[str, int] = {}
         for name in (*(name for node in graph.node for name in node.input), *(each.name for each in graph.output)):
             uses[name] = uses.get(name, 0) + 1
-        constants = {tensor.name for tensor in graph.initializer if tensor.data_type == 1}
+        from onnx import TensorProto
+
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
         operators: dict[str, list[str]] = {}
-        constant, shared = set(), set()
+        nibbles, constant, shared = set(), set(), set()
         for node in graph.node:
             layer = layer_of(node.name, layers)
+            kinds = {types.get(name) for name in node.input}
+            if layer is not None and not kinds.isdisjoint((TensorProto.INT4, TensorProto.UINT4)):
+                nibbles.add(layer)
             if layer is None or node.op_type in MOVES or node.op_type in STEPS or node.output[0].endswith(CODES):
                 continue  # what computes codes without a quantize step is their clamp
             operators.setdefault(layer, []).append(node.op_type)
-            if not constants.isdisjoint(node.input):
+            if TensorProto.FLOAT in kinds:
                 constant.add(layer)
             if uses.get(node.output[0], 0) > 1:
                 shared.add(layer)
         found = {layer: tuple(dict.fromkeys(names)) for layer, names in operators.items()}
-        return cls(found, frozenset(constant), frozenset(shared))
+        return cls(found, frozenset(nibbles), frozenset(constant), frozenset(shared))
 
 
 def _absorbed(node: fx.Node, kernels: Mapping[str, Kernels]) -> tuple[bool, str]:
@@ -123,8 +129,8 @@ def _why(node: fx.Node, module: nn.Module, kernels: Kernels, shipped: _Shipped) 
     wide = max(edge.params.spec.bits for edge in (*edges, output) if isinstance(edge, Edge))
     if wide > 8:
         return f"{wide}-bit activations: ONNX Runtime has integer kernels for at most 8"
-    if bits := _odd_weight(module):
-        return f"{bits}-bit weights: ONNX Runtime has integer kernels for 8 only"
+    if bits := 4 if name in shipped.nibbles else _wide_weight(module):
+        return f"weights stored in {bits} bits: ONNX Runtime has integer kernels for 8 only"
     operators = shipped.operators.get(name, kernels.operators)
     unknown = ", ".join(each for each in operators if each not in _HAVE_INTEGER_KERNELS)
     reasons = {
@@ -139,11 +145,10 @@ def _why(node: fx.Node, module: nn.Module, kernels: Kernels, shipped: _Shipped) 
     return next((reason for reason, holds in reasons.items() if holds), otherwise)
 
 
-def _odd_weight(module: nn.Module) -> int:
-    """The bits of a weight that is stored in another type than one of 8 bits; 0 for others."""
-    if not isinstance(module, (ExactWeighted, FloatWeighted)) or module.weight_codes.dtype in (torch.int8, torch.uint8):
-        return 0
-    return module.spec.bits
+def _wide_weight(module: nn.Module) -> int:
+    """The bits that a weight is stored in where its codes need more than 8; 0 for others."""
+    wide = isinstance(module, (ExactWeighted, FloatWeighted)) and module.weight_codes.element_size() > 1
+    return 32 if wide else 0
 
 
 def int8_share(placed: Sequence[Placed]) -> float:
