@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from tabulate import tabulate
 from torch import Tensor, nn
-from whole_path import build
+from whole_path import build, seconds
 
 from qlib.config.ptq_config import LayerSettings
 from qlib.data import open_dataset
@@ -50,13 +49,6 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
     def get_next(self) -> dict[str, np.ndarray] | None:
         image = next(self.rest, None)
         return None if image is None else {INPUT: image.numpy()}
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def ours(model: nn.Module, images: Tensor, path: Path) -> None:

@@ -1,9 +1,10 @@
-"""One model through the whole path: capture, fold, calibrate, quantize, evaluate, save, reload. `zoo.py` uses it."""
+"""One model through the whole path: capture, fold, calibrate, quantize, evaluate, save, reload, export, verify."""
 
 from __future__ import annotations
 
 import copy
 import resource
+import statistics
 import tempfile
 import time
 from collections import Counter
@@ -12,12 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qlib.checkpoint import QuantizedHeader, read_header, restore_quantized, save_quantized
 from qlib.checkpoint_file import read_checkpoint
 from qlib.config.ptq_config import LayerSettings
+from qlib.deploy.export_onnx import export_quantized
+from qlib.deploy.placement import int8_share, placement
+from qlib.deploy.session import open_session, run_session
+from qlib.deploy.verify import Verification, verify
 from qlib.graph import Graph, capture, fold_batch_norm
+from qlib.graph.cost import layer_costs
 from qlib.graph.ir import layers, name_of
 from qlib.lower import exact_arithmetic, lower
 from qlib.lower.ops.float_op import FloatOp
@@ -30,10 +36,18 @@ from qlib.stats.tensor_stats import ModelStats
 TOLERANCE = 1e-4
 """How far, relative to the largest logit, the captured graph may be from the model."""
 
+OPSET = 20
+ROUNDS = 5
+
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model; `problems` is empty where all is well. Sizes are in MB (10^6 bytes)."""
+    """What was measured of one model; `problems` is empty where all is well. Sizes are in MB (10^6 bytes).
+
+    `codes` and `differing` count the integer tensors of layers that ONNX Runtime computes in integers, `float_codes` and
+    `float_differing` those of the others; `worst_share` is the largest share of one such tensor that differs. `fp32_ms`
+    and `int8_ms` are for one image, in torch and in ONNX Runtime, `export_s` is the time that the export took.
+    """
 
     model: str
     side: int = 0
@@ -47,6 +61,16 @@ class Row:
     int8_mb: float = float("nan")
     seconds: float = float("nan")
     peak_gb: float = float("nan")
+    macs_in_int8: float = float("nan")
+    codes: int = 0
+    differing: int = 0
+    float_codes: int = 0
+    float_differing: int = 0
+    worst_share: float = float("nan")
+    onnx_mb: float = float("nan")
+    export_s: float = float("nan")
+    fp32_ms: float = float("nan")
+    int8_ms: float = float("nan")
     problems: str = ""
 
 
@@ -149,7 +173,7 @@ def check(arch: str, make: Callable[[], nn.Module], images: Tensor) -> Row:
     folded = fold_batch_norm(graph)
     after_folding = relative_error(graph(images[:2]), reference[:2])
     in_float64 = float("nan") if after_folding < TOLERANCE else folding_error_in_float64(model, images[:2])
-    del model
+    macs = {cost.name: cost.macs for cost in layer_costs(capture(model, images[:1]))}
     plan = plan_eight_bits(graph, folded, images)
     lowered = lower(graph, plan)
     kinds, unlisted = float_kinds(graph, plan, lowered)
@@ -160,9 +184,11 @@ def check(arch: str, make: Callable[[], nn.Module], images: Tensor) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantized_checkpoint.pth.tar"
         save_quantized(path, QuantizedHeader(arch, "imagenet", logits.shape[1], plan), lowered, {})
-        del lowered
         int8_mb = path.stat().st_size / 1e6
+        deployed, verification = deploy(model, lowered, images, macs, Path(folder) / "model.onnx")
+        del model, lowered
         reloaded = reload(path, make, images)
+    differing = [layer for layer in verification.layers if layer.verdict not in ("exact", "within a step")]
     problems = {
         "captured graph differs": not captured < TOLERANCE,
         f"folded graph differs (by {in_float64:.0e} in float64)": not after_folding < TOLERANCE,
@@ -170,6 +196,10 @@ def check(arch: str, make: Callable[[], nn.Module], images: Tensor) -> Row:
         "logits depend on the batch": not torch.equal(alone, logits[:1]),
         "reloaded model differs": not torch.equal(reloaded, logits),
         "logits do not depend on the image": torch.equal(logits[0], logits[1]),
+        f"ONNX Runtime differs: {', '.join(f'{each.layer} {each.share:.1e}' for each in differing[:4])}": bool(
+            differing
+        ),
+        "the inspected model differs from the shipped one": not verification.faithful,
     }
     return Row(
         arch,
@@ -184,8 +214,44 @@ def check(arch: str, make: Callable[[], nn.Module], images: Tensor) -> Row:
         int8_mb,
         time.perf_counter() - start,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "; ".join(problem for problem, is_so in problems.items() if is_so),
+        problems="; ".join(problem for problem, is_so in problems.items() if is_so),
+        **deployed,
     )
+
+
+def deploy(
+    model: nn.Module, lowered: fx.GraphModule, images: Tensor, macs: dict[str, int], path: Path
+) -> tuple[dict[str, float], Verification]:
+    """Exports and verifies the integer model, and times it beside the float one: the fields of `Row`."""
+    start = time.perf_counter()
+    with torch.inference_mode(False), torch.no_grad():
+        export_quantized(lowered, images[:2].clone(), path, opset=OPSET, metadata={})
+    export_s = time.perf_counter() - start
+    verification = verify(lowered, path, [images])
+    share = int8_share(placement(path, lowered, macs))
+    session, one = open_session(path, exact=False), images[:1]
+    times = [(seconds(lambda: model(one)), seconds(lambda: run_session(session, one))) for _ in range(ROUNDS)]
+    float_ms, int8_ms = (1000 * statistics.median(column) for column in zip(*times, strict=True))
+    integer, others = ([each for each in verification.layers if each.integer == kind] for kind in (True, False))
+    return {
+        "macs_in_int8": share,
+        "codes": sum(each.codes for each in integer),
+        "differing": sum(each.differing for each in integer),
+        "float_codes": sum(each.codes for each in others),
+        "float_differing": sum(each.differing for each in others),
+        "worst_share": max((each.share for each in others), default=0.0),
+        "onnx_mb": sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6,
+        "export_s": export_s,
+        "fp32_ms": float_ms,
+        "int8_ms": int8_ms,
+    }, verification
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def reload(path: Path, make: Callable[[], nn.Module], images: Tensor) -> Tensor:
