@@ -44,9 +44,9 @@ ROUNDS = 5
 class Row:
     """What was measured of one model; `problems` is empty where all is well. Sizes are in MB (10^6 bytes).
 
-    `codes` and `differing` count the integer tensors of layers that ONNX Runtime computes in integers, `float_codes` and
-    `float_differing` those of the others; `worst_share` is the largest share of one such tensor that differs. `fp32_ms`
-    and `int8_ms` are for one image, in torch and in ONNX Runtime, `export_s` is the time that the export took.
+    `codes` and `differing` count the integer tensors of layers that ONNX Runtime computes in integers, `float_codes`
+    and `float_differing` those of the others; `worst_share` is the largest share of one such tensor that differs.
+    `fp32_ms` and `int8_ms` are for one image, in torch and in ONNX Runtime, `export_s` is how long the export took.
     """
 
     model: str
@@ -161,7 +161,7 @@ def folding_error_in_float64(model: nn.Module, images: Tensor) -> float:
     return relative_error(graph(images), model(images))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check(arch: str, make: Callable[[], nn.Module], images: Tensor) -> Row:
     """Takes a model through the whole path; `make` builds it anew, with other random weights each time."""
     start = time.perf_counter()
@@ -189,6 +189,7 @@ def check(arch: str, make: Callable[[], nn.Module], images: Tensor) -> Row:
         del model, lowered
         reloaded = reload(path, make, images)
     differing = [layer for layer in verification.layers if layer.verdict not in ("exact", "within a step")]
+    places = ", ".join(f"{layer.layer} {layer.share:.1e}" for layer in differing[:4])
     problems = {
         "captured graph differs": not captured < TOLERANCE,
         f"folded graph differs (by {in_float64:.0e} in float64)": not after_folding < TOLERANCE,
@@ -196,9 +197,7 @@ def check(arch: str, make: Callable[[], nn.Module], images: Tensor) -> Row:
         "logits depend on the batch": not torch.equal(alone, logits[:1]),
         "reloaded model differs": not torch.equal(reloaded, logits),
         "logits do not depend on the image": torch.equal(logits[0], logits[1]),
-        f"ONNX Runtime differs: {', '.join(f'{each.layer} {each.share:.1e}' for each in differing[:4])}": bool(
-            differing
-        ),
+        f"ONNX Runtime differs: {places}": bool(differing),
         "the inspected model differs from the shipped one": not verification.faithful,
     }
     return Row(
@@ -223,10 +222,7 @@ def deploy(
     model: nn.Module, lowered: fx.GraphModule, images: Tensor, macs: dict[str, int], path: Path
 ) -> tuple[dict[str, float], Verification]:
     """Exports and verifies the integer model, and times it beside the float one: the fields of `Row`."""
-    start = time.perf_counter()
-    with torch.inference_mode(False), torch.no_grad():
-        export_quantized(lowered, images[:2].clone(), path, opset=OPSET, metadata={})
-    export_s = time.perf_counter() - start
+    export_s = seconds(lambda: export_quantized(lowered, images[:2], path, opset=OPSET, metadata={}))
     verification = verify(lowered, path, [images])
     share = int8_share(placement(path, lowered, macs))
     session, one = open_session(path, exact=False), images[:1]
