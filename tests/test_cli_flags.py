@@ -17,6 +17,8 @@ from qlib.cli_flags import FLAGS
 from qlib.config.run_config import RunConfig, ignored_flags, needs_folder, startup_warnings
 from qlib.errors import ConfigError, ModelError, UsageError
 
+IN_RUN = Path("run-folder")
+
 SPELLINGS = """
 -h --help
 --name -n --out-dir -o --print-freq -p --verbose -v --gpus --cpu --seed --deterministic --det --summary --check
@@ -24,11 +26,12 @@ SPELLINGS = """
 --arch -a --pretrained --resume-from --resume --exp-load-weights-from
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
 --effective-valid-size --evs --effective-test-size --etes --skip-corrupt
---evaluate -e --confusion
+--evaluate -e --confusion --engine
 --quantize-eval --qe --qe-calibration --qe-calibration-split --qe-stats-file --qe-dynamic --qe-config-file
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
 --qe-clip-acts --qeca --qe-clip-n-stds --qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
---qe-scale-approx-bits --qesab --qe-save-fp-weights --qe-pytorch-backend
+--qe-scale-approx-bits --qesab --qe-reduce-range --qe-save-fp-weights --qe-pytorch-backend
+--export-onnx --export-opset --export-encodings --verify
 """
 
 
@@ -135,6 +138,20 @@ RIGHT = [
     ("--qe-stats-file s.yaml", "qe.stats_file", Path("s.yaml")),
     ("--qe-dynamic", "qe.dynamic", True),
     ("--qe-config-file q.yaml", "qe.config_file", Path("q.yaml")),
+    ("--engine OnnxRuntime", "engine", "onnxruntime"),
+    ("--engine torch", "engine", "torch"),
+    ("--qe-reduce-range AUTO", "qe.reduce_range", "auto"),
+    ("--export-onnx", "export_onnx", IN_RUN),
+    ("--export-onnx run-folder", "export_onnx", IN_RUN),
+    ("--export-onnx m.onnx", "export_onnx", Path("m.onnx")),
+    ("--export-onnx=features/m.onnx", "export_onnx", Path("features/m.onnx")),
+    ("--export-opset 18", "export_opset", 18),
+    ("--qe --export-encodings ort", "export_encodings", ("ort",)),
+    ("--qe --export-encodings AIMET --export-encodings tensorrt", "export_encodings", ("aimet", "tensorrt")),
+    ("--qe --verify", "verify", 64),
+    ("--qe --verify 1", "verify", 1),
+    ("--qe --verify=1000", "verify", 1000),
+    ("--resume-from m.pth.tar --verify 5 --verify", "verify", 64),
 ]
 
 
@@ -145,13 +162,14 @@ def test_right_values(words: str, field: str, expected: object) -> None:
 
 
 def test_every_spelling_is_covered() -> None:
-    used = {word for words, _, _ in RIGHT for word in words.split()}
+    used = {word.partition("=")[0] for words, _, _ in RIGHT for word in words.split()}
     canonical = {name: flag.name for flag in FLAGS for name in flag.names}
     untested = {flag.name for flag in FLAGS} - {canonical[word] for word in used if word in canonical}
     assert untested == {"--pretrained", "--evaluate", "--confusion", "--effective-train-size", "--effective-valid-size"}
 
 
 BITS = "0 (left in float) or a whole number from 2 to 16"
+NEW_FILE = "a file to write that ends in .onnx, in a folder that exists and can be written"
 FRACTION = "a fraction above 0 and at most 1, such as 0.05 for 5 %"
 WRONG = [
     ("-b 0", "--batch-size '0' is not allowed: it must be a whole number, 1 or more"),
@@ -202,6 +220,39 @@ WRONG = [
         "--resume-from and --exp-load-weights-from cannot be combined: --resume-from loads a checkpoint with all that "
         "belongs to it, and --exp-load-weights-from loads only the weights of a checkpoint; drop one of them",
     ),
+    (
+        "--engine onnx",
+        "--engine 'onnx' is not allowed: it must be one of torch, onnxruntime",
+    ),
+    ("--engine", "--engine: expected one argument"),
+    ("--qe-reduce-range some", "--qe-reduce-range 'some' is not allowed: it must be one of none, auto, all"),
+    ("--export-onnx model.pb", f"--export-onnx 'model.pb' is not allowed: it must be {NEW_FILE}"),
+    ("--export-onnx no/m.onnx", f"--export-onnx 'no/m.onnx' is not allowed: it must be {NEW_FILE}"),
+    ("--export-onnx no/such/images", f"--export-onnx 'no/such/images' is not allowed: it must be {NEW_FILE}"),
+    ("--export-onnx=images", f"--export-onnx 'images' is not allowed: it must be {NEW_FILE}"),
+    ("--export-onnx=", f"--export-onnx '' is not allowed: it must be {NEW_FILE}"),
+    ("--export-onnx --export-opset 17", "--export-opset '17' is not allowed: it must be a whole number from 18 to 23"),
+    ("--export-opset 24", "--export-opset '24' is not allowed: it must be a whole number from 18 to 23"),
+    (
+        "--qe --export-encodings onnx",
+        "--export-encodings 'onnx' is not allowed: it must be one of ort, tensorrt, aimet",
+    ),
+    ("--qe --verify 0", "--verify '0' is not allowed: it must be a whole number, 1 or more"),
+    ("--qe --verify x", "--verify 'x' is not allowed: it must be a whole number, 1 or more"),
+    ("--qe --verify=-3", "--verify '-3' is not allowed: it must be a whole number, 1 or more"),
+    ("--qe --verify 5 6", "one DATASET_DIR is allowed, not 2: images 6"),
+    (
+        "--verify",
+        "--verify needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint",
+    ),
+    (
+        "--exp-load-weights-from m.pth.tar --verify 3",
+        "--verify needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint",
+    ),
+    (
+        "--export-onnx --export-encodings ort",
+        "--export-encodings needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint",
+    ),
     ("--qe-bits 4", "there is no flag --qe-bits; did you mean --qe-bits-wts or --qe-bits-acts or --qe-bits-accum?"),
     ("--xyzzy", "there is no flag --xyzzy; --help lists the flags"),
     ("-b", "--batch-size/-b: expected one argument"),
@@ -251,6 +302,9 @@ DATASETS = [
     ("regular expression", "--qe --qencl .*conv1 images", "images", (".*conv1",)),
     ("digits need none", "-a digits_cnn --qe --qencl features", None, ("features",)),
     ("digits by --dataset", "--dataset digits --qe --qencl features", None, ("features",)),
+    ("export takes no folder", "--qe --qencl conv1 fc --export-onnx images", "images", ("conv1", "fc")),
+    ("export to a file", "--qe --qencl conv1 --export-onnx m.onnx images", "images", ("conv1",)),
+    ("verify takes no folder", "--qencl conv1 --qe --verify ./images", "images", ("conv1",)),
     ("digits on a folder", "-a digits_cnn --qe --qencl conv1 ./images", "images", ("conv1",)),
 ]
 
@@ -267,7 +321,11 @@ def test_a_folder_in_the_second_list_is_found() -> None:
     assert (config.data, config.qe.no_clip_layers, config.qe.no_quant_layers) == (Path("images"), ("conv1",), ("fc",))
 
 
-@pytest.mark.parametrize("words", ["--summary model", "--check", "-e -a my.py:net", "-e --resume-from m.pth.tar"])
+NO_IMAGES = ["--summary model", "--check", "-e -a my.py:net", "-e --resume-from m.pth.tar", "--export-onnx"]
+NO_IMAGES += ["--export-onnx m.onnx --engine onnxruntime", "--resume-from m.pth.tar --export-encodings ort"]
+
+
+@pytest.mark.parametrize("words", NO_IMAGES)
 def test_runs_that_may_do_without_a_dataset(words: str) -> None:
     config = parse(words.split())
     assert config.data is None
@@ -299,6 +357,51 @@ WARNINGS = [
         ["--pretrained is ignored: --resume-from gives the weights"],
     ),
     ("cpu", "-e --cpu --gpus 0", ["--gpus is ignored: --cpu overrides it"]),
+    ("exported and proved", "--qe --export-onnx --export-opset 21 --verify --engine onnxruntime", []),
+    ("opset of a verified file", "--qe --verify 3 --export-opset 21", []),
+    ("float engine", "-e --engine onnxruntime --export-opset 21", []),
+    ("checkpoint in another engine", "--resume-from m.pth.tar --engine onnxruntime", []),
+    ("opset alone", "--qe --export-opset 20", ["--export-opset has no effect without --export-onnx"]),
+    (
+        "opset of encodings",
+        "--qe --export-encodings ort --export-opset 20",
+        ["--export-opset has no effect without --export-onnx"],
+    ),
+    ("engine of nothing", "--export-onnx --engine onnxruntime", ["--engine has no effect without --evaluate"]),
+    (
+        "engine of a checkpoint that is only exported",
+        "--resume-from m.pth.tar --verify --engine onnxruntime",
+        ["--engine has no effect without --evaluate"],
+    ),
+    ("range", "-e --qe-reduce-range all", ["--qe-reduce-range has no effect without --quantize-eval"]),
+    ("range beside a config file", "--qe --qe-config-file q.yaml --qe-reduce-range all", []),
+    (
+        "printing",
+        "--summary model --export-onnx --engine torch",
+        ["--engine is ignored: --summary only prints", "--export-onnx is ignored: --summary only prints"],
+    ),
+    (
+        "printing of a quantized run",
+        "--check --qe --verify --export-encodings ort --export-opset 20",
+        [
+            "--export-opset is ignored: --check only prints",
+            "--export-encodings is ignored: --check only prints",
+            "--verify is ignored: --check only prints",
+        ],
+    ),
+    (
+        "collecting",
+        "--qe-calibration 0.1 --export-onnx",
+        ["--export-onnx has no effect: --qe-calibration alone only collects"],
+    ),
+    (
+        "collecting instead of evaluating",
+        "-e --qe-calibration 0.1 --export-onnx",
+        [
+            "--evaluate has no effect: --qe-calibration alone only collects",
+            "--export-onnx has no effect: --qe-calibration alone only collects",
+        ],
+    ),
 ]
 
 

@@ -264,10 +264,14 @@ def startup_warnings(config: RunConfig) -> list[str]:
     prints = "--summary" if config.summary else "--check" if config.check else None
     if prints:
         found += [f"{flag} is ignored: {prints} only prints" for flag in _DEPLOYING if flag in given]
-    elif not config.evaluate and qe.calibration is not None:
-        found += [f"{flag} has no effect: --qe-calibration alone only collects" for flag in _DEPLOYING if flag in given]
-    elif "--export-opset" in given and not wants_onnx(config):
-        found.append("--export-opset has no effect without --export-onnx")
+    elif qe.calibration is not None and not config.quantize_eval:
+        verbs = ("--evaluate", *_DEPLOYING)
+        found += [f"{flag} has no effect: --qe-calibration alone only collects" for flag in verbs if flag in given]
+    else:
+        if "--export-opset" in given and not wants_onnx(config):
+            found.append("--export-opset has no effect without --export-onnx")
+        if "--engine" in given and not config.evaluate and exports(config):
+            found.append("--engine has no effect without --evaluate")
     if "--qe-calibration-split" in given and source:
         found.append(f"--qe-calibration-split is ignored: with {source} no images are read for calibration")
     if "--qe-clip-n-stds" in given and qe.clip_acts != "n_std" and qe.config_file is None:
