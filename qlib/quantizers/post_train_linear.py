@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -240,10 +241,10 @@ class _Planner:
         return self._tensor_plan(node, f"input {index} of", stats, mine, self._half_range(node, settings))
 
     def _plan_output(self, node: fx.Node, kind: str, settings: LayerSettings) -> TensorPlan:
-        if kind == "softmax":  # always within [0, 1]: the step is 2^-bits whatever the statistics
-            top = (2**settings.bits_activations - 1) / 2**settings.bits_activations
-            return TensorPlan(settings.bits_activations, settings.mode_activations, "none", 0.0, top)
         stats = self._layer_stats(node).output
+        if kind == "softmax":
+            bits = settings.bits_activations
+            return TensorPlan(bits, settings.mode_activations, "none", 0.0, _softmax_top(stats.max, bits))
         norm = self.norm_of.get(name_of(node))
         assert self.stats is not None
         if norm is not None and norm in self.stats.layers:
@@ -303,6 +304,19 @@ class _Planner:
             raise StatsError(f"{what} layer {name_of(node)!r}: {error}") from error
         n_stds = settings.clip_n_stds if settings.clip_acts == "n_std" else None
         return TensorPlan(settings.bits_activations, settings.mode_activations, settings.clip_acts, low, high, n_stds)
+
+
+def _softmax_top(highest: float, bits: int) -> float:
+    """The top of a softmax's range, for a step of a power of two: the kernel multiplies by ``floor(1 / step)``.
+
+    The step is ``2^-(bits + j)`` with the largest j for which ``2^-j`` is at least the highest probability seen, so
+    that attention spread over many tokens does not round to zero.
+
+    >>> _softmax_top(1.0, 8) == 255 / 256, _softmax_top(0.2, 8) == 255 / 1024
+    (True, True)
+    """
+    spare = max(0, math.floor(-math.log2(highest))) if 0 < highest <= 1 else 0
+    return (2**bits - 1) / 2 ** (bits + spare)
 
 
 def _range(value: Tensor) -> tuple[float, float]:
