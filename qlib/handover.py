@@ -64,11 +64,12 @@ def hand_over(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, stats
         return Deployed(lowered)
     require_onnx(_flag(config))
     path = _export_quantized(job, lowered, plan, stats)
-    rates = measure_saturation(job, lowered) if job.has_images else {}
+    rates = measure_saturation(job, lowered)
     _report_placement(job, path, lowered, rates)
     exact = config.verify is None or _verify(job, path, lowered, config.verify)
     engine = _onnx_engine(path, lowered, job.device) if config.engine == "onnxruntime" else lowered
-    return Deployed(engine, (emulated(lowered),) if rates else (), 0 if exact else 1)
+    saturates = any(rate.saturated for rate in rates.values())
+    return Deployed(engine, (emulated(lowered),) if saturates else (), 0 if exact else 1)
 
 
 def hand_over_float(job: Job, graph: Graph) -> Model:
@@ -88,9 +89,10 @@ def hand_over_float(job: Job, graph: Graph) -> Model:
 
 
 def measure_saturation(job: Job, lowered: fx.GraphModule) -> dict[str, SaturationRate]:
-    """How often each layer that can saturate on x86 without VNNI does so on calibration images; none where none can."""
-    if not any(pairs_at_risk(lowered).values()):
-        return {}
+    """How often each layer saturates on x86 without VNNI, on calibration images if there are any."""
+    pairs = pairs_at_risk(lowered)
+    if not any(pairs.values()) or not job.has_images:
+        return {name: SaturationRate(count, 0, 0) for name, count in pairs.items()}
     with exact_arithmetic():
         return saturation_rates(lowered, _calibration_images(job, SATURATION_IMAGES))
 
@@ -162,7 +164,7 @@ def _report_placement(job: Job, path: Path, lowered: fx.GraphModule, rates: Mapp
     from qlib.deploy.placement import placement, placement_table, write_placement_csv
 
     macs = {cost.name: cost.macs for cost in layer_costs(capture(job.model, job.example[:1]))}
-    placed = placement(path, lowered, macs)
+    placed = placement(path, lowered, macs, rates)
     _log.info("%s", placement_table(placed))
     write_placement_csv(job.file("placement.csv"), placed)
 

@@ -13,6 +13,7 @@ from qlib.deploy.kernels import Kernels, exact_layers, kernels_of, layer_of, ope
 from qlib.deploy.placement import Placed, int8_share, placement, placement_table, write_placement_csv
 from qlib.deploy.session import open_session
 from qlib.errors import OutputError
+from qlib.lower.saturation import SaturationRate
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -186,24 +187,33 @@ def test_names_of_kernels() -> None:
 
 def test_report(tmp_path: Path) -> None:
     placed = [
-        Placed("conv", "QLinearConv", True, "", 1500),
+        Placed("conv", "QLinearConv", True, "", 1500, SaturationRate(pairs=7, saturated=3, outputs=400)),
         Placed("relu", "", True, "computed by conv", 0),
+        Placed("fc", "QGemm", True, "", 0, SaturationRate(pairs=2, saturated=0, outputs=0)),
         Placed("up", "ConvTranspose", False, "ONNX Runtime has no integer kernel for ConvTranspose", 500),
     ]
-    assert placement_table(placed) == (
-        "+---------+---------------+---------+------------------------------------------------------+--------+\n"
-        "| Layer   | Kernel        | Type    | Why                                                  |   MACs |\n"
-        "|---------+---------------+---------+------------------------------------------------------+--------|\n"
-        "| conv    | QLinearConv   | integer |                                                      |  1,500 |\n"
-        "| relu    |               | integer | computed by conv                                     |      0 |\n"
-        "| up      | ConvTranspose | float   | ONNX Runtime has no integer kernel for ConvTranspose |    500 |\n"
-        "+---------+---------------+---------+------------------------------------------------------+--------+\n"
-        "75.00% of multiply-accumulates in integers"
-    )
+    table = placement_table(placed).splitlines()
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| ")] == [
+        ["Layer", "Kernel", "Type", "Why", "MACs", "Saturates without VNNI"],
+        ["conv", "QLinearConv", "integer", "", "1,500", "0.75 % of sums"],
+        ["relu", "", "integer", "computed by conv", "0", "never"],
+        ["fc", "QGemm", "integer", "", "0", "can (2 pairs)"],
+        ["up", "ConvTranspose", "float", "ONNX Runtime has no integer kernel for ConvTranspose", "500", "never"],
+    ]
+    assert table[-1] == "75.00% of multiply-accumulates in integers"
     write_placement_csv(tmp_path / "placement.csv", placed)
     with (tmp_path / "placement.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert rows[1] == {"layer": "relu", "kernel": "", "type": "integer", "why": "computed by conv", "macs": "0"}
+    assert rows[1] == {
+        "layer": "relu",
+        "kernel": "",
+        "type": "integer",
+        "why": "computed by conv",
+        "macs": "0",
+        "pairs_at_risk": "0",
+        "saturated": "0.0",
+    }
+    assert [row["saturated"] for row in rows] == ["0.0075", "0.0", "", "0.0"]
     with pytest.raises(OutputError, match=r"no/placement\.csv cannot be written: No such file or directory"):
         write_placement_csv(tmp_path / "no/placement.csv", placed)
 

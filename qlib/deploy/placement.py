@@ -19,6 +19,7 @@ from qlib.lower.exact import EDGE
 from qlib.lower.ops.base import Edge
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
+from qlib.lower.saturation import SaturationRate
 
 if TYPE_CHECKING:
     import onnx
@@ -32,11 +33,15 @@ _HAVE_INTEGER_KERNELS = frozenset(_FUSED_NAMES.split())
 """Float operators that ONNX Runtime replaces by integer kernels where their pattern is right."""
 
 
+NEVER = SaturationRate(pairs=0, saturated=0, outputs=0)
+
+
 @dataclass(frozen=True)
 class Placed:
     """Where one layer runs: `kernels` is empty where `why` says which layer's kernel computes it as well.
 
-    Law: `why` gives the reason exactly where `integer` is false, or that other layer.
+    `saturation` tells how its sums would saturate on x86 without VNNI. Law: `why` gives the reason exactly where
+    `integer` is false, or that other layer.
     """
 
     layer: str
@@ -44,12 +49,15 @@ class Placed:
     integer: bool
     why: str
     macs: int
+    saturation: SaturationRate = NEVER
 
 
-def placement(path: Path, exact: fx.GraphModule, macs: Mapping[str, int]) -> list[Placed]:
+def placement(
+    path: Path, exact: fx.GraphModule, macs: Mapping[str, int], rates: Mapping[str, SaturationRate] | None = None
+) -> list[Placed]:
     """Where each layer of the exported model runs, in execution order.
 
-    `macs` are multiply-accumulates by layer; layers that are not in it have none.
+    `macs` are multiply-accumulates and `rates` saturation, by layer; layers that are not in them have none.
     """
     import onnx
 
@@ -66,7 +74,8 @@ def placement(path: Path, exact: fx.GraphModule, macs: Mapping[str, int]) -> lis
             integer, why = _absorbed(node, kernels)
         else:
             integer, why = found.integer, "" if found.integer else _why(node, module, found, shipped)
-        placed.append(Placed(name, str(found or ""), integer, why, macs.get(name, 0)))
+        rate = (rates or {}).get(name, NEVER)
+        placed.append(Placed(name, str(found or ""), integer, why, macs.get(name, 0), rate))
     return placed
 
 
@@ -131,7 +140,9 @@ def _why(node: fx.Node, module: nn.Module, kernels: Kernels, shipped: _Shipped) 
         return f"{wide}-bit activations: ONNX Runtime has integer kernels for at most 8"
     if bits := 4 if name in shipped.nibbles else _wide_weight(module):
         return f"weights stored in {bits} bits: ONNX Runtime has integer kernels for 8 only"
-    operators = shipped.operators.get(name, kernels.operators)
+    operators = [each for each in dict.fromkeys(kernels.operators) if each != "Clip"]
+    if not _HAVE_INTEGER_KERNELS.issuperset(operators):  # the file knows them by better names
+        operators = list(shipped.operators.get(name, operators))
     unknown = ", ".join(each for each in operators if each not in _HAVE_INTEGER_KERNELS)
     reasons = {
         f"ONNX Runtime has no integer kernel for {unknown}": bool(unknown),
@@ -163,14 +174,22 @@ def int8_share(placed: Sequence[Placed]) -> float:
 
 def placement_table(placed: Sequence[Placed]) -> str:
     """One line a layer, and the share of multiply-accumulates in integers."""
-    rows = [[each.layer, each.kernels, _type(each), each.why, f"{each.macs:,}"] for each in placed]
-    table = tabulate(
-        rows, ["Layer", "Kernel", "Type", "Why", "MACs"], tablefmt="psql", disable_numparse=True, colalign=_ALIGN
-    )
+    rows = [
+        [each.layer, each.kernels, _type(each), each.why, f"{each.macs:,}", _saturates(each.saturation)]
+        for each in placed
+    ]
+    headers = ["Layer", "Kernel", "Type", "Why", "MACs", "Saturates without VNNI"]
+    table = tabulate(rows, headers, tablefmt="psql", disable_numparse=True, colalign=_ALIGN)
     return f"{table}\n{100 * int8_share(placed):.2f}% of multiply-accumulates in integers"
 
 
-_ALIGN = ("left", "left", "left", "left", "right")
+_ALIGN = ("left", "left", "left", "left", "right", "left")
+
+
+def _saturates(rate: SaturationRate) -> str:
+    if not rate.possible:
+        return "never"
+    return f"{100 * rate.share:.2g} % of sums" if rate.outputs else f"can ({rate.pairs} pairs)"
 
 
 def _type(placed: Placed) -> str:
@@ -178,11 +197,18 @@ def _type(placed: Placed) -> str:
 
 
 def write_placement_csv(path: Path, placed: Sequence[Placed]) -> None:
-    """Writes ``layer,kernel,type,why,macs``; raises OutputError where that is impossible."""
+    """Writes the table, with the pairs of weights that can saturate and the share of sums that did, if measured.
+
+    Raises OutputError where that is impossible.
+    """
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("layer", "kernel", "type", "why", "macs"))
-            writer.writerows((each.layer, each.kernels, _type(each), each.why, each.macs) for each in placed)
+            writer.writerow(("layer", "kernel", "type", "why", "macs", "pairs_at_risk", "saturated"))
+            for each in placed:
+                rate = each.saturation
+                saturated = rate.share if rate.outputs or not rate.possible else ""
+                row = (each.layer, each.kernels, _type(each), each.why, each.macs, rate.pairs, saturated)
+                writer.writerow(row)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
