@@ -316,7 +316,8 @@ def _softmax_top(highest: float, bits: int) -> float:
     (True, True)
     """
     spare = max(0, math.floor(-math.log2(highest))) if 0 < highest <= 1 else 0
-    return (2**bits - 1) / 2 ** (bits + spare)
+    top: float = (2**bits - 1) / 2 ** (bits + spare)
+    return top
 
 
 def _range(value: Tensor) -> tuple[float, float]:
