@@ -14,7 +14,7 @@ from qlib.graph.ops import WindowPartition
 from qlib.lower.exact import EDGE
 from qlib.lower.ops.base import Edge, Edges
 from qlib.lower.ops.quantize import Dequantize, Quantize
-from qlib.lower.qdq_layer import FromCodes, ToCodes
+from qlib.lower.qdq_layer import FromCodes, QdqLayer, ToCodes
 
 __all__ = ["lower_qdq"]
 
@@ -96,6 +96,8 @@ def _layer(module: nn.Module, inputs: Edges, output: Edge | None) -> nn.Module:
     if hasattr(module, "qdq"):
         build = cast("Callable[[Edges, Edge | None], nn.Module]", module.qdq)
         return build(inputs, output)
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and output and output.dtype == torch.uint16:
+        return QdqLayer(module, inputs, output)  # ONNX Runtime has max pools of bytes and of floats
     return module  # it moves values or takes their maximum: on codes as on values
 
 

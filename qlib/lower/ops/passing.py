@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Lowered, Site
+from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ClampCodes"]
 
@@ -23,9 +24,11 @@ class ClampCodes(nn.Module):
         return torch.clamp(codes, self.low, self.high)
 
     def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
-        """The same clamp, of the codes that are deployed."""
+        """The same clamp, of the codes that are deployed; of 16-bit ones, for which ONNX Runtime has none, in float."""
         (edge,) = inputs
         assert edge is not None
+        if edge.dtype == torch.uint16:
+            return QdqLayer(nn.Identity(), inputs, output)
         return ClampCodes(self.low + edge.zero_point, self.high + edge.zero_point)
 
 
