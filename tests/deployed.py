@@ -56,7 +56,7 @@ def convolutions(m: Any, x: Tensor) -> Tensor:
 
 def branches(m: Any, x: Tensor) -> Tensor:
     a, b = m.a(x).chunk(2, 1)
-    x = torch.cat([F.relu(a), m.b(b), F.max_pool2d(b, 3, 1, 1)], 1)
+    x = torch.cat([F.relu(a), m.b(torch.cat([b], 1)), F.max_pool2d(torch.roll(b, 2, 3), 3, 1, 1)], 1)
     x = F.relu(m.norm(m.c(x)) + m.offset)
     gate = m.up(F.relu(m.down(x.mean((2, 3), keepdim=True))))
     x = x * torch.sigmoid(gate)

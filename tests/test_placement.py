@@ -35,9 +35,10 @@ KERNELS: dict[str, dict[str, str]] = {
     "branches": {
         "a": "QLinearConv",
         "relu": "Clip",
+        "cat": "DequantizeLinear, QuantizeLinear",
         "b": "QLinearConv",
         "max_pool2d": "NhwcMaxPool",
-        "cat": "QLinearConcat",
+        "cat_1": "QLinearConcat",
         "c": "QLinearConv",
         "add": "QLinearAdd",
         "mean": "QLinearGlobalAveragePool",

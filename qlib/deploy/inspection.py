@@ -34,7 +34,7 @@ class Inspection:
 
     `edges` are the grids of the layers that hold codes, `from_float` those that quantize what a layer computed in float
     (and the logits, where they are float), `seen` those that the file holds, `altered` those whose kernels differ
-    between the two models.
+    between the two models. A layer that is no work (a concatenation of one tensor) has a kernel only where it is seen.
     """
 
     shipped: ort.InferenceSession
@@ -68,7 +68,7 @@ class Inspection:
             inspected, graph = open_with_graph(exposed)
         others = kernels_of(graph, names)
         altered = frozenset(
-            name for name in names if _plain(kernels.get(name, Kernels())) != _plain(others.get(name, Kernels()))
+            name for name, found in kernels.items() if _plain(found) != _plain(others.get(name, Kernels()))
         )
         return cls(shipped, inspected, edges, frozenset(from_float), kernels, altered, seen)
 

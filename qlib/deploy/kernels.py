@@ -71,11 +71,12 @@ def kernels_of(graph: onnx.GraphProto, layers: Collection[str]) -> dict[str, Ker
     from onnx import TensorProto
 
     types = _element_types(graph)
+    real = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+    floats = {name for name, kind in types.items() if kind in real}
     computing: dict[str, list[str]] = {}
     steps: dict[str, list[str]] = {}
     in_float: set[str] = set()
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-    for node, layer in zip(graph.node, _owners(graph, frozenset(layers)), strict=True):
+    for node, layer in zip(graph.node, _owners(graph, frozenset(layers), floats), strict=True):
         kinds = {types.get(name, TensorProto.UNDEFINED) for name in node.output if name}
         if layer is None or kinds <= {TensorProto.INT64, TensorProto.BOOL}:
             continue
@@ -83,7 +84,7 @@ def kernels_of(graph: onnx.GraphProto, layers: Collection[str]) -> dict[str, Ker
             steps.setdefault(layer, []).append(node.op_type)
         elif node.op_type not in MOVES:
             computing.setdefault(layer, []).append(node.op_type)
-            if not node.op_type.startswith(_INTEGER) and not kinds.isdisjoint(floats):
+            if not node.op_type.startswith(_INTEGER) and not floats.isdisjoint(node.output):
                 in_float.add(layer)
     return {
         layer: Kernels((*_shown(steps.get(layer, []), computing.get(layer, [])),), layer not in in_float)
@@ -96,11 +97,12 @@ def _shown(steps: list[str], computing: list[str]) -> list[str]:
     return computing if set(computing) - {"Clip"} else [*steps, *computing]
 
 
-def _owners(graph: onnx.GraphProto, layers: frozenset[str]) -> list[str | None]:
+def _owners(graph: onnx.GraphProto, layers: frozenset[str], floats: Collection[str]) -> list[str | None]:
     """The layer of each node: from its name, from the name of what it computes, or that of the node that uses it.
 
     Nodes keep the exporter's names through fusions, with something appended. Those that ONNX Runtime makes from the
     body of a function (hard-swish, ...) have none, those whose channels it groups are named after what they compute.
+    What has no layer and computes codes only moves them.
     """
     users: dict[str, int] = {}
     for index in reversed(range(len(graph.node))):
@@ -111,7 +113,7 @@ def _owners(graph: onnx.GraphProto, layers: frozenset[str]) -> list[str | None]:
         node = graph.node[index]
         named = (node.name, node.name.removesuffix("_nchwc") + "/", *node.output, *(f"{name}/" for name in node.output))
         owners[index] = next((layer for layer in (layer_of(name, layers) for name in named) if layer), None)
-        if owners[index] is None and node.output[0] in users:
+        if owners[index] is None and node.output[0] in users and node.output[0] in floats:
             owners[index] = owners[users[node.output[0]]]
     return owners
 
