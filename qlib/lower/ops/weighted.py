@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlib.lower.onnx_ops import dequantize_linear
 from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
-from qlib.lower.ops.float_op import lower_float
+from qlib.lower.ops.float_op import FloatOp
 from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import (
     QParams,
@@ -94,9 +94,17 @@ class _QuantizedWeight(nn.Module):
 
     def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
         """The float layer between dequantize and quantize; padding that copies values is done on the codes."""
-        before: dict[int, nn.Module] = {0: self.pad} if self.pad is not None else {}
-        layer = QdqLayer(_QdqWeighted(self, inputs[0]), inputs, output, before=before)
-        return _InRows(layer) if self.weight_codes.ndim == 2 and inputs[0] is not None else layer
+        codes = self.weight_codes
+        if codes.dtype in (torch.int8, torch.uint8):
+            weight = _Stored(codes, self.weight_scale, self.weight_zero_point.to(codes.dtype))
+        else:  # ONNX Runtime takes any codes for those of its integer kernels, and fails on wider ones
+            weight = _Stored(dequantize(codes.float(), self.weight_params))
+        return _qdq_layer(self.apply_weight, self.pad, weight, self._stored_bias(inputs[0]), inputs, output)
+
+    def _stored_bias(self, edge: Edge | None) -> _Stored | None:
+        """The bias as the file holds it."""
+        bias: Tensor | None = getattr(getattr(self, "module", None), "bias", None)
+        return None if bias is None else _Stored(bias)
 
 
 class _InRows(nn.Module):
@@ -133,24 +141,49 @@ class _Stored(nn.Module):
 
 
 class _QdqWeighted(nn.Module):
-    """Applies a dequantized weight, and a bias: int32 codes of scale ``s_x * s_w`` where the layer is exact."""
+    """Applies a weight, and a bias, as the file holds them."""
 
-    def __init__(self, exact: _QuantizedWeight, edge: Edge | None) -> None:
+    def __init__(self, apply_weight: _Apply, weight: _Stored, bias: _Stored | None) -> None:
         super().__init__()
-        self.apply_weight = exact.apply_weight
-        codes, scale = exact.weight_codes, exact.weight_scale
-        if codes.dtype in (torch.int8, torch.uint8):
-            self.weight = _Stored(codes, scale, exact.weight_zero_point.to(codes.dtype))
-        else:  # ONNX Runtime takes any codes for those of its integer kernels, and fails on wider ones
-            self.weight = _Stored(dequantize(codes.float(), exact.weight_params))
-        bias = getattr(getattr(exact, "module", None), "bias", None)
-        self.bias = None if bias is None else _Stored(bias)
-        if isinstance(exact, ExactWeighted) and exact.bias_codes is not None:
-            assert edge is not None
-            self.bias = _Stored(exact.bias_codes, edge.scale * scale, torch.zeros_like(scale, dtype=torch.int32))
+        self.apply_weight, self.weight, self.bias = apply_weight, weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_weight(x, self.weight(), None if self.bias is None else self.bias())
+
+
+def _qdq_layer(
+    apply_weight: _Apply,
+    pad: nn.Module | None,
+    weight: _Stored,
+    bias: _Stored | None,
+    inputs: Edges,
+    output: Edge | None,
+) -> nn.Module:
+    """The exported layer.
+
+    ONNX Runtime quantizes a float weight to 8 bits by itself where the input is dequantized and the bias is a float
+    constant or absent; a bias that is dequantized keeps it from that.
+    """
+    codes_arrive = inputs[0] is not None
+    if codes_arrive and weight.scale is None and (bias is None or bias.scale is None):
+        values = torch.zeros(len(weight.values)) if bias is None else bias.values
+        codes, scale = _exact_codes(values)
+        bias = _Stored(codes, scale, torch.zeros_like(codes))
+    op = _QdqWeighted(apply_weight, weight, bias)
+    layer = QdqLayer(op, inputs, output, before={} if pad is None else {0: pad})
+    return _InRows(layer) if weight.values.ndim == 2 and codes_arrive else layer
+
+
+def _exact_codes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 values as int32 codes, each with a scale of its own, a power of two: ``codes * scale`` is exact.
+
+    >>> codes, scale = _exact_codes(torch.tensor([0.75, -3.0]))
+    >>> codes * 2.0**-24, scale * 2.0**24
+    (tensor([ 0.7500, -0.7500]), tensor([1., 4.]))
+    """
+    _, exponent = torch.frexp(values)
+    scale = torch.ldexp(torch.ones_like(values), (exponent - 24).clamp(min=-126))
+    return torch.round(values / scale).to(torch.int32), scale
 
 
 class FloatWeighted(_QuantizedWeight):
@@ -176,6 +209,20 @@ class FloatWeighted(_QuantizedWeight):
         x = x if self.scale is None else x * self.scale
         y: Tensor = torch.func.functional_call(self.module, {"weight": self.weight}, (x,))
         return y if self.grid is None else self.grid.quantize(y)
+
+
+class _PlainWeighted(FloatOp):
+    """A layer whose weight stays in float."""
+
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The same."""
+        if inputs[0] is None or self.dtype != torch.float32:
+            return super().qdq(inputs, output)
+        bias = cast("Tensor | None", self.module.bias)
+        weight = _Stored(_swap_channels(self.module, cast(Tensor, self.module.weight)))
+        apply_weight, _ = _applier(self.module)
+        stored = None if bias is None else _Stored(bias)
+        return _qdq_layer(apply_weight, _padding(self.module), weight, stored, inputs, output)
 
 
 class ExactWeighted(_QuantizedWeight):
@@ -249,6 +296,14 @@ class ExactWeighted(_QuantizedWeight):
             )
             for start, end in zip(starts, ends, strict=True)
         ]
+
+    def _stored_bias(self, edge: Edge | None) -> _Stored | None:
+        """int32 codes of scale ``s_x * s_w``."""
+        if self.bias_codes is None:
+            return None
+        assert edge is not None
+        zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int32)
+        return _Stored(self.bias_codes, edge.scale * self.weight_scale, zero_point)
 
     def accumulate(self, codes: Tensor) -> Tensor:
         """``float32(acc)``, before requantization."""
@@ -364,7 +419,7 @@ def _padding(module: nn.Module) -> nn.Module | None:
 def lower_weighted(site: Site) -> Lowered:
     """Exact where input and weight are integer; dequantized weight where only the weight is; float otherwise."""
     if site.plan.weight is None:
-        return lower_float(site)
+        return _PlainWeighted(site), site.output
     if site.inputs[0] is None or site.output is None:
         return FloatWeighted(site), site.output
     return ExactWeighted(site), site.output
