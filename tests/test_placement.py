@@ -34,7 +34,7 @@ KERNELS: dict[str, dict[str, str]] = {
     },
     "branches": {
         "a": "QLinearConv",
-        "relu": "Clip",
+        "relu": "Max, Min",
         "cat": "DequantizeLinear, QuantizeLinear",
         "b": "QLinearConv",
         "max_pool2d": "NhwcMaxPool",
@@ -120,7 +120,8 @@ FLOATS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "mlp",
         "weights stored in 32 bits: ONNX Runtime has integer kernels for 8 only",
     ),
-    "input in float": ("convolutions", {"without": ("pointwise", "add")}, "add", "an input is float"),
+    "input in float": ("branches", {"without": ("sigmoid", "mul")}, "mul", "an input is float"),
+    "part of a float kernel": ("convolutions", {"without": ("pointwise", "add")}, "add", "computed by pointwise"),
     "output in float": ("attention", {"without": ("v",)}, "v", "its output is float"),
     "four bits": (
         "floats",
@@ -128,12 +129,7 @@ FLOATS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "b",
         "weights stored in 4 bits: ONNX Runtime has integer kernels for 8 only",
     ),
-    "all in float": (
-        "branches",
-        {"without": ("up", "sigmoid", "mul")},
-        "sigmoid",
-        "its inputs and its output are float",
-    ),
+    "all in float": ("attention", {"without": ("mlp", "gelu")}, "gelu", "its inputs and its output are float"),
 }
 
 

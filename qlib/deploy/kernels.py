@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
-__all__ = ["MOVES", "STEPS", "Kernels", "exact_layers", "kernels_of", "layer_of", "open_with_graph"]
+__all__ = ["CLAMPS", "MOVES", "STEPS", "Kernels", "exact_layers", "kernels_of", "layer_of", "open_with_graph"]
 
 _MOVE_NAMES = (
     "Transpose Reshape Identity Squeeze Unsqueeze Flatten Slice Split Gather Expand Tile Shape Size Cast Pad"
@@ -25,6 +25,9 @@ _MOVE_NAMES = (
 )
 MOVES = frozenset(_MOVE_NAMES.split())
 """Operators that compute no values."""
+
+CLAMPS = frozenset({"Clip", "Max", "Min"})
+"""Operators that keep codes within bounds tighter than their type's."""
 
 STEPS = ("QuantizeLinear", "DequantizeLinear")
 """Operators between codes and floats."""
@@ -94,7 +97,7 @@ def kernels_of(graph: onnx.GraphProto, layers: Collection[str]) -> dict[str, Ker
 
 def _shown(steps: list[str], computing: list[str]) -> list[str]:
     """The operators of a layer: its quantize steps only where nothing but a clamp of the codes is left beside them."""
-    return computing if set(computing) - {"Clip"} else [*steps, *computing]
+    return computing if set(computing) - CLAMPS else [*steps, *computing]
 
 
 def _owners(graph: onnx.GraphProto, layers: frozenset[str], floats: Collection[str]) -> list[str | None]:

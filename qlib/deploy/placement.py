@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 from torch import fx, nn
 
-from qlib.deploy.export_onnx import CODES
-from qlib.deploy.kernels import MOVES, STEPS, Kernels, exact_layers, kernels_of, layer_of, open_with_graph
+from qlib.deploy.kernels import CLAMPS, MOVES, STEPS, Kernels, exact_layers, kernels_of, layer_of, open_with_graph
 from qlib.errors import OutputError
 from qlib.graph.ir import layer_inputs
 from qlib.lower.exact import EDGE
@@ -70,7 +69,8 @@ def placement(
         if isinstance(module, (Quantize, Dequantize)):
             continue
         found = kernels.get(name)
-        if found is None:
+        if found is None or set(found.operators) == {"DequantizeLinear"}:  # a float kernel has taken it in
+            found = None
             integer, why = _absorbed(node, kernels)
         else:
             integer, why = found.integer, "" if found.integer else _why(node, module, found, shipped)
@@ -107,8 +107,8 @@ class _Shipped:
             kinds = {types.get(name) for name in node.input}
             if layer is not None and not kinds.isdisjoint((TensorProto.INT4, TensorProto.UINT4)):
                 nibbles.add(layer)
-            if layer is None or node.op_type in MOVES or node.op_type in STEPS or node.output[0].endswith(CODES):
-                continue  # what computes codes without a quantize step is their clamp
+            if layer is None or node.op_type in (*MOVES, *STEPS, *CLAMPS):
+                continue
             operators.setdefault(layer, []).append(node.op_type)
             if TensorProto.FLOAT in kinds:
                 constant.add(layer)
@@ -119,14 +119,25 @@ class _Shipped:
 
 
 def _absorbed(node: fx.Node, kernels: Mapping[str, Kernels]) -> tuple[bool, str]:
-    """Whether integers, and the sentence, for a layer without a node of its own: its producer's kernel computes it."""
-    sources = layer_inputs(node)
-    while sources and str(sources[0].target) not in kernels:
-        sources = layer_inputs(sources[0])
-    if not sources:
+    """Whether integers, and the sentence, for a layer without a node of its own: its producer's kernel computes it.
+
+    Of several producers it is the one in float: a float convolution adds what else arrives.
+    """
+    producers = [name for source in layer_inputs(node) if (name := _producer(source, kernels))]
+    if not producers:
         return node.meta.get(EDGE) is not None, "nothing is left to compute"
-    producer = str(sources[0].target)
+    producer = min(producers, key=lambda name: kernels[name].integer)
     return kernels[producer].integer, f"computed by {producer}"
+
+
+def _producer(node: fx.Node, kernels: Mapping[str, Kernels]) -> str:
+    """The layer, this one or one before it along the first inputs, that has a kernel; empty where none has."""
+    while str(node.target) not in kernels:
+        sources = layer_inputs(node)
+        if not sources:
+            return ""
+        node = sources[0]
+    return str(node.target)
 
 
 def _why(node: fx.Node, module: nn.Module, kernels: Kernels, shipped: _Shipped) -> str:
@@ -140,7 +151,7 @@ def _why(node: fx.Node, module: nn.Module, kernels: Kernels, shipped: _Shipped) 
         return f"{wide}-bit activations: ONNX Runtime has integer kernels for at most 8"
     if bits := 4 if name in shipped.nibbles else _wide_weight(module):
         return f"weights stored in {bits} bits: ONNX Runtime has integer kernels for 8 only"
-    operators = [each for each in dict.fromkeys(kernels.operators) if each != "Clip"]
+    operators = [each for each in dict.fromkeys(kernels.operators) if each not in CLAMPS]
     if not _HAVE_INTEGER_KERNELS.issuperset(operators):  # the file knows them by better names
         operators = list(shipped.operators.get(name, operators))
     unknown = ", ".join(each for each in operators if each not in _HAVE_INTEGER_KERNELS)
