@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,11 +115,12 @@ def _path(job: Job, ending: str) -> Path:
 
 
 def _metadata(job: Job, **more: str) -> dict[str, str]:
+    """What the file says of its origin; nothing of the machine: no folders, no addresses of functions."""
     settings = {
         "version": qlib.__version__,
-        "arch": job.spec.arch,
+        "arch": Path(job.spec.arch).name,
         "dataset": job.dataset_name,
-        "transform": " ".join(str(job.spec.transform).split()),
+        "transform": re.sub(r" at 0x\w+", "", " ".join(str(job.spec.transform).split())),
         "config": hashlib.sha256(job.config.to_yaml().encode()).hexdigest()[:16],
     }
     return {**settings, **more}
@@ -143,7 +145,7 @@ def _export_quantized(job: Job, lowered: fx.GraphModule, plan: Plan, stats: Mode
     path, opset = _path(job, "_int8"), choose_opset(plan, job.config.export_opset)
     metadata = _metadata(job, plan=hashlib.sha256(plan_text(plan).encode()).hexdigest()[:16])
     if stats is not None:
-        metadata["stats"] = json.dumps(stats.fingerprint, sort_keys=True)
+        metadata["stats"] = json.dumps({**stats.fingerprint, "arch": Path(job.spec.arch).name}, sort_keys=True)
     export_quantized(lowered, job.example, path, opset=opset, metadata=metadata)
     in_float = sum(value.numel() * value.element_size() for value in job.model.state_dict().values())
     size = path.stat().st_size
