@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -110,11 +111,53 @@ def _export(model: fx.GraphModule, example: Tensor, opset: int) -> ir.Model:
                 output_names=[OUTPUT],
                 custom_translation_table=_translations(),
                 verbose=False,
+                optimize=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(_refusal(model, error)) from error
     assert program is not None
+    _simplify(program.model)
     return program.model
+
+
+def _simplify(model: ir.Model) -> None:
+    """Folds constants, shapes among them. The exporter's own optimizer also searches for dozens of patterns that are
+    not there, in time that grows with the square of the model.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants
+
+    for node in list(model.graph):
+        if node.op_type == "Reshape":
+            _fix_shape(model, node)
+    fold_constants(model)
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
+
+
+def _fix_shape(model: ir.Model, node: ir.Node) -> None:
+    """Makes the target of a Reshape constant where only the batch is unknown: -1 stands for it."""
+    import onnx_ir as ir
+
+    shape = node.outputs[0].shape
+    if shape is None:
+        return
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    if sizes.count(-1) > 1 or 0 in sizes:
+        return
+    name = f"{node.outputs[0].name}_shape"
+    constant = ir.Tensor(np.array(sizes, dtype=np.int64), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=constant.shape, const_value=constant)
+    model.graph.register_initializer(value)
+    node.replace_input_with(1, value)
 
 
 def _refusal(model: fx.GraphModule, error: BaseException) -> str:

@@ -58,6 +58,7 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
     _propagate(graph, example)
     _fold_constants(graph)
     _drop_same_size_pools(graph)
+    _drop_empty_masks(graph)
     _canonicalize(graph)
     _make_positional(graph)
     _views_to_reshapes(graph)
@@ -139,6 +140,14 @@ def _drop_same_size_pools(graph: Graph) -> None:
                 graph.graph.erase_node(node)
 
 
+def _drop_empty_masks(graph: Graph) -> None:
+    """A masked softmax over windows that were not shifted is a softmax."""
+    for node in graph.graph.nodes:
+        if not node.meta.get("masked", True):
+            graph.add_submodule(str(node.target), nn.Softmax(-1))
+            node.args = node.args[:1]
+
+
 class _Propagate(fx.Interpreter):
     """Runs the graph once; notes of each node whether it holds a tensor, and its shape, and keeps constant results."""
 
@@ -155,6 +164,10 @@ class _Propagate(fx.Interpreter):
                 f"the model fails at {n.meta['name']!r} on an input of shape {self.example_shape}: {_one_line(error)}"
             ) from error
         n.meta["tensor"] = holds_tensor(value)
+        module = self.submodules.get(str(n.target)) if n.op == "call_module" else None
+        if isinstance(module, ops.MaskedSoftmax):
+            (x, shape), _ = self.fetch_args_kwargs_from_env(n)
+            n.meta["masked"] = module.mask(shape, x.device) is not None
         if isinstance(value, Tensor):
             n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
         inputs = n.all_input_nodes

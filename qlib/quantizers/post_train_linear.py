@@ -244,7 +244,8 @@ class _Planner:
         stats = self._layer_stats(node).output
         if kind == "softmax":
             bits = settings.bits_activations
-            return TensorPlan(bits, settings.mode_activations, "none", 0.0, _softmax_top(stats.max, bits))
+            top = _softmax_top(stats.max, bits, node.meta["shape"][-1])
+            return TensorPlan(bits, settings.mode_activations, "none", 0.0, top)
         norm = self.norm_of.get(name_of(node))
         assert self.stats is not None
         if norm is not None and norm in self.stats.layers:
@@ -306,16 +307,20 @@ class _Planner:
         return TensorPlan(settings.bits_activations, settings.mode_activations, settings.clip_acts, low, high, n_stds)
 
 
-def _softmax_top(highest: float, bits: int) -> float:
+def _softmax_top(highest: float, bits: int, size: int) -> float:
     """The top of a softmax's range, for a step of a power of two: the kernel multiplies by ``floor(1 / step)``.
 
     The step is ``2^-(bits + j)`` with the largest j for which ``2^-j`` is at least the highest probability seen, so
-    that attention spread over many tokens does not round to zero.
+    that attention spread over many tokens does not round to zero. Over `size` elements the step stays above
+    ``1 / (e^5 size)``: below it the kernel's product overflows.
 
-    >>> _softmax_top(1.0, 8) == 255 / 256, _softmax_top(0.2, 8) == 255 / 1024
+    >>> _softmax_top(1.0, 8, 49) == 255 / 256, _softmax_top(0.2, 8, 49) == 255 / 1024
     (True, True)
+    >>> _softmax_top(1 / 49, 8, 49) == 255 / 2**12
+    True
     """
-    spare = max(0, math.floor(-math.log2(highest))) if 0 < highest <= 1 else 0
+    seen = math.floor(-math.log2(highest)) if 0 < highest <= 1 else 0
+    spare = max(0, min(seen, math.floor(math.log2(math.exp(5) * size) - bits)))
     top: float = (2**bits - 1) / 2 ** (bits + spare)
     return top
 
