@@ -23,7 +23,7 @@ import torch
 import torchvision
 from tabulate import tabulate
 from torch import Tensor
-from whole_path import Row, check
+from whole_path import ROUNDS, Row, check
 
 from qlib.data import open_dataset
 from qlib.models import ModelSpec, create_model, find_model, model_names
@@ -90,22 +90,23 @@ def write_table(path: Path, rows: Iterable[Row], wanted: int) -> None:
             row.side,
             row.layers,
             f"{row.float_layers}: {row.float_kinds}" if row.float_layers else "0",
-            f"{row.captured_error:.0e}",
             f"{row.folded_error:.0e}",
             f"{row.sqnr_db:.1f}",
-            f"{row.fp32_mb:.1f}",
-            f"{row.int8_mb:.1f}",
-            f"{row.seconds:.0f}",
+            f"{100 * row.macs_in_int8:.1f}",
+            f"{row.differing} of {row.codes / 1e6:.1f} M",
+            f"{row.float_differing} of {row.float_codes / 1e6:.1f} M" if row.float_codes else "",
+            f"{row.fp32_mb:.1f} / {row.onnx_mb:.1f}",
+            f"{row.fp32_ms:.0f} / {row.int8_ms:.0f}",
             row.problems or "ok",
         ]
         for row in rows
     ]
     headers = [
-        *("model", "side", "layers", "in float", "captured", "folded"),
-        *("SQNR dB", "FP32 MB", "int8 MB", "s", "result"),
+        *("model", "side", "layers", "in float", "folded", "SQNR dB", "% MACs int8", "codes that differ"),
+        *("in float layers", "MB FP32 / int8", "ms FP32 / int8", "result"),
     ]
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, Python {platform.python_version()}"
-    text = _INTRODUCTION.format(good=len(good), rows=len(rows), wanted=wanted, versions=versions)
+    text = _INTRODUCTION.format(good=len(good), rows=len(rows), wanted=wanted, versions=versions, rounds=ROUNDS)
     table = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
     path.write_text(f"{text}\n{table}\n", encoding="utf-8")
 
@@ -115,28 +116,33 @@ _INTRODUCTION = """\
 
 {good} of {rows} models pass ({wanted} in all). Written by `python benchmarks/zoo.py`; {versions}, CPU.
 
+Each model is captured, folded, quantized to 8 bits (asym_u activations, sym weights per channel, ranges of 4 images),
+evaluated, saved, restored, exported to ONNX and verified against ONNX Runtime on the 4 images.
 Weights are random, batch-norms and whatever starts at zero are randomized too: the table shows that the path works, and
-says nothing of accuracy. *side*: height and width of the images. *layers*: after folding.
-*in float*: layers computed in float between integer tensors, by kind; `--check` and the log give the reason of each.
-*captured*, *folded*: largest difference of the logits of the captured graph, before and after batch-norm folding, from
-those of the model itself, relative to the largest logit (allowed: 1e-4). *SQNR*: of the logits of the 8-bit model
-(asym_u activations, sym weights per channel, ranges of 4 images) against float; it is reported, and no part of *ok*.
-*FP32 MB*: weights and buffers; *int8 MB*: the quantized checkpoint. *s*: seconds for everything.
+says nothing of accuracy.
 
-*ok*: both errors are within bounds; every layer in float is listed with its reason; images have different logits; an
-image alone gives the same logits, to the last bit, as in a batch of 4; and so does the saved checkpoint, restored on a
-model with other weights.
+- *side*: height and width of the images. *layers*: after folding. *in float*: layers computed in float between integer
+  tensors, by kind; `--check` and the log give the reason of each.
+- *folded*: largest difference of the logits of the captured and folded graph from those of the model itself, relative
+  to the largest logit (allowed: 1e-4). *SQNR*: of the logits of the 8-bit model against float; no part of *ok*.
+- *% MACs int8*: multiply-accumulates that ONNX Runtime computes in integers.
+- *codes that differ*: between our exact model and ONNX Runtime, in all tensors of layers that both compute in integers,
+  each layer given the same input codes. *in float layers*: the same for layers that ONNX Runtime computes in float,
+  where one step is allowed on at most 1e-3 of a layer's codes.
+- *MB*: float weights and buffers; the ONNX file. *ms*: one image, torch eager in float and ONNX Runtime in int8, one
+  thread each, medians of {rounds} on a shared machine (AVX2 without VNNI): an impression, not a benchmark.
+
+*ok*: errors and codes are within these bounds; every layer in float is listed with its reason; images have different
+logits; an image alone gives the same logits, to the last bit, as in a batch of 4; so does the saved checkpoint, restored
+on a model with other weights; the model whose codes are looked at gives the very logits of the one that ships.
 
 A folded graph beyond 1e-4 is compared again in float64, which tells wrong folding from rounding. resnet152 is the one
 such model here: 1.4e-4 in float32, 3e-13 in float64. With these weights it amplifies rounding: its own float32 logits
 are 8e-5 from its float64 ones, and a change of the last bit of the input moves them as far. With torchvision's
 initial weights and batch-norm statistics that are only moved a little, its folded graph is within 9e-7.
 
-Low SQNR has two causes. Deep random networks amplify the noise of 8 bits as they do rounding: a separate simulation in
-float, which rounds to the same grids, loses as much (efficientnet_b0: 11.7 dB against 11.4 here; efficientnet_b5: 2.4
-against 3.3). And the 8-bit softmax has the fixed step 1/256, so attention spread evenly over many tokens rounds to 0:
-vit_h_14 has 1,370 tokens. A smaller ViT with as many tokens went from 5.3 dB to 24.6 with only its softmax at 16 bits
-(vit_h_14 itself was not run that way).
+Low SQNR: deep random networks amplify the noise of 8 bits as they do rounding: a separate simulation in float, which
+rounds to the same grids, loses as much (efficientnet_b0: 11.7 dB against 11.4 here; efficientnet_b5: 2.4 against 3.3).
 """
 
 

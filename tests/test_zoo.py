@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
@@ -160,7 +161,10 @@ def test_relative_error_is_relative_to_the_largest() -> None:
 
 
 def test_results_go_on_where_they_stood(tmp_path: Path) -> None:
-    rows = [Row("a", 224, 3, 1, "GELU 1", 1e-7, 2e-7, 30.5, 4.0, 1.0, 2.0, 0.5), Row("b", problems="broke, somehow")]
+    numbers = (1e-7, 2e-7, 30.5, 4.0, 1.0, 2.0, 0.5, 0.9, 2_000_000, 0, 500_000, 7, 1e-5, 1.1, 3.0, 40.0, 8.0)
+    names = [field.name for field in dataclasses.fields(Row) if field.name != "problems"]
+    good = Row(**dict(zip(names, ("a", 224, 3, 1, "GELU 1", *numbers), strict=True)))
+    rows = [good, Row("b", problems="broke, somehow")]
     for row in rows:
         append_row(tmp_path / "zoo.csv", row)
     back = read_rows(tmp_path / "zoo.csv")
@@ -172,3 +176,5 @@ def test_results_go_on_where_they_stood(tmp_path: Path) -> None:
     assert "1 of 2 models pass (80 in all)" in text
     assert "| a       | 224" in text
     assert "1: GELU 1" in text
+    for cell in ("90.0", "0 of 2.0 M", "7 of 0.5 M", "4.0 / 1.1", "40 / 8"):
+        assert f" {cell} " in text
