@@ -133,8 +133,8 @@ says nothing of accuracy.
   thread each, medians of {rounds} on a shared machine (AVX2 without VNNI): an impression, not a benchmark.
 
 *ok*: errors and codes are within these bounds; every layer in float is listed with its reason; images have different
-logits; an image alone gives the same logits, to the last bit, as in a batch of 4; so does the saved checkpoint, restored
-on a model with other weights; the model whose codes are looked at gives the very logits of the one that ships.
+logits; an image alone gives the same logits, to the last bit, as in a batch of 4; so does the saved checkpoint,
+restored on a model with other weights; the model whose codes are looked at gives the very logits of the one that ships.
 
 A folded graph beyond 1e-4 is compared again in float64, which tells wrong folding from rounding. resnet152 is the one
 such model here: 1.4e-4 in float32, 3e-13 in float64. With these weights it amplifies rounding: its own float32 logits
