@@ -57,7 +57,8 @@ def convolutions(m: Any, x: Tensor) -> Tensor:
 def branches(m: Any, x: Tensor) -> Tensor:
     a, b = m.a(x).chunk(2, 1)
     x = torch.cat([F.relu(a), m.b(torch.cat([b], 1)), F.max_pool2d(torch.roll(b, 2, 3), 3, 1, 1)], 1)
-    x = F.relu(m.norm(m.c(x)) + m.offset)
+    x = m.c(x)
+    x = F.relu(m.norm(F.relu(x)) + F.relu(x) + m.offset)
     gate = m.up(F.relu(m.down(x.mean((2, 3), keepdim=True))))
     x = x * torch.sigmoid(gate)
     return m.fc(x.view(-1, 2, 6, 10, 10).transpose(1, 2).flatten(1))  # type: ignore[no-any-return]

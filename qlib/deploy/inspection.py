@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -35,6 +35,7 @@ class Inspection:
     `edges` are the grids of the layers that hold codes, `from_float` those that quantize what a layer computed in float
     (and the logits, where they are float), `seen` those that the file holds, `altered` those whose kernels differ
     between the two models. A layer that is no work (a concatenation of one tensor) has a kernel only where it is seen.
+    `merged`: of layers that compute the same of the same, the exporter keeps the first one.
     """
 
     shipped: ort.InferenceSession
@@ -44,6 +45,7 @@ class Inspection:
     kernels: Mapping[str, Kernels]
     altered: frozenset[str]
     seen: Sequence[str]
+    merged: Mapping[str, str]
 
     @classmethod
     def open(cls, exact: fx.GraphModule, path: Path) -> Inspection:
@@ -70,12 +72,15 @@ class Inspection:
         altered = frozenset(
             name for name, found in kernels.items() if _plain(found) != _plain(others.get(name, Kernels()))
         )
-        return cls(shipped, inspected, edges, frozenset(from_float), kernels, altered, seen)
+        merged = _merged(nodes, seen)
+        return cls(shipped, inspected, edges, frozenset(from_float), kernels, altered, seen, merged)
 
     def run(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits, and the codes of each layer with the logits among them."""
         logits, *codes = run_session(self.inspected, batch, [OUTPUT, *(name + CODES for name in self.seen)])
-        return logits, {**dict(zip(self.seen, codes, strict=True)), LOGITS: logits}
+        deployed = dict(zip(self.seen, codes, strict=True))
+        deployed |= {name: deployed[first] for name, first in self.merged.items()}
+        return logits, {**deployed, LOGITS: logits}
 
 
 def dequantizes(exact: fx.GraphModule) -> bool:
@@ -83,6 +88,19 @@ def dequantizes(exact: fx.GraphModule) -> bool:
     output = next(node for node in exact.graph.nodes if node.op == "output")
     (source,) = layer_inputs(output)
     return source.op == "call_module" and isinstance(exact.get_submodule(str(source.target)), Dequantize)
+
+
+def _merged(nodes: Mapping[fx.Node, nn.Module], seen: Sequence[str]) -> dict[str, str]:
+    """Layers that the file does not hold -> one of the same type on the same inputs that it holds."""
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    same: dict[fx.Node, fx.Node] = {}
+    for node, module in nodes.items():
+        key = (type(module), *(same.get(source, source) for source in layer_inputs(node)))
+        if str(node.target) in seen:
+            first.setdefault(key, node)
+        elif key in first:
+            same[node] = first[key]
+    return {str(node.target): str(kept.target) for node, kept in same.items()}
 
 
 def _is_constant(node: fx.Node, module: nn.Module) -> bool:
