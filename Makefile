@@ -1,4 +1,4 @@
-# make demo   sets up .venv, then calibrates, quantizes and evaluates a small model on built-in images
+# make demo   sets up .venv, then calibrates, quantizes, exports and verifies a small model on built-in images
 # make test   sets up .venv, then lints, type-checks and tests
 # make lint   only the linters        make clean   removes what these make
 
