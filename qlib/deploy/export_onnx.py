@@ -219,6 +219,7 @@ def _name(model: ir.Model) -> None:
         if value.is_graph_output():
             continue
         value.name = layer + CODES if value.dtype is not None and value.dtype.is_integer() else layer
+    model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
 
@@ -231,12 +232,19 @@ def _weight_steps(model: ir.Model) -> Iterator[ir.Node]:
 
 
 def _unshare(model: ir.Model) -> None:
-    """Gives each weight a zero point of its own.
+    """Gives each layer a weight of its own, and each weight a zero point of its own.
 
     The exporter merges equal ones; ONNX Runtime, where it rewrites int8 weights as uint8, cannot rewrite one twice.
     """
     import onnx_ir as ir
 
+    for node in _weight_steps(model):
+        for user, index in list(node.outputs[0].uses())[1:]:
+            name = f"{str(user.name).rpartition('/')[0]}/{node.op_type}.{index}"
+            output = ir.Value(name=name, type=node.outputs[0].type, shape=node.outputs[0].shape)
+            step = ir.Node("", node.op_type, node.inputs, node.attributes.values(), outputs=[output], name=name)
+            model.graph.insert_before(user, step)
+            user.replace_input_with(index, output)
     for node in _weight_steps(model):
         for index, value in enumerate(node.inputs):
             if value is not None and value.const_value is not None and len(value.uses()) > 1:

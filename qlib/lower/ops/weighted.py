@@ -164,14 +164,19 @@ def _qdq_layer(
     ONNX Runtime quantizes a float weight to 8 bits by itself where the input is dequantized and the bias is a float
     constant or absent; a bias that is dequantized keeps it from that.
     """
-    codes_arrive = inputs[0] is not None
-    if codes_arrive and weight.scale is None and (bias is None or bias.scale is None):
+    edge = inputs[0]
+    if edge is not None and weight.scale is None and (bias is None or bias.scale is None):
         values = torch.zeros(len(weight.values)) if bias is None else bias.values
         codes, scale = _exact_codes(values)
         bias = _Stored(codes, scale, torch.zeros_like(codes))
-    op = _QdqWeighted(apply_weight, weight, bias)
-    layer = QdqLayer(op, inputs, output, before={} if pad is None else {0: pad})
-    return _InRows(layer) if weight.values.ndim == 2 and codes_arrive else layer
+    op: nn.Module = _QdqWeighted(apply_weight, weight, bias)
+    before: dict[int, nn.Module] = {}
+    if pad is not None and edge is not None and edge.dtype == torch.uint16:
+        op = nn.Sequential(pad, op)  # of such codes ONNX Runtime has no padding
+    elif pad is not None:
+        before = {0: pad}
+    layer = QdqLayer(op, inputs, output, before=before)
+    return _InRows(layer) if weight.values.ndim == 2 and edge is not None else layer
 
 
 def _exact_codes(values: Tensor) -> tuple[Tensor, Tensor]:
