@@ -172,7 +172,7 @@ class _Planner:
         elif kind == "float_op":
             note = f"{_IN_FLOAT}: no integer form"
         elif kind == "softmax" and not self._exact_softmax(node, settings):
-            note = f"{_IN_FLOAT}: the integer form is that of 8 bits asym_u, over the last axis, without a mask"
+            note = f"{_IN_FLOAT}: the integer form is that of at most 8 bits, over the last axis, without a mask"
         common: dict[str, Any] = {"weight": weight, "note": note}
         if kind in _ACCUMULATING:  # others have no accumulator: their plan does not claim one
             common |= {
@@ -184,8 +184,7 @@ class _Planner:
 
     def _exact_softmax(self, node: fx.Node, settings: LayerSettings) -> bool:
         module = self.graph.get_submodule(str(node.target))
-        unsigned = (settings.bits_activations, settings.mode_activations) == (8, "asym_u")
-        return unsigned and isinstance(module, nn.Softmax) and module.dim == -1
+        return settings.bits_activations <= 8 and isinstance(module, nn.Softmax) and module.dim == -1
 
     def _plan_dynamic(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
         sources = layer_inputs(node)

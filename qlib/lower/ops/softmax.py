@@ -1,4 +1,4 @@
-"""Softmax, as ONNX Runtime's QLinearSoftmax computes it for 8-bit unsigned codes; in float otherwise."""
+"""Softmax, as ONNX Runtime's QLinearSoftmax computes it; in float on codes of more than 8 bits."""
 
 from __future__ import annotations
 
@@ -56,11 +56,10 @@ class ExactSoftmax(nn.Module):
 
 @LOWERINGS.register("softmax")
 def lower_softmax(site: Site) -> Lowered:
-    """Exact for a last-axis softmax on 8-bit unsigned codes."""
+    """Exact for a softmax over the last axis, without a mask, on codes of at most 8 bits."""
     edge, output = site.inputs[0], site.output
-    if isinstance(site.module, MaskedSoftmax) or edge is None or output is None:
+    if isinstance(site.module, MaskedSoftmax) or site.module.dim != -1 or not site.byte_codes:
         return lower_float(site)
-    unsigned = all(e.params.spec.bits == 8 and not e.params.spec.signed for e in (edge, output))
-    if not unsigned or site.module.dim != -1:
-        return lower_float(site)
+    assert edge is not None
+    assert output is not None
     return ExactSoftmax(edge, output), output
