@@ -145,7 +145,8 @@ def _export_quantized(job: Job, lowered: fx.GraphModule, plan: Plan, stats: Mode
     path, opset = _path(job, "_int8"), choose_opset(plan, job.config.export_opset)
     metadata = _metadata(job, plan=hashlib.sha256(plan_text(plan).encode()).hexdigest()[:16])
     if stats is not None:
-        metadata["stats"] = json.dumps({**stats.fingerprint, "arch": Path(job.spec.arch).name}, sort_keys=True)
+        known = {key: Path(str(value)).name if key == "arch" else value for key, value in stats.fingerprint.items()}
+        metadata["stats"] = json.dumps(known, sort_keys=True)
     export_quantized(lowered, job.example, path, opset=opset, metadata=metadata)
     in_float = sum(value.numel() * value.element_size() for value in job.model.state_dict().values())
     size = path.stat().st_size
