@@ -64,6 +64,8 @@ def hand_over(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, stats
     if not wants_onnx(config):
         return Deployed(lowered)
     require_onnx(_flag(config))
+    if config.verify is not None:
+        _require_images(job, config.verify)
     path = _export_quantized(job, lowered, plan, stats)
     rates = measure_saturation(job, lowered)
     _report_placement(job, path, lowered, rates)
@@ -181,16 +183,17 @@ def _calibration_images(job: Job, count: int) -> Iterator[Tensor]:
     report_skipped(loader)
 
 
-def _verify(job: Job, path: Path, lowered: fx.GraphModule, count: int) -> bool:
-    """Compares the file with the exact model on `count` test images; logs a table and writes ``verify.csv``.
+def _require_images(job: Job, count: int) -> None:
+    """Raises UsageError where the test split has fewer images than are to be verified."""
+    if count > (there := len(open_split(job, "test"))):
+        raise UsageError(f"--verify {count} asks for more images than the {there} of the test split; lower it")
 
-    Raises UsageError where there are fewer images.
-    """
+
+def _verify(job: Job, path: Path, lowered: fx.GraphModule, count: int) -> bool:
+    """Compares the file with the exact model on `count` test images; logs a table and writes ``verify.csv``."""
     from qlib.deploy.verify import table, verify, write_csv
 
     dataset = open_split(job, "test")
-    if count > len(dataset):
-        raise UsageError(f"--verify {count} asks for more images than the {len(dataset)} of the test split; lower it")
     loader = loader_of(job, dataset, choose_subset(len(dataset), 1.0, job.config.seed, shuffled=True)[:count], BATCH)
     batches = track(loader, total_images=count, batch_size=BATCH, description="Verify", print_freq=1)
     result = verify(lowered, path, (images for images, _ in batches))

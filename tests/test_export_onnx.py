@@ -201,17 +201,15 @@ def test_the_scale_of_a_bias_is_that_of_input_and_weight(name: str, files: Files
 
 
 def test_codes_of_few_bits_are_kept_in_their_bounds(files: Files) -> None:
-    stored = initializers(files("four")[1])
+    _, path = files("four")
+    stored = initializers(path)
     assert int(stored[WEIGHT].min()) >= -8
     assert int(stored[WEIGHT].max()) <= 7
-    _, path = files("four")
-    session = open_session(path)
     model = onnx.load(path)
     model.graph.output.append(onnx.helper.make_tensor_value_info("reflected/codes", onnx.TensorProto.UINT8, None))
     (codes,) = run_session(open_session(model.SerializeToString()), IMAGES, ["reflected/codes"])
     assert int(codes.min()) >= 8  # zero is 8, as the grid is signed, and the layer ends in ReLU6
     assert int(codes.max()) <= 15
-    assert run_session(session, IMAGES[:1])[0].shape == (1, 10)
 
 
 @pytest.mark.parametrize("name", ["padding", "branches", "uint4"])
@@ -295,9 +293,8 @@ def test_large_weights_stand_beside_the_file(tmp_path: Path, monkeypatch: pytest
     assert torch.equal(logits, run_session(open_session(path), IMAGES)[0])
 
 
-def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    function, modules = NETS["large"]
-    graph = capture(Net(function, modules()).eval(), IMAGES[:2])
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    graph = capture(nn.Flatten(), IMAGES[:2])
     (tmp_path / "taken.onnx").mkdir()
     for name, reason in (("no/such.onnx", "No such file or directory"), ("taken.onnx", "Is a directory")):
         path = tmp_path / name
