@@ -111,8 +111,8 @@ def test_metadata(proved: Run) -> None:
     assert b" at 0x" not in text
 
 
-def test_the_run_can_be_repeated_in_another_process_with_more_threads(folder: Path, proved: Run) -> None:
-    again = finish(start(f"--run-config '{proved.folder / 'configs/run_config.yaml'}'", folder, threads=2), folder)
+def test_the_run_can_be_repeated_in_another_process(folder: Path, proved: Run) -> None:
+    again = finish(start(f"--run-config '{proved.folder / 'configs/run_config.yaml'}'", folder), folder)
     assert (again.code, again.err) == (0, "")
     assert again.files == proved.files
     assert scores(again) == scores(proved)
