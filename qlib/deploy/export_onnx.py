@@ -78,15 +78,24 @@ def _weight_bits(module: nn.Module) -> int:
 
 def _translations() -> dict[Any, Callable[..., Any]]:
     """Our operators -> their namesakes."""
+    import onnx_ir as ir
     from onnxscript import opset18 as op
 
     ops = torch.ops.qlib
 
-    def quantize(x: Any, scale: Any, zero_point: Any) -> Any:
-        return op.QuantizeLinear(x, scale, zero_point)
+    def constant(value: np.generic) -> Any:
+        return op.Constant(value=ir.tensor(value))  # type: ignore[arg-type]
 
-    def dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-        return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+    def quantize(x: Any, scale: float, zero_point: int, bits: int) -> Any:
+        code = np.uint8 if bits == 8 else np.uint16
+        return op.QuantizeLinear(x, constant(np.float32(scale)), constant(code(zero_point)))
+
+    def dequantize(codes: Any, scale: float, zero_point: int) -> Any:
+        code = np.uint8 if codes.dtype == ir.DataType.UINT8 else np.uint16
+        return op.DequantizeLinear(codes, constant(np.float32(scale)), constant(code(zero_point)))
+
+    def dequantize_stored(codes: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(codes, scale, zero_point, axis=0)
 
     def pool(x: Any) -> Any:
         return op.GlobalAveragePool(x)
@@ -94,6 +103,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     return {
         ops.quantize_linear.default: quantize,
         ops.dequantize_linear.default: dequantize,
+        ops.dequantize_stored.default: dequantize_stored,
         ops.global_average_pool.default: pool,
     }
 

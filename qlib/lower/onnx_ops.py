@@ -11,7 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["dequantize_linear", "global_average_pool", "quantize_linear"]
+__all__ = [
+    "dequantize_linear",
+    "dequantize_stored",
+    "global_average_pool",
+    "quantize_linear",
+    "quantized_type",
+]
 
 _LIBRARY = torch.library.Library("qlib", "DEF")  # type: ignore[no-untyped-call]
 
@@ -26,29 +32,40 @@ def _operator(signature: str, compute: Callable[..., Tensor], shape: Callable[..
     return operator
 
 
-def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    return values if values.ndim == 0 else values.view([-1 if i == axis % like.ndim else 1 for i in range(like.ndim)])
+def quantized_type(bits: int) -> torch.dtype:
+    """The type of deployed codes."""
+    return torch.uint8 if bits == 8 else torch.uint16
 
 
-def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """``saturate(round(x / scale) + zero_point)``, of the type of `zero_point`; both are scalars.
+def _quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    """``saturate(round(x / scale) + zero_point)``, as uint8 or uint16.
 
-    >>> quantize_linear(torch.tensor([-9.0, 0.25, 9.0]), torch.tensor(0.5), torch.tensor(5, dtype=torch.uint8))
+    Scale and zero point are plain numbers: as tensors they would take longer to trace than all the rest.
+
+    >>> quantize_linear(torch.tensor([-9.0, 0.25, 9.0]), 0.5, 5, 8)
     tensor([ 0,  5, 23], dtype=torch.uint8)
     """
-    info = torch.iinfo(zero_point.dtype)
-    codes = torch.round(x / scale) + zero_point.to(torch.int32)
-    return codes.clamp(info.min, info.max).to(zero_point.dtype)
+    codes = torch.round(x / torch.tensor(scale, device=x.device)) + zero_point
+    return codes.clamp(0, 2**bits - 1).to(quantized_type(bits))
 
 
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """``float(codes - zero_point) * scale``; scale and zero point are scalars, or vectors along `axis`.
+def _dequantize(codes: Tensor, scale: float, zero_point: int) -> Tensor:
+    """``float(codes - zero_point) * scale``.
 
-    >>> dequantize_linear(torch.tensor([[1], [2]]), torch.tensor([0.5, 2.0]), torch.tensor([0, 1]), 0).tolist()
+    >>> dequantize_linear(torch.tensor([7, 4], dtype=torch.uint8), 0.5, 5)
+    tensor([ 1.0000, -0.5000])
+    """
+    return (codes.to(torch.int32) - zero_point).float() * scale
+
+
+def _dequantize_stored(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """``float(codes - zero_point) * scale``; scale and zero point are scalars, or vectors along the first axis.
+
+    >>> dequantize_stored(torch.tensor([[1], [2]]), torch.tensor([0.5, 2.0]), torch.tensor([0, 1])).tolist()
     [[0.5], [2.0]]
     """
-    centered = codes.to(torch.int32) - _along(zero_point.to(torch.int32), codes, axis)
-    return centered.float() * _along(scale, codes, axis)
+    column = [-1, *[1] * (codes.ndim - 1)] if scale.ndim else []
+    return (codes.to(torch.int32) - zero_point.to(torch.int32).view(column)).float() * scale.view(column)
 
 
 def _average(x: Tensor) -> Tensor:
@@ -57,15 +74,21 @@ def _average(x: Tensor) -> Tensor:
 
 
 quantize_linear = _operator(
-    "quantize_linear(Tensor x, Tensor scale, Tensor zero_point) -> Tensor",
+    "quantize_linear(Tensor x, float scale, int zero_point, int bits) -> Tensor",
     _quantize,
-    lambda x, scale, zero_point: torch.empty_like(x, dtype=zero_point.dtype),
+    lambda x, scale, zero_point, bits: torch.empty_like(x, dtype=quantized_type(bits)),
 )
 
 dequantize_linear = _operator(
-    "dequantize_linear(Tensor codes, Tensor scale, Tensor zero_point, int axis) -> Tensor",
+    "dequantize_linear(Tensor codes, float scale, int zero_point) -> Tensor",
     _dequantize,
-    lambda codes, scale, zero_point, axis: torch.empty_like(codes, dtype=torch.float32),
+    lambda codes, scale, zero_point: torch.empty_like(codes, dtype=torch.float32),
+)
+
+dequantize_stored = _operator(
+    "dequantize_stored(Tensor codes, Tensor scale, Tensor zero_point) -> Tensor",
+    _dequantize_stored,
+    lambda codes, scale, zero_point: torch.empty_like(codes, dtype=torch.float32),
 )
 
 global_average_pool = _operator(

@@ -24,41 +24,32 @@ class ToCodes(nn.Module):
     one before quantizing would keep the layer from being computed in integers.
     """
 
-    scale: Tensor
-    zero_point: Tensor
-
     def __init__(self, edge: Edge) -> None:
         super().__init__()
-        self.register_buffer("scale", edge.scale)
-        self.register_buffer("zero_point", torch.tensor(edge.zero_point, dtype=edge.dtype))
-        info = torch.iinfo(edge.dtype)
+        self.scale, self.zero_point = float(edge.scale), edge.zero_point
+        self.bits = 8 if edge.dtype == torch.uint8 else 16
         low, high = edge.low + edge.zero_point, edge.high + edge.zero_point
-        self.bounds = None if (low, high) == (info.min, info.max) else (low, high)
-        scale = float(edge.scale)
-        self.real_bounds = edge.low * scale, edge.high * scale
+        self.bounds = None if (low, high) == (0, 2**self.bits - 1) else (low, high)
+        self.real_bounds = edge.low * self.scale, edge.high * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bounds is None:
-            return quantize_linear(x, self.scale, self.zero_point)
-        if self.zero_point.dtype == torch.uint8:
-            return torch.clamp(quantize_linear(x, self.scale, self.zero_point), *self.bounds)
+            return quantize_linear(x, self.scale, self.zero_point, self.bits)
+        if self.bits == 8:
+            return torch.clamp(quantize_linear(x, self.scale, self.zero_point, self.bits), *self.bounds)
         # ONNX Runtime has no Clip of uint16, and computes such a layer in float anyway
-        return quantize_linear(torch.clamp(x, *self.real_bounds), self.scale, self.zero_point)
+        return quantize_linear(torch.clamp(x, *self.real_bounds), self.scale, self.zero_point, self.bits)
 
 
 class FromCodes(nn.Module):
     """Codes of an edge -> float; `factor` multiplies the scale."""
 
-    scale: Tensor
-    zero_point: Tensor
-
     def __init__(self, edge: Edge, factor: float = 1.0) -> None:
         super().__init__()
-        self.register_buffer("scale", edge.scale * factor)
-        self.register_buffer("zero_point", torch.tensor(edge.zero_point, dtype=edge.dtype))
+        self.scale, self.zero_point = float(edge.scale * factor), edge.zero_point
 
     def forward(self, codes: Tensor) -> Tensor:
-        return dequantize_linear(codes, self.scale, self.zero_point, 0)
+        return dequantize_linear(codes, self.scale, self.zero_point)
 
 
 class QdqLayer(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.lower.onnx_ops import dequantize_linear
+from qlib.lower.onnx_ops import dequantize_stored
 from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import FloatOp
 from qlib.lower.qdq_layer import QdqLayer
@@ -137,7 +137,7 @@ class _Stored(nn.Module):
     def forward(self) -> Tensor:
         if self.scale is None:
             return self.values
-        return dequantize_linear(self.values, self.scale, self.zero_point, 0)
+        return dequantize_stored(self.values, self.scale, self.zero_point)
 
 
 class _QdqWeighted(nn.Module):
