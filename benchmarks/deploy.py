@@ -30,6 +30,7 @@ from qlib.deploy.export_onnx import INPUT, export_float, export_quantized
 from qlib.deploy.session import open_session, run_session
 from qlib.graph import capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
+from qlib.job import LAYOUT
 from qlib.lower import lower
 from qlib.models import ModelSpec, create_model, find_model
 from qlib.quantizers import plan_post_train_linear
@@ -55,9 +56,10 @@ def ours(model: nn.Module, images: Tensor, path: Path) -> None:
     """Float model -> calibrated, quantized, exported."""
     graph = capture(model, images[:2])
     folded = fold_batch_norm(graph)
+    graph = graph.to(memory_format=LAYOUT)
     collector = Collector(graph)
     for batch in images.split(MICRO_BATCH):
-        collector.update(batch)
+        collector.update(batch.contiguous(memory_format=LAYOUT))
     settings = LayerSettings(mode_activations="asym_u", per_channel_wts=True)
     stats = ModelStats(collector.result())
     plan = plan_post_train_linear(graph, {name_of(node): settings for node, _ in layers(graph)}, stats, folded)

@@ -43,16 +43,17 @@ def images_for(spec: ModelSpec, data: Path) -> Tensor:
     return torch.stack([dataset[index][0] for index in range(IMAGES)])
 
 
-def check_one(arch: str, data: Path) -> None:
+def check_one(arch: str, data: Path, restore: bool) -> None:
     """Checks one model, and prints its row as JSON."""
     torch.manual_seed(0)
     spec = find_model(arch)
-    print(json.dumps(asdict(check(arch, lambda: create_model(spec), images_for(spec, data)))))
+    row = check(arch, lambda: create_model(spec), images_for(spec, data), restore=restore)
+    print(json.dumps(asdict(row)))
 
 
-def check_apart(arch: str, data: Path) -> Row:
+def check_apart(arch: str, data: Path, restore: bool) -> Row:
     """Checks one model in a process of its own; a crash is a row too."""
-    command = [sys.executable, __file__, "--one", arch, "--data", str(data)]
+    command = [sys.executable, __file__, "--one", arch, "--data", str(data), *([] if restore else ["--no-restore"])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return Row(**json.loads(done.stdout))
@@ -154,15 +155,16 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=_ROOT / "../shared/data/imagenet-sample", help="an ImageFolder")
     parser.add_argument("--results", type=Path, default=Path("zoo.csv"), help="results so far; delete it to start anew")
     parser.add_argument("--table", type=Path, default=_ROOT / "docs/zoo.md")
+    parser.add_argument("--no-restore", action="store_true", help="do not restore and compare the saved checkpoint")
     parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        check_one(args.one, args.data)
+        check_one(args.one, args.data, not args.no_restore)
         return 0
     rows = read_rows(args.results)
     for arch in args.models:
         if arch not in rows:
-            rows[arch] = check_apart(arch, args.data)
+            rows[arch] = check_apart(arch, args.data, not args.no_restore)
             append_row(args.results, rows[arch])
             print(f"{len(rows)} {arch}: {rows[arch].problems or 'ok'}, {rows[arch].seconds:.0f} s", file=sys.stderr)
             write_table(args.table, (rows[name] for name in sorted(rows)), len(names))
