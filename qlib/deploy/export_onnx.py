@@ -7,6 +7,7 @@ machine that it ran on.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import os
@@ -40,7 +41,6 @@ INPUT, OUTPUT = "images", "logits"
 CODES = "/codes"
 """Ends the name of an integer tensor; before it stands the name of the layer that computes it."""
 
-_OPSETS = range(18, 24)
 _EXTERNAL = 1_900_000_000  # bytes; protobuf ends at 2^31
 
 
@@ -64,7 +64,9 @@ def export_quantized(
 
     Raises ExportError where an operator has no ONNX form, OutputError where the file cannot be written.
     """
-    model = _export(lower_qdq(exact).cpu(), example.cpu(), opset)
+    if example.device.type != "cpu":
+        exact = copy.deepcopy(exact).cpu()
+    model = _export(lower_qdq(exact), example.cpu(), opset)
     _name(model)
     _unshare(model)
     if opset >= 21:

@@ -17,9 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from qlib.lower.accumulator import rounded_sum
 from qlib.lower.exact import EDGE
 from qlib.lower.ops.base import EXACT_LIMIT, Edge
-from qlib.lower.ops.weighted import ExactWeighted, rounded_sum
+from qlib.lower.ops.weighted import ExactWeighted
 from qlib.lower.pairs import MOST_EXCESS, Pairs, Window, hazardous_pairs
 
 __all__ = ["SaturatingWeighted", "SaturationRate", "emulated", "pairs_at_risk", "saturation_rates"]

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.lower.onnx_ops import dequantize_stored
+from qlib.lower.accumulator import accumulator_bounds, rounded_sum, split_points
 from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import FloatOp
-from qlib.lower.qdq_layer import QdqLayer
+from qlib.lower.weighted_qdq import ApplyWeight, Stored, weighted_qdq
 from qlib.quant.affine import (
     QParams,
     approximate_factor,
@@ -29,9 +29,7 @@ from qlib.quant.affine import (
 )
 from qlib.quant.spec import QuantSpec
 
-__all__ = ["ExactWeighted", "FloatWeighted", "accumulator_bounds", "rounded_sum", "split_points"]
-
-_Apply = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+__all__ = ["ExactWeighted", "FloatWeighted"]
 
 
 def _swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
@@ -96,99 +94,15 @@ class _QuantizedWeight(nn.Module):
         """The float layer between dequantize and quantize; padding that copies values is done on the codes."""
         codes = self.weight_codes
         if codes.dtype in (torch.int8, torch.uint8):
-            weight = _Stored(codes, self.weight_scale, self.weight_zero_point.to(codes.dtype))
+            weight = Stored(codes, self.weight_scale, self.weight_zero_point.to(codes.dtype))
         else:  # ONNX Runtime takes any codes for those of its integer kernels, and fails on wider ones
-            weight = _Stored(dequantize(codes.float(), self.weight_params))
-        return _qdq_layer(self.apply_weight, self.pad, weight, self._stored_bias(inputs[0]), inputs, output)
+            weight = Stored(dequantize(codes.float(), self.weight_params))
+        return weighted_qdq(self.apply_weight, self.pad, weight, self._stored_bias(inputs[0]), inputs, output)
 
-    def _stored_bias(self, edge: Edge | None) -> _Stored | None:
+    def _stored_bias(self, edge: Edge | None) -> Stored | None:
         """The bias as the file holds it."""
         bias: Tensor | None = getattr(getattr(self, "module", None), "bias", None)
-        return None if bias is None else _Stored(bias)
-
-
-class _InRows(nn.Module):
-    """A linear layer on ``[..., in]`` as one on ``[rows, in]``: of more axes, the exporter makes no Gemm."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, codes: Tensor) -> Tensor:
-        if codes.ndim == 2:
-            return cast(Tensor, self.layer(codes))
-        y: Tensor = self.layer(codes.reshape(-1, codes.shape[-1]))
-        return y.reshape(-1, *codes.shape[1:-1], y.shape[-1])
-
-
-class _Stored(nn.Module):
-    """A tensor as the file holds it: codes that are dequantized along the first axis, or float without a scale."""
-
-    values: Tensor
-    scale: Tensor | None
-    zero_point: Tensor | None
-
-    def __init__(self, values: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("values", values.detach())
-        self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", zero_point)
-
-    def forward(self) -> Tensor:
-        if self.scale is None:
-            return self.values
-        return dequantize_stored(self.values, self.scale, self.zero_point)
-
-
-class _QdqWeighted(nn.Module):
-    """Applies a weight, and a bias, as the file holds them."""
-
-    def __init__(self, apply_weight: _Apply, weight: _Stored, bias: _Stored | None) -> None:
-        super().__init__()
-        self.apply_weight, self.weight, self.bias = apply_weight, weight, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.apply_weight(x, self.weight(), None if self.bias is None else self.bias())
-
-
-def _qdq_layer(
-    apply_weight: _Apply,
-    pad: nn.Module | None,
-    weight: _Stored,
-    bias: _Stored | None,
-    inputs: Edges,
-    output: Edge | None,
-) -> nn.Module:
-    """The exported layer.
-
-    ONNX Runtime quantizes a float weight to 8 bits by itself where the input is dequantized and the bias is a float
-    constant or absent; a bias that is dequantized keeps it from that.
-    """
-    edge = inputs[0]
-    if edge is not None and weight.scale is None and (bias is None or bias.scale is None):
-        values = torch.zeros(len(weight.values)) if bias is None else bias.values
-        codes, scale = _exact_codes(values)
-        bias = _Stored(codes, scale, torch.zeros_like(codes))
-    op: nn.Module = _QdqWeighted(apply_weight, weight, bias)
-    before: dict[int, nn.Module] = {}
-    if pad is not None and edge is not None and edge.dtype == torch.uint16:
-        op = nn.Sequential(pad, op)  # of such codes ONNX Runtime has no padding
-    elif pad is not None:
-        before = {0: pad}
-    layer = QdqLayer(op, inputs, output, before=before)
-    return _InRows(layer) if weight.values.ndim == 2 and edge is not None else layer
-
-
-def _exact_codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 values as int32 codes, each with a scale of its own, a power of two: ``codes * scale`` is exact.
-
-    >>> codes, scale = _exact_codes(torch.tensor([0.75, -3.0]))
-    >>> codes * 2.0**-24, scale * 2.0**24
-    (tensor([ 0.7500, -0.7500]), tensor([1., 4.]))
-    """
-    _, exponent = torch.frexp(values)
-    scale = torch.ldexp(torch.ones_like(values), (exponent - 24).clamp(min=-126))
-    return torch.round(values / scale).to(torch.int32), scale
+        return None if bias is None else Stored(bias)
 
 
 class FloatWeighted(_QuantizedWeight):
@@ -224,10 +138,10 @@ class _PlainWeighted(FloatOp):
         if inputs[0] is None or self.dtype != torch.float32:
             return super().qdq(inputs, output)
         bias = cast("Tensor | None", self.module.bias)
-        weight = _Stored(_swap_channels(self.module, cast(Tensor, self.module.weight)))
+        weight = Stored(_swap_channels(self.module, cast(Tensor, self.module.weight)))
         apply_weight, _ = _applier(self.module)
-        stored = None if bias is None else _Stored(bias)
-        return _qdq_layer(apply_weight, _padding(self.module), weight, stored, inputs, output)
+        stored = None if bias is None else Stored(bias)
+        return weighted_qdq(apply_weight, _padding(self.module), weight, stored, inputs, output)
 
 
 class ExactWeighted(_QuantizedWeight):
@@ -302,13 +216,13 @@ class ExactWeighted(_QuantizedWeight):
             for start, end in zip(starts, ends, strict=True)
         ]
 
-    def _stored_bias(self, edge: Edge | None) -> _Stored | None:
+    def _stored_bias(self, edge: Edge | None) -> Stored | None:
         """int32 codes of scale ``s_x * s_w``."""
         if self.bias_codes is None:
             return None
         assert edge is not None
         zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int32)
-        return _Stored(self.bias_codes, edge.scale * self.weight_scale, zero_point)
+        return Stored(self.bias_codes, edge.scale * self.weight_scale, zero_point)
 
     def accumulate(self, codes: Tensor) -> Tensor:
         """``float32(acc)``, before requantization."""
@@ -325,64 +239,7 @@ class ExactWeighted(_QuantizedWeight):
         return acc if self.grid is None else self.grid(acc)
 
 
-def rounded_sum(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of integer tensors, rounded once, to float32; the first may be overwritten.
-
-    >>> rounded_sum([torch.tensor([2.0**24]), torch.tensor([1.0]), torch.tensor([1.0])]).item() - 2**24
-    2.0
-    """
-    if len(parts) == 1:
-        return parts[0].float()
-    if len(parts) == 2 and parts[0].dtype == parts[1].dtype == torch.float32:
-        return parts[0].add_(parts[1])
-    return torch.stack([part.double() for part in parts]).sum(0).float()
-
-
-def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_channel: bool) -> Tensor:
-    """``[in_channels, out_channels]``: how far each input channel can move each accumulator (the bias is in the first).
-
-    `weight` is centered, ``[out, in / groups, ...]``. With ``p`` and ``n`` the sums of the positive and negative
-    weights, any partial sum over codes ``low .. high`` stays within ``max(p * high - n * low, n * high - p * low)``.
-    One row for all input channels together where `by_channel` is false.
-
-    >>> edge = Edge.of(qparams_from_range(0.0, 25.5, QuantSpec.of_mode("asym_u", 8)))
-    >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, edge, by_channel=False)
-    tensor([[765.]], dtype=torch.float64)
-    """
-    if by_channel and weight.ndim == 2:  # one weight each: either sum is 0
-        bounds = weight.abs().T.double() * edge.magnitude
-    else:
-        w = weight.flatten(2) if by_channel else weight.flatten(1)[:, None]
-        total, size = w.sum(-1, dtype=torch.float64), w.abs().sum(-1, dtype=torch.float64)
-        positive, negative = (size + total) / 2, (size - total) / 2
-        up, down = positive * edge.high - negative * edge.low, negative * edge.high - positive * edge.low
-        bounds = torch.maximum(up, down).T.contiguous()
-    if bias is not None:
-        bounds[0] += bias.double().abs()
-    return bounds
-
-
-def split_points(bounds: Tensor) -> list[int] | None:
-    """Where to cut the input channels so that each part's accumulators stay below 2^24; None where it can't be done.
-
-    >>> split_points(torch.tensor([[9e6], [9e6], [5e6]]))
-    [1]
-    """
-    running = torch.zeros_like(bounds[0])
-    cuts: list[int] = []
-    if float(bounds.sum(0).max()) < EXACT_LIMIT:
-        return cuts
-    if float(bounds.max()) >= EXACT_LIMIT:
-        return None
-    for channel in range(bounds.shape[0]):
-        running = running + bounds[channel]
-        if float(running.max()) >= EXACT_LIMIT:
-            cuts.append(channel)
-            running = bounds[channel]
-    return cuts
-
-
-def _applier(module: nn.Module) -> tuple[_Apply, bool]:
+def _applier(module: nn.Module) -> tuple[ApplyWeight, bool]:
     """The function of (codes, weight, bias) that the layer computes, and whether its input channels can be split."""
     if isinstance(module, nn.Linear):
         return partial(F.linear), True
