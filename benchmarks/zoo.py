@@ -135,7 +135,8 @@ says nothing of accuracy.
 
 *ok*: errors and codes are within these bounds; every layer in float is listed with its reason; images have different
 logits; an image alone gives the same logits, to the last bit, as in a batch of 4; so does the saved checkpoint,
-restored on a model with other weights; the model whose codes are looked at gives the very logits of the one that ships.
+restored on a model with other weights (unless the sweep ran with `--no-restore`); the model whose codes are looked at
+gives the very logits of the one that ships.
 
 A folded graph beyond 1e-4 is compared again in float64, which tells wrong folding from rounding. resnet152 is the one
 such model here: 1.4e-4 in float32, 3e-13 in float64. With these weights it amplifies rounding: its own float32 logits
