@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 
 from qlib.cli_flags import FLAGS, GROUPS, Flag
 from qlib.config.flag_kinds import SWITCH, split_names
-from qlib.config.run_config import QuantArgs, RunConfig, check_combination, needs_folder, read_run_config
+from qlib.config.run_config import GROUPS as ARGUMENT_GROUPS
+from qlib.config.run_config import RunConfig, check_combination, needs_folder, read_run_config
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
 
 __all__ = ["build_parser", "main", "parse"]
@@ -118,11 +119,13 @@ def _repeated(file: Path, texts: _Texts, folder: str | None) -> tuple[_Texts, fr
 
 def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfig:
     values = {flag.target: _value(flag, texts[flag.name]) for flag in FLAGS if flag.name in texts}
-    qe: dict[str, Any] = {key.removeprefix("qe."): value for key, value in values.items() if key.startswith("qe.")}
-    top: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith("qe.")}
+    top: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
+    for group, kind in ARGUMENT_GROUPS.items():
+        start = f"{group}."
+        top[group] = kind(**{key.removeprefix(start): value for key, value in values.items() if key.startswith(start)})
     top["evaluate"] = top.get("evaluate", False) or top.get("quantize_eval", False)
     data = Path(folder).expanduser() if folder is not None else None
-    return RunConfig(**top, data=data, qe=QuantArgs(**qe), given=given)
+    return RunConfig(**top, data=data, given=given)
 
 
 def _value(flag: Flag, texts: Sequence[str]) -> object:
@@ -206,4 +209,6 @@ def _help(flag: Flag) -> str:
 
 def _defaults() -> dict[str, object]:
     plain = {each.name: getattr(RunConfig(), each.name) for each in fields(RunConfig)}
-    return plain | {f"qe.{each.name}": getattr(QuantArgs(), each.name) for each in fields(QuantArgs)}
+    for group, kind in ARGUMENT_GROUPS.items():
+        plain |= {f"{group}.{each.name}": getattr(kind(), each.name) for each in fields(kind)}
+    return plain

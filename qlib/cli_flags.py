@@ -20,6 +20,7 @@ from qlib.config.flag_kinds import (
     run_name,
     whole,
 )
+from qlib.config.run_config import GROUPS as ARGUMENT_GROUPS
 
 __all__ = ["FLAGS", "GROUPS", "Flag"]
 
@@ -48,9 +49,10 @@ class Flag:
 
     @property
     def target(self) -> str:
-        """The field of `RunConfig` (`qe.` and a field of `QuantArgs`) that this flag sets."""
+        """The field of `RunConfig` that this flag sets; `qe.mode` is the field `mode` of the group `qe`."""
         words = self.name.removeprefix("--").replace("-", "_")
-        return self.field or (f"qe.{words.removeprefix('qe_')}" if words.startswith("qe_") else words)
+        group, _, rest = words.partition("_")
+        return self.field or (f"{group}.{rest}" if group in ARGUMENT_GROUPS else words)
 
 
 GROUPS: dict[str, tuple[Flag, ...]] = {
@@ -139,6 +141,29 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         ),
         Flag("--qe-save-fp-weights", SWITCH, "keep the float weights in the quantized model"),
         Flag("--qe-pytorch-backend", choice(("fbgemm", "qnnpack")), "backend of PyTorch's own quantized modules"),
+    ),
+    "Corrections that need no training (with --quantize-eval)": (
+        Flag("--ptq-equalize", SWITCH, "equalize the weight ranges of successive layers; then collect the statistics"),
+        Flag("--ptq-absorb-bias", SWITCH, "move high biases into the next layer; after --ptq-equalize"),
+        Flag(
+            "--ptq-smooth",
+            real(lambda number: 0 <= number <= 1, "a number from 0 to 1", "ALPHA"),
+            "move outliers of activations after layer norms into the weights, by this power (0.5 is usual)",
+        ),
+        Flag("--ptq-data-free", SWITCH, "no images at all: ranges and corrections from batch-norm statistics"),
+        Flag(
+            "--ptq-rounding",
+            choice(("nearest", "gptq", "adaround", "brecq", "qdrop")),
+            "how weights are rounded: to the nearest code, or so that the layer's or the block's output changes least",
+        ),
+        Flag("--ptq-bn-reestimation", SWITCH, "match mean and deviation of each channel to those of the float model"),
+        Flag(
+            "--ptq-bias-correction",
+            choice(("none", "empirical", "analytic")),
+            "correct the mean of each channel, measured on images or derived from batch-norm statistics",
+        ),
+        Flag("--ptq-images", whole(1), "calibration images that corrections look at"),
+        Flag("--ptq-iterations", whole(1), "optimization steps of each layer or block (default: the method's own)"),
     ),
     "Deployment": (
         Flag(

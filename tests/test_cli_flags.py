@@ -31,6 +31,8 @@ SPELLINGS = """
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
 --qe-clip-acts --qeca --qe-clip-n-stds --qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
 --qe-scale-approx-bits --qesab --qe-reduce-range --qe-save-fp-weights --qe-pytorch-backend
+--ptq-equalize --ptq-absorb-bias --ptq-smooth --ptq-data-free --ptq-rounding --ptq-bn-reestimation --ptq-bias-correction
+--ptq-images --ptq-iterations
 --export-onnx --export-opset --export-encodings --verify
 """
 
@@ -138,6 +140,15 @@ RIGHT = [
     ("--qe-stats-file s.yaml", "qe.stats_file", Path("s.yaml")),
     ("--qe-dynamic", "qe.dynamic", True),
     ("--qe-config-file q.yaml", "qe.config_file", Path("q.yaml")),
+    ("--ptq-equalize", "ptq.equalize", True),
+    ("--ptq-absorb-bias", "ptq.absorb_bias", True),
+    ("--ptq-smooth 0.5", "ptq.smooth", 0.5),
+    ("--ptq-data-free", "ptq.data_free", True),
+    ("--ptq-rounding QDrop", "ptq.rounding", "qdrop"),
+    ("--ptq-bn-reestimation", "ptq.bn_reestimation", True),
+    ("--ptq-bias-correction Empirical", "ptq.bias_correction", "empirical"),
+    ("--ptq-images 64", "ptq.images", 64),
+    ("--ptq-iterations 20", "ptq.iterations", 20),
     ("--engine OnnxRuntime", "engine", "onnxruntime"),
     ("--engine torch", "engine", "torch"),
     ("--qe-reduce-range AUTO", "qe.reduce_range", "auto"),
@@ -191,6 +202,13 @@ WRONG = [
     ("--qesab 0", "--qe-scale-approx-bits '0' is not allowed: it must be a whole number from 1 to 31"),
     ("--qe-clip-n-stds 0", "--qe-clip-n-stds '0' is not allowed: it must be a number above 0"),
     ("--qe-clip-n-stds inf", "--qe-clip-n-stds 'inf' is not allowed: it must be a number above 0"),
+    ("--ptq-smooth 1.5", "--ptq-smooth '1.5' is not allowed: it must be a number from 0 to 1"),
+    ("--ptq-images 0", "--ptq-images '0' is not allowed: it must be a whole number, 1 or more"),
+    (
+        "--ptq-rounding brec",
+        "--ptq-rounding 'brec' is not allowed: it must be one of nearest, gptq, adaround, brecq, qdrop; "
+        "did you mean brecq?",
+    ),
     (
         "--qem asym",
         "--qe-mode 'asym' is not allowed: it must be one of sym, sym_restr, asym_s, asym_u; "

@@ -14,6 +14,8 @@ from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError, UsageError, did_you_mean
 
 __all__ = [
+    "GROUPS",
+    "PtqArgs",
     "QuantArgs",
     "RunConfig",
     "asks_for_something",
@@ -90,6 +92,21 @@ class QuantArgs:
 
 
 @dataclass(frozen=True)
+class PtqArgs:
+    """The `--ptq-*` flags: corrections that need no training. A field is named as its flag, without `--ptq-`."""
+
+    equalize: bool = False
+    absorb_bias: bool = False
+    smooth: float | None = None
+    data_free: bool = False
+    rounding: str = "nearest"
+    bn_reestimation: bool = False
+    bias_correction: str = "none"
+    images: int = 1024
+    iterations: int | None = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """What one run does. A field is named as its flag; `given` holds the flags that the user wrote.
 
@@ -124,6 +141,7 @@ class RunConfig:
     deterministic: bool = False
     quantize_eval: bool = False
     qe: QuantArgs = field(default_factory=QuantArgs)
+    ptq: PtqArgs = field(default_factory=PtqArgs)
     export_onnx: Path | None = None
     export_opset: int | None = None
     export_encodings: tuple[str, ...] = ()
@@ -138,6 +156,10 @@ class RunConfig:
         """
         body = yaml.safe_dump(_plain(self), sort_keys=False, default_flow_style=None, allow_unicode=True)
         return f"# repeat this run: compress.py --run-config THIS_FILE\n{body}"
+
+
+GROUPS: Mapping[str, type] = {"qe": QuantArgs, "ptq": PtqArgs}
+"""The fields of `RunConfig` that hold a group of flags: `--qe-mode` is the field `mode` of `qe`."""
 
 
 def _plain(value: Any) -> Any:
@@ -158,10 +180,11 @@ def read_run_config(path: Path) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not YAML, or has a key that is no setting (all of them are named).
     """
     top = _entries(load_yaml(path))
-    settings = {key: node for key, node in top.items() if key != "qe"}
-    settings |= {f"qe.{key}": node for key, node in (_entries(top["qe"]) if "qe" in top else {}).items()}
-    allowed = [each.name for each in dataclasses.fields(RunConfig) if each.name != "qe"]
-    allowed += [f"qe.{each.name}" for each in dataclasses.fields(QuantArgs)]
+    settings = {key: node for key, node in top.items() if key not in GROUPS}
+    allowed = [each.name for each in dataclasses.fields(RunConfig) if each.name not in GROUPS]
+    for group, kind in GROUPS.items():
+        settings |= {f"{group}.{key}": node for key, node in (_entries(top[group]) if group in top else {}).items()}
+        allowed += [f"{group}.{each.name}" for each in dataclasses.fields(kind)]
     unknown = {key: node for key, node in settings.items() if key not in allowed}
     if unknown:
         raise ConfigError(

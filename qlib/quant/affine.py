@@ -67,6 +67,7 @@ def qparams_from_range(low: Tensor | float, high: Tensor | float, spec: QuantSpe
 
     - symmetric: ``s = sat / ((2^n - 1) / 2)``, restricted: ``s = sat / (2^(n-1) - 1)``; ``z = 0``
     - asymmetric: ``s = (hi - lo) / (2^n - 1)``, ``z = qmin - round(lo / s)``
+    - power of two: the smallest ``2^k`` from there upwards, so that the whole range stays covered
 
     An all-zero range, or one too small for float32, gives ``s = 1``. Raises ValueError for a range that is not finite
     or is reversed.
@@ -76,6 +77,8 @@ def qparams_from_range(low: Tensor | float, high: Tensor | float, spec: QuantSpe
     (21.25, 42)
     >>> round(1 / qparams_from_range(-4.0, 1.0, QuantSpec.of_mode("sym", 8)).scale.item(), 4)
     31.875
+    >>> qparams_from_range(-4.0, 1.0, QuantSpec.of_mode("sym", 8, pow2=True)).scale.item()
+    0.0625
     """
     lo = torch.as_tensor(low, dtype=torch.float64)
     hi = torch.as_tensor(high, dtype=torch.float64)
@@ -91,6 +94,8 @@ def qparams_from_range(low: Tensor | float, high: Tensor | float, spec: QuantSpe
         lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
         scale = (hi - lo) / steps
     scale = scale.float()
+    if spec.pow2:
+        scale = _next_power_of_two(scale)
     tiny = torch.finfo(torch.float32).tiny  # below it, dividing by the scale overflows
     scale = torch.where(scale >= tiny, scale, torch.ones_like(scale))
     if spec.symmetric:
@@ -98,6 +103,12 @@ def qparams_from_range(low: Tensor | float, high: Tensor | float, spec: QuantSpe
     else:
         zero_point = (spec.qmin - torch.round(lo / scale.double())).clamp(spec.qmin, spec.qmax).to(torch.int32)
     return QParams(scale, zero_point, spec)
+
+
+def _next_power_of_two(scale: Tensor) -> Tensor:
+    """The smallest power of two that is not below `scale`, exactly: 0.25 stays, 0.3 becomes 0.5."""
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, mantissa in [0.5, 1)
+    return torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
 
 
 def _channelwise(values: Tensor, like: Tensor, axis: int | None) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlib.quant.affine import QParams, qparams_from_range
+import torch
+from torch import Tensor
+
+from qlib.quant.affine import QParams, qparams_from_range, range_of_weight
 from qlib.quant.spec import QuantSpec
 
 __all__ = ["LayerPlan", "Plan", "TensorPlan", "WeightPlan"]
@@ -25,10 +28,11 @@ class TensorPlan:
     min: float | None = None
     max: float | None = None
     n_stds: float | None = None
+    pow2: bool = False
 
     @property
     def spec(self) -> QuantSpec:
-        return QuantSpec.of_mode(self.mode, self.bits)
+        return QuantSpec.of_mode(self.mode, self.bits, pow2=self.pow2)
 
     def qparams(self) -> QParams:
         """Scale and zero point of the range; the plan must not be dynamic.
@@ -43,11 +47,39 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The grid of a layer's weight; its range is that of the weight itself, per tensor or per output channel."""
+    """The grid of a layer's weight, per tensor or per output channel; `clip` tells how its range was chosen.
+
+    `min` and `max` hold one number, or one for each channel. Where they are None, the range is that of the weight.
+    """
 
     bits: int
     mode: str
     per_channel: bool = False
+    clip: str = "none"
+    min: tuple[float, ...] | None = None
+    max: tuple[float, ...] | None = None
+    pow2: bool = False
+
+    def __post_init__(self) -> None:
+        assert (self.min is None) == (self.max is None)
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec.of_mode(self.mode, self.bits, 0 if self.per_channel else None, self.pow2)
+
+    def qparams(self, weight: Tensor) -> QParams:
+        """Scale and zero point for a weight ``[out, ...]``, on its device.
+
+        >>> WeightPlan(8, "sym_restr").qparams(torch.tensor([[1.27, -0.5]])).scale.item() == torch.tensor(0.01).item()
+        True
+        >>> WeightPlan(4, "sym_restr", min=(-0.7,), max=(0.7,)).qparams(torch.tensor([[1.27]])).scale.item()
+        0.10000000149011612
+        """
+        if self.min is None or self.max is None:
+            return qparams_from_range(*range_of_weight(weight, self.spec.axis), self.spec)
+        shape = (-1,) if self.per_channel else ()
+        low, high = (torch.tensor(values, dtype=torch.float64).view(shape) for values in (self.min, self.max))
+        return qparams_from_range(low.to(weight.device), high.to(weight.device), self.spec)
 
 
 @dataclass(frozen=True)
@@ -74,8 +106,10 @@ class LayerPlan:
 class Plan:
     """Layer name -> plan, in execution order.
 
-    Laws: saved, loaded and saved again gives the same bytes; a model and its plan determine every integer.
+    Laws: saved, loaded and saved again gives the same bytes; a model and its plan determine every integer, together
+    with the file `weights` beside it where corrections have changed weights or biases of the folded model.
     """
 
     layers: Mapping[str, LayerPlan]
     dynamic: bool = False
+    weights: str | None = None

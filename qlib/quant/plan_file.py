@@ -31,7 +31,7 @@ import yaml
 
 from qlib.config.yaml_source import load_yaml
 from qlib.errors import ConfigError, OutputError, StatsError, did_you_mean
-from qlib.quant.plan import LayerPlan, Plan, TensorPlan
+from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.plan_schema import HEADER, SCALARS, VERSION, has_output, has_weight, plan_from_node
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
@@ -77,7 +77,9 @@ def plan_text(plan: Plan) -> str:
     Raises:
         StatsError: a range is NaN or infinite; the sentence names the layer.
     """
-    lines = [f"{HEADER}: {_flow({'version': VERSION, 'dynamic': plan.dynamic})}", "layers:" + " {}" * (not plan.layers)]
+    header: dict[str, object] = {"version": VERSION, "dynamic": plan.dynamic}
+    header |= {} if plan.weights is None else {"weights": plan.weights}
+    lines = [f"{HEADER}: {_flow(header)}", "layers:" + " {}" * (not plan.layers)]
     for name, layer in plan.layers.items():
         lines.append(f"  {_flow(name)}:")
         lines += [f"    {line}" for line in _layer_lines(name, layer)]
@@ -92,7 +94,7 @@ def _layer_lines(name: str, layer: LayerPlan) -> Iterator[str]:
     else:
         yield f"inputs: {_flow(list(layer.inputs))}"
     if has_weight(layer.kind) or layer.weight is not None:
-        yield f"weight: {'null' if layer.weight is None else _flow(dataclasses.asdict(layer.weight))}"
+        yield f"weight: {'null' if layer.weight is None else _flow(_weight(layer.weight))}"
     if has_output(layer.kind) or layer.output is not None:
         yield f"output: {_tensor(f'the output of {name!r}', layer.output)}"
     for key in SCALARS:
@@ -104,7 +106,9 @@ def _tensor(what: str, tensor: TensorPlan | None) -> str:
     """One tensor on one line, with the scale and zero point that its range gives."""
     if tensor is None:
         return "null"
-    fields = {key: value for key, value in dataclasses.asdict(tensor).items() if value is not None}
+    fields = {
+        key: value for key, value in dataclasses.asdict(tensor).items() if value is not None and value is not False
+    }
     fields.update({key: float(fields[key]) for key in ("min", "max", "n_stds") if key in fields})
     if tensor.min is None:
         return _flow(fields)
@@ -116,6 +120,14 @@ def _tensor(what: str, tensor: TensorPlan | None) -> str:
             " again for this model, with --qe-calibration"
         ) from None
     return f"{_flow(fields)}  # scale {float(grid.scale):.6g}, zero point {int(grid.zero_point)}"
+
+
+def _weight(weight: WeightPlan) -> dict[str, object]:
+    """The fields of a weight; those that say nothing beyond its own range are left out."""
+    fields = dataclasses.asdict(weight)
+    kept = {key: fields[key] for key in ("bits", "mode", "per_channel")}
+    kept |= {key: fields[key] for key in ("clip", "pow2") if fields[key] != getattr(WeightPlan, key)}
+    return kept | {key: [float(end) for end in fields[key]] for key in ("min", "max") if fields[key] is not None}
 
 
 def _flow(value: object) -> str:

@@ -77,8 +77,17 @@ _TENSOR = {
     "min": _NUMBER,
     "max": _NUMBER,
     "n_stds": _POSITIVE,
+    "pow2": _FLAG,
 }
-_WEIGHT = {"bits": _BITS, "mode": _MODE, "per_channel": _FLAG}
+_WEIGHT = {
+    "bits": _BITS,
+    "mode": _MODE,
+    "per_channel": _FLAG,
+    "clip": _one_of(CLIP_NAMES),
+    "min": _NODE,
+    "max": _NODE,
+    "pow2": _FLAG,
+}
 SCALARS: Mapping[str, _Value] = {
     "bits_bias": _whole(2, 32),
     "bits_accum": _whole(2, 32),
@@ -112,13 +121,16 @@ class _Reader:
 
     def plan(self, root: Node) -> Plan:
         """The whole file."""
+        weights: str | None = None
         top = self._children(root, "the file", {HEADER: _NODE, "layers": _NODE}, (HEADER, "layers"))
         if HEADER in top:
-            known = {"version": _whole(VERSION, VERSION), "dynamic": _FLAG}
+            text = _Value(lambda value: isinstance(value, str) and bool(value), "the name of a file beside this one")
+            known = {"version": _whole(VERSION, VERSION), "dynamic": _FLAG, "weights": text}
             header = self._values(top[HEADER], HEADER, known, ("version", "dynamic"))
             self.dynamic = header.get("dynamic") is True
+            weights = header.get("weights")
         layers = self._mapping(top["layers"], "layers") if "layers" in top else {}
-        return Plan({name: self._layer(name, node) for name, node in layers.items()}, self.dynamic)
+        return Plan({name: self._layer(name, node) for name, node in layers.items()}, self.dynamic, weights)
 
     def _layer(self, name: str, node: Node) -> LayerPlan:
         what = f"layer {name!r}"
@@ -182,8 +194,29 @@ class _Reader:
     def _weight(self, node: Node, what: str) -> WeightPlan | None:
         if node.value is None:
             return None
-        values = self._values(node, f"the weight of {what}", _WEIGHT, ("bits", "mode"))
+        what = f"the weight of {what}"
+        found = self._children(node, what, _WEIGHT, ("bits", "mode"))
+        values: dict[str, Any] = {key: child.value for key, child in found.items() if key not in ("min", "max")}
+        ends: dict[str, tuple[float, ...]] = {
+            key: self._ends(found[key], f"{key} of {what}") for key in ("min", "max") if key in found
+        }
+        values |= ends
+        if len(ends) == 1 or len({len(end) for end in ends.values()}) > 1:
+            self._problem(node.where, f"{what} needs a min for each max; give both, or none for the weight's own range")
+            return None
+        if ends and not all(low <= high for low, high in zip(*ends.values(), strict=True)):
+            self._problem(node.where, f"{what} has a min above its max; swap them")
+        if ends and not values.get("per_channel") and len(ends["min"]) > 1:
+            self._problem(node.where, f"{what} has {len(ends['min'])} ranges; give one, or per_channel: true")
         return WeightPlan(**{"bits": 8, "mode": "sym", **values})
+
+    def _ends(self, node: Node, what: str) -> tuple[float, ...]:
+        """The lower or upper ends of a weight's ranges: a list of numbers."""
+        items = node.value if isinstance(node.value, tuple) else ()
+        if not items or not all(_number(item.value) for item in items):
+            self._problem(node.where, f"{what} is {node}; allowed: a list of numbers, one for each range")
+            return ()
+        return tuple(float(item.value) for item in items)  # type: ignore[arg-type]
 
     def _values(self, node: Node, what: str, known: Mapping[str, _Value], required: Sequence[str]) -> dict[str, Any]:
         """The values of a mapping that are allowed."""

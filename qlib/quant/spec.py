@@ -14,7 +14,7 @@ class QuantSpec:
     """An integer grid: `bits`, signedness, whether zero is in the middle, and the channel axis (None: per tensor).
 
     Laws: `qmin` and `qmax` are computed here and nowhere else; a symmetric spec is signed and has zero point 0;
-    `restricted` drops the most negative code so that the codes are symmetric.
+    `restricted` drops the most negative code so that the codes are symmetric; `pow2` allows only scales 2^k.
 
     >>> QuantSpec.of_mode("sym", 8).qmin, QuantSpec.of_mode("sym_restr", 8).qmin, QuantSpec.of_mode("asym_u", 8).qmax
     (-128, -127, 255)
@@ -25,16 +25,17 @@ class QuantSpec:
     symmetric: bool
     restricted: bool = False
     axis: int | None = None
+    pow2: bool = False
 
     def __post_init__(self) -> None:
         assert 1 < self.bits <= 32, self.bits
         assert self.signed or not self.symmetric
 
     @classmethod
-    def of_mode(cls, mode: str, bits: int, axis: int | None = None) -> QuantSpec:
+    def of_mode(cls, mode: str, bits: int, axis: int | None = None, pow2: bool = False) -> QuantSpec:
         """The spec of a mode of the command line: sym, sym_restr, asym_s or asym_u."""
         assert mode in MODES, mode
-        return cls(bits, mode != "asym_u", mode.startswith("sym"), mode == "sym_restr", axis)
+        return cls(bits, mode != "asym_u", mode.startswith("sym"), mode == "sym_restr", axis, pow2)
 
     @property
     def qmin(self) -> int:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
-from qlib.quant.affine import qparams_from_range, quantize, range_of_weight
-from qlib.quant.spec import QuantSpec
+from qlib.quant.affine import quantize
 
 __all__ = ["ExactEmbedding"]
 
@@ -26,7 +25,7 @@ class ExactEmbedding(nn.Module):
         assert plan is not None
         assert isinstance(site.module, nn.Embedding)
         weight = site.module.weight.detach()
-        params = qparams_from_range(*range_of_weight(weight, None), QuantSpec.of_mode(plan.mode, plan.bits))
+        params = plan.qparams(weight)
         codes = quantize(weight, params) - params.zero_point
         self.edge = Edge.of(params)
         self.register_buffer("weight_codes", codes.to(torch.int16 if plan.bits < 16 else torch.int32))

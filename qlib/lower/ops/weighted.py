@@ -22,9 +22,7 @@ from qlib.quant.affine import (
     QParams,
     approximate_factor,
     dequantize,
-    qparams_from_range,
     quantize,
-    range_of_weight,
     requant_factor,
 )
 from qlib.quant.spec import QuantSpec
@@ -66,12 +64,10 @@ class _QuantizedWeight(nn.Module):
         assert plan is not None
         assert isinstance(weight, Tensor)
         weight = _swap_channels(site.module, weight.detach())
-        axis = 0 if plan.per_channel else None
-        self.spec = QuantSpec.of_mode(plan.mode, plan.bits, axis)
+        self.spec = plan.spec
         self.apply_weight, self.splittable = _applier(site.module)
         self.pad = _padding(site.module)
-        low, high = range_of_weight(weight, axis)
-        params = qparams_from_range(low, high, self.spec)
+        params = plan.qparams(weight)
         self.register_buffer("weight_codes", quantize(weight, params).to(_smallest_dtype(self.spec)))
         self.register_buffer("weight_scale", params.scale)
         self.register_buffer("weight_zero_point", params.zero_point)
