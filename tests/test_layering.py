@@ -21,7 +21,7 @@ LINES = (
     ("quantizers", "evaluate"),
     ("checkpoint", "runlog", "report", "summary", "deploy"),
     ("job",),
-    ("calibrate", "handover"),
+    ("calibrate", "handover", "search"),
     ("compress_classifier",),
     ("cli", "cli_flags"),
     ("compress",),
