@@ -9,6 +9,8 @@ from qlib.config.flag_kinds import (
     SWITCH,
     Kind,
     arch,
+    bit_widths,
+    budget,
     choice,
     devices,
     existing_file,
@@ -28,6 +30,7 @@ ENGINES = ("torch", "onnxruntime")
 DATASETS = ("imagenet", "imagefolder", "cifar10", "cifar100", "mnist", "fashion-mnist", "digits")
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
 IN_RUN_FOLDER = "run-folder"
+SEARCHES = ("powell", "nelder-mead", "cobyla")
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,43 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         ),
         Flag("--ptq-images", whole(1), "calibration images that corrections look at"),
         Flag("--ptq-iterations", whole(1), "optimization steps of each layer or block (default: the method's own)"),
+    ),
+    "Mixed precision (with --quantize-eval)": (
+        Flag(
+            "--qe-budget",
+            budget(),
+            "choose the bits of each layer: 3.2MB of weights, 4.5bits for each weight on average, or 12GBOPs, which"
+            " choose those of activations too",
+        ),
+        Flag("--qe-bits-choices", bit_widths(), "bits to choose from, with --qe-budget (default: 2,3,4,6,8)"),
+    ),
+    "LAPQ: ranges that minimise the loss on calibration images (with --quantize-eval)": (
+        Flag("--qe-lapq --qe-coordinate-search", SWITCH, "search for the ranges of activations and weights"),
+        Flag("--lapq-maxiter", whole(1), "most iterations of the search (default: 2)"),
+        Flag("--lapq-maxfev", whole(1), "most evaluations of the search"),
+        Flag("--lapq-method", choice(SEARCHES), "method of the search"),
+        Flag("--lapq-basinhopping --lapq-bh", SWITCH, "restart the search from other points (scipy's basinhopping)"),
+        Flag("--lapq-basinhopping-niter --lapq-bh-niter", whole(1), "how often it is restarted"),
+        Flag(
+            "--lapq-init-mode",
+            choice(("none", "avg", "laplace", "gauss", "l1", "l2", "l3")),
+            "where the search starts: clipping by statistics, or least mean |y - y_q|^p of each tensor"
+            " (default: the ranges of the plan)",
+        ),
+        Flag("--lapq-init-method", choice(SEARCHES), "method that finds the l1, l2 and l3 ranges"),
+        Flag("--lapq-eval-size", fraction(), "fraction of the calibration split to look at, --lapq-images at most"),
+        Flag("--lapq-images", whole(1), "most calibration images to look at"),
+        Flag("--lapq-eval-memoize-dataloader", SWITCH, "accepted: images are always kept in memory"),
+        Flag("--lapq-search-clipping", SWITCH, "search both ends of a range that is not symmetric, not its size alone"),
+    ),
+    "Analysis": (
+        Flag(
+            "--sense",
+            choice(("quant",)),
+            "analyse and stop: loss, Top1 and signal-to-noise ratio with one layer at a time in few bits",
+        ),
+        Flag("--sense-bits", bit_widths(), "bits to try, with --sense (default: 2,3,4,6,8)"),
+        Flag("--sense-images", whole(1), "calibration images to look at, with --sense and --qe-budget"),
     ),
     "Deployment": (
         Flag(

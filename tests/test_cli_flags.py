@@ -33,6 +33,11 @@ SPELLINGS = """
 --qe-scale-approx-bits --qesab --qe-reduce-range --qe-save-fp-weights --qe-pytorch-backend
 --ptq-equalize --ptq-absorb-bias --ptq-smooth --ptq-data-free --ptq-rounding --ptq-bn-reestimation --ptq-bias-correction
 --ptq-images --ptq-iterations
+--qe-budget --qe-bits-choices
+--qe-lapq --qe-coordinate-search --lapq-maxiter --lapq-maxfev --lapq-method --lapq-basinhopping --lapq-bh
+--lapq-basinhopping-niter --lapq-bh-niter --lapq-init-mode --lapq-init-method --lapq-eval-size --lapq-images
+--lapq-eval-memoize-dataloader --lapq-search-clipping
+--sense --sense-bits --sense-images
 --export-onnx --export-opset --export-encodings --verify
 """
 
@@ -149,6 +154,24 @@ RIGHT = [
     ("--ptq-bias-correction Empirical", "ptq.bias_correction", "empirical"),
     ("--ptq-images 64", "ptq.images", 64),
     ("--ptq-iterations 20", "ptq.iterations", 20),
+    ("--qe --qe-budget 3.20mb", "qe.budget", "3.2MB"),
+    ("--qe --qe-budget 4.5Bits --qe-bits-choices 8,2,4", "qe.bits_choices", (2, 4, 8)),
+    ("--qe --qe-lapq", "qe.lapq", True),
+    ("--qe --qe-coordinate-search", "qe.lapq", True),
+    ("--lapq-maxiter 3", "lapq.maxiter", 3),
+    ("--lapq-maxfev 300", "lapq.maxfev", 300),
+    ("--lapq-method Nelder-Mead", "lapq.method", "nelder-mead"),
+    ("--lapq-basinhopping", "lapq.basinhopping", True),
+    ("--lapq-bh --lapq-bh-niter 7", "lapq.basinhopping_niter", 7),
+    ("--lapq-init-mode L2", "lapq.init_mode", "l2"),
+    ("--lapq-init-method COBYLA", "lapq.init_method", "cobyla"),
+    ("--lapq-eval-size 0.1", "lapq.eval_size", 0.1),
+    ("--lapq-images 64", "lapq.images", 64),
+    ("--lapq-eval-memoize-dataloader", "lapq.eval_memoize_dataloader", True),
+    ("--lapq-search-clipping", "lapq.search_clipping", True),
+    ("--sense Quant", "sense", "quant"),
+    ("--sense quant --sense-bits 4,8", "sense_bits", (4, 8)),
+    ("--sense-images 16", "sense_images", 16),
     ("--engine OnnxRuntime", "engine", "onnxruntime"),
     ("--engine torch", "engine", "torch"),
     ("--qe-reduce-range AUTO", "qe.reduce_range", "auto"),
@@ -182,6 +205,8 @@ def test_every_spelling_is_covered() -> None:
 BITS = "0 (left in float) or a whole number from 2 to 16"
 NEW_FILE = "a file to write that ends in .onnx, in a folder that exists and can be written"
 FRACTION = "a fraction above 0 and at most 1, such as 0.05 for 5 %"
+BUDGET = "a number above 0 with its unit: 3.2MB of weights, 4.5bits for each weight, or 12GBOPs"
+WIDTHS = "different whole numbers from 2 to 16 with commas between them, such as 2,3,4,8"
 WRONG = [
     ("-b 0", "--batch-size '0' is not allowed: it must be a whole number, 1 or more"),
     ("-b many", "--batch-size 'many' is not allowed: it must be a whole number, 1 or more"),
@@ -209,6 +234,27 @@ WRONG = [
         "--ptq-rounding 'brec' is not allowed: it must be one of nearest, gptq, adaround, brecq, qdrop; "
         "did you mean brecq?",
     ),
+    ("--qe --qe-budget 3", f"--qe-budget '3' is not allowed: it must be {BUDGET}"),
+    ("--qe --qe-budget 0MB", f"--qe-budget '0MB' is not allowed: it must be {BUDGET}"),
+    ("--qe --qe-budget -1bits", "--qe-budget: expected one argument"),
+    ("--qe --qe-budget 4kbits", f"--qe-budget '4kbits' is not allowed: it must be {BUDGET}"),
+    ("--qe-budget 4bits", "--qe-budget needs --quantize-eval, which quantizes the model and evaluates it"),
+    ("--qe-lapq", "--qe-lapq needs --quantize-eval, which quantizes the model and evaluates it"),
+    ("--qe --qe-bits-choices 4,4", f"--qe-bits-choices '4,4' is not allowed: it must be {WIDTHS}"),
+    ("--sense quant --sense-bits 1,8", f"--sense-bits '1,8' is not allowed: it must be {WIDTHS}"),
+    ("--sense quant --sense-bits many", f"--sense-bits 'many' is not allowed: it must be {WIDTHS}"),
+    ("--sense filter", "--sense 'filter' is not allowed: it must be one of quant"),
+    (
+        "--sense quant --qe-dynamic",
+        "--sense and --qe-dynamic cannot be combined: --sense needs ranges that are the same for all images; "
+        "drop one of them",
+    ),
+    (
+        "--lapq-init-mode L4",
+        "--lapq-init-mode 'L4' is not allowed: it must be one of none, avg, laplace, gauss, l1, l2, l3",
+    ),
+    ("--lapq-method bfgs", "--lapq-method 'bfgs' is not allowed: it must be one of powell, nelder-mead, cobyla"),
+    ("--lapq-eval-size 2", f"--lapq-eval-size '2' is not allowed: it must be {FRACTION}"),
     (
         "--qem asym",
         "--qe-mode 'asym' is not allowed: it must be one of sym, sym_restr, asym_s, asym_u; "
@@ -271,7 +317,7 @@ WRONG = [
         "--export-onnx --export-encodings ort",
         "--export-encodings needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint",
     ),
-    ("--qe-bits 4", "there is no flag --qe-bits; did you mean --qe-bits-wts or --qe-bits-acts or --qe-bits-accum?"),
+    ("--qe-bits 4", "there is no flag --qe-bits; did you mean --qe-bits-wts or --qe-bits-acts or --sense-bits?"),
     ("--xyzzy", "there is no flag --xyzzy; --help lists the flags"),
     ("-b", "--batch-size/-b: expected one argument"),
     ("features", "one DATASET_DIR is allowed, not 2: images features"),
@@ -352,6 +398,40 @@ def test_runs_that_may_do_without_a_dataset(words: str) -> None:
 
 WARNINGS = [
     ("nothing to say", "--qe --qeba 4", []),
+    ("a budget of weights leaves activations", "--qe --qe-budget 1MB --qeba 4 --sense-images 9", []),
+    (
+        "bits beside a budget",
+        "--qe --qe-budget 1GBOPs --qeba 4 --qebw 0",
+        ["--qe-bits-acts is ignored: --qe-budget tells which are tried"],
+    ),
+    ("sensitivity of given settings", "--sense quant --qe-stats-file s.yaml --qepc --sense-bits 4", []),
+    (
+        "sensitivity only",
+        "--sense quant --qe --qebw 4",
+        [
+            "--quantize-eval has no effect: --sense only analyses",
+            "--qe-bits-wts is ignored: --sense-bits tells which are tried",
+        ],
+    ),
+    (
+        "searches that are not asked for",
+        "--qe --qe-bits-choices 4 --sense-bits 4 --sense-images 9 --lapq-maxiter 3",
+        [
+            "--qe-bits-choices has no effect without --qe-budget",
+            "--sense-bits has no effect without --sense",
+            "--sense-images has no effect without --sense or --qe-budget",
+            "--lapq-maxiter has no effect without --qe-lapq",
+        ],
+    ),
+    (
+        "what LAPQ does not need",
+        "--qe --qe-lapq --lapq-eval-memoize-dataloader --lapq-bh-niter 3 --lapq-init-method powell",
+        [
+            "--lapq-eval-memoize-dataloader is ignored: the images are always kept in memory",
+            "--lapq-basinhopping-niter has no effect without --lapq-basinhopping",
+            "--lapq-init-method has no effect without --lapq-init-mode l1, l2 or l3",
+        ],
+    ),
     (
         "config file",
         "--qe --qe-config-file q.yaml --qeba 4 --qepc",

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlib.config.budget import parse_budget
 from qlib.errors import UsageError, did_you_mean
 
-__all__ = ["Kind", "SWITCH", "arch", "choice", "devices", "existing_file", "fraction", "names", "path", "real"]
+__all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
+__all__ += ["names", "path", "real"]
 __all__ += ["new_file", "run_name", "split_names", "whole"]
 
 
@@ -154,6 +156,23 @@ def devices() -> Kind:
         return ids
 
     return Kind(read, "different device numbers with commas between them, such as 0 or 0,1", "IDS")
+
+
+def bit_widths() -> Kind:
+    """Bit-widths with commas between them: `2,3,4,8`; they are sorted."""
+
+    def read(text: str) -> tuple[int, ...]:
+        bits = sorted(int(each) for each in text.split(","))
+        _require(min(bits) >= 2 and max(bits) <= 16 and len(set(bits)) == len(bits))
+        return tuple(bits)
+
+    return Kind(read, "different whole numbers from 2 to 16 with commas between them, such as 2,3,4,8", "BITS")
+
+
+def budget() -> Kind:
+    """A budget such as `3.2MB`, as text."""
+    allowed = "a number above 0 with its unit: 3.2MB of weights, 4.5bits for each weight, or 12GBOPs"
+    return Kind(lambda text: str(parse_budget(text)), allowed, "BUDGET")
 
 
 def names() -> Kind:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from qlib.config.search_flags import LapqArgs, check_searches, search_warnings
 from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError, UsageError, did_you_mean
 
@@ -89,6 +90,9 @@ class QuantArgs:
     calibration: float | None = None
     calibration_split: str = "train"
     config_file: Path | None = None
+    budget: str | None = None
+    bits_choices: tuple[int, ...] = (2, 3, 4, 6, 8)
+    lapq: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,10 @@ class RunConfig:
     quantize_eval: bool = False
     qe: QuantArgs = field(default_factory=QuantArgs)
     ptq: PtqArgs = field(default_factory=PtqArgs)
+    lapq: LapqArgs = field(default_factory=LapqArgs)
+    sense: str | None = None
+    sense_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    sense_images: int = 128
     export_onnx: Path | None = None
     export_opset: int | None = None
     export_encodings: tuple[str, ...] = ()
@@ -158,7 +166,7 @@ class RunConfig:
         return f"# repeat this run: compress.py --run-config THIS_FILE\n{body}"
 
 
-GROUPS: Mapping[str, type] = {"qe": QuantArgs, "ptq": PtqArgs}
+GROUPS: Mapping[str, type] = {"qe": QuantArgs, "ptq": PtqArgs, "lapq": LapqArgs}
 """The fields of `RunConfig` that hold a group of flags: `--qe-mode` is the field `mode` of `qe`."""
 
 
@@ -221,7 +229,8 @@ def needs_folder(config: RunConfig) -> bool:
     digits = config.dataset == "digits" or (config.dataset is None and "digits" in config.arch)
     loads = config.resume_from is not None or config.exp_load_weights_from is not None
     unknown = loads or ".py:" in config.arch
-    looks_at_images = config.evaluate or config.qe.calibration is not None or config.verify is not None
+    asks = (config.qe.calibration, config.verify, config.sense)
+    looks_at_images = config.evaluate or any(each is not None for each in asks)
     only_exports = exports(config) and not looks_at_images
     return not (digits or unknown or config.summary or config.check or only_exports)
 
@@ -247,6 +256,7 @@ def check_combination(config: RunConfig) -> None:
             raise UsageError(
                 f"{flag} needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint"
             )
+    check_searches(config)
     # A quantized checkpoint is evaluated without being asked; whether it is one is known once it is read.
     if not asks_for_something(config) and config.resume_from is None:
         raise nothing_to_do()
@@ -255,13 +265,13 @@ def check_combination(config: RunConfig) -> None:
 def asks_for_something(config: RunConfig) -> bool:
     """Whether a flag says what to do."""
     verbs = (config.evaluate, config.quantize_eval, config.summary, config.check, config.qe.calibration is not None)
-    return any(verbs) or exports(config)
+    return any(verbs) or config.sense is not None or exports(config)
 
 
 def nothing_to_do() -> UsageError:
     """The error of a command line that asks for nothing."""
     return UsageError(
-        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --export-onnx, --summary or --check"
+        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --export-onnx, --sense, --summary or --check"
     )
 
 
@@ -281,7 +291,7 @@ def startup_warnings(config: RunConfig) -> list[str]:
     given, qe = config.given, config.qe
     source = next((flag for flag in ("--qe-stats-file", "--qe-dynamic", "--qe-config-file") if flag in given), None)
     found = [f"{flag} is ignored: {qe.config_file} (--qe-config-file) replaces it" for flag in ignored_flags(config)]
-    if not config.quantize_eval and not config.check:
+    if not config.quantize_eval and not config.check and config.sense is None:
         wanted = (*_REPLACED_BY_CONFIG_FILE, *_NEED_QUANTIZING)
         found += [f"{flag} has no effect without --quantize-eval" for flag in wanted if flag in given]
     prints = "--summary" if config.summary else "--check" if config.check else None
@@ -301,6 +311,7 @@ def startup_warnings(config: RunConfig) -> list[str]:
         found.append(f"--qe-clip-n-stds is ignored: --qe-clip-acts is {qe.clip_acts}, not n_std")
     if "--qe-pytorch-backend" in given:
         found.append("--qe-pytorch-backend is ignored: it chooses how to convert to PyTorch's own quantized modules")
+    found += search_warnings(config)
     if "--resume" in given:
         found.append("--resume is deprecated: use --resume-from")
     loaded = next((flag for flag in ("--resume", "--resume-from", "--exp-load-weights-from") if flag in given), None)

@@ -1,0 +1,77 @@
+"""The flags of the searches: of LAPQ, of bits under a budget, of sensitivity; and what they need of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlib.errors import UsageError
+
+if TYPE_CHECKING:
+    from qlib.config.run_config import RunConfig
+
+__all__ = ["LapqArgs", "check_searches", "search_warnings"]
+
+
+@dataclass(frozen=True)
+class LapqArgs:
+    """The `--lapq-*` flags: how `--qe-lapq` searches. A field is named as its flag, without `--lapq-`."""
+
+    maxiter: int | None = None
+    maxfev: int | None = None
+    method: str = "powell"
+    basinhopping: bool = False
+    basinhopping_niter: int = 100
+    init_mode: str | None = None
+    init_method: str = "powell"
+    eval_size: float = 1.0
+    images: int = 256
+    eval_memoize_dataloader: bool = False
+    search_clipping: bool = False
+
+
+def check_searches(config: RunConfig) -> None:
+    """Raises UsageError for a search that lacks what it searches on."""
+    qe = config.qe
+    searches = {"--qe-budget": qe.budget is not None, "--qe-lapq": qe.lapq, "--sense": config.sense is not None}
+    for flag in [flag for flag, wanted in searches.items() if wanted]:
+        if flag != "--sense" and not config.quantize_eval:
+            raise UsageError(f"{flag} needs --quantize-eval, which quantizes the model and evaluates it")
+        if qe.dynamic:
+            raise UsageError(
+                f"{flag} and --qe-dynamic cannot be combined: {flag} needs ranges that are the same for all images;"
+                " drop one of them"
+            )
+
+
+def search_warnings(config: RunConfig) -> list[str]:
+    """One sentence for each flag about a search that has no effect."""
+    given, qe, lapq = config.given, config.qe, config.lapq
+    found: list[str] = []
+    if config.sense is not None:
+        verbs = ("--quantize-eval", "--evaluate")
+        found += [f"{flag} has no effect: --sense only analyses" for flag in verbs if flag in given]
+    needed = {"--qe-bits-choices": qe.budget is not None, "--sense-bits": config.sense is not None}
+    needed["--sense-images"] = config.sense is not None or qe.budget is not None
+    needs = {"--qe-bits-choices": "--qe-budget", "--sense-bits": "--sense", "--sense-images": "--sense or --qe-budget"}
+    needed |= {f"--lapq-{each.name.replace('_', '-')}": qe.lapq for each in dataclasses.fields(LapqArgs)}
+    found += [
+        f"{flag} has no effect without {needs.get(flag, '--qe-lapq')}"
+        for flag, useful in needed.items()
+        if flag in given and not useful
+    ]
+    replaced = {"--qe-bits-wts": qe.bits_wts, "--qe-bits-acts": qe.bits_acts}
+    if qe.budget is not None and not qe.budget.endswith("BOPs"):
+        replaced.pop("--qe-bits-acts")  # such a budget is one of weights: activations keep their bits
+    chooser = "--sense-bits" if config.sense is not None else "--qe-budget" if qe.budget is not None else None
+    if chooser and qe.config_file is None:
+        ignored = [flag for flag, bits in replaced.items() if flag in given and bits]
+        found += [f"{flag} is ignored: {chooser} tells which are tried" for flag in ignored]
+    if qe.lapq and "--lapq-eval-memoize-dataloader" in given:
+        found.append("--lapq-eval-memoize-dataloader is ignored: the images are always kept in memory")
+    if qe.lapq and "--lapq-basinhopping-niter" in given and not lapq.basinhopping:
+        found.append("--lapq-basinhopping-niter has no effect without --lapq-basinhopping")
+    if qe.lapq and "--lapq-init-method" in given and lapq.init_mode not in ("l1", "l2", "l3"):
+        found.append("--lapq-init-method has no effect without --lapq-init-mode l1, l2 or l3")
+    return found
