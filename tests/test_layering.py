@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = (
     ("errors",),
     ("registry", "progress"),
-    ("quant.spec", "quant.affine", "quant.plan", "stats.tensor_stats", "checkpoint_file"),
+    ("quant.spec", "quant.affine", "quant.plan", "stats.histogram", "stats.tensor_stats", "checkpoint_file"),
     ("clip", "graph", "config", "data", "models"),
-    ("lower", "quant.plan_schema", "quant.plan_file", "stats.collect", "stats.stats_file"),
+    ("lower", "quant.plan_schema", "quant.plan_file", "stats"),
     ("quantizers", "evaluate"),
     ("checkpoint", "runlog", "report", "summary", "deploy"),
     ("job",),

@@ -11,10 +11,20 @@ from qlib.config.yaml_source import Node
 from qlib.errors import did_you_mean
 from qlib.quant.spec import MODES
 
-__all__ = ["CLIP_NAMES", "LAYER_FIELDS", "QUANTIZER_FIELDS", "Field", "read_fields"]
+__all__ = ["CLIP_NAMES", "HISTOGRAM_CLIPS", "LAYER_FIELDS", "QUANTIZER_FIELDS", "SCALES", "WEIGHT_CLIPS"]
+__all__ += ["Field", "read_fields"]
 
-CLIP_NAMES = ("none", "avg", "n_std", "gauss", "laplace")
+HISTOGRAM_CLIPS = ("percentile", "kl", "mse", "lp", "auto")
+"""Those of `CLIP_NAMES` that answer from a histogram."""
+
+CLIP_NAMES = ("none", "avg", "n_std", "gauss", "laplace", *HISTOGRAM_CLIPS)
 """The names that `clip_acts` takes, those of the registry `qlib.clip.CLIP_METHODS`."""
+
+WEIGHT_CLIPS = ("none", "percentile", "mse", "lp", "auto")
+"""The names that `clip_wts` takes, those of the registry `qlib.quantizers.weight_ranges.WEIGHT_METHODS` and `auto`."""
+
+SCALES = ("float", "pow2")
+"""What `scale` may be: any number, or powers of two."""
 
 _MODE_NAMES = {
     **{mode: mode for mode in MODES},
@@ -99,6 +109,21 @@ def _positive(node: Node) -> float | None:
     return float(value)
 
 
+def _number(low: float, high: float, default: float, *, above: bool = False) -> Callable[[Node], float]:
+    """A number from `low`, or `above` it, to `high`; null means `default`."""
+    words = f"a number {'above' if above else 'from'} {low:g} to {high:g}, or null for {default:g}"
+
+    def convert(node: Node) -> float:
+        value = default if node.value is None else node.value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise NotAllowed(words)
+        if above and value == low:
+            raise NotAllowed(words)
+        return float(value)
+
+    return convert
+
+
 def _float_bits(node: Node) -> int | None:
     if node.value not in (None, 16, 32, 64) or isinstance(node.value, (bool, float)):
         raise NotAllowed("16, 32, 64 or null")
@@ -168,6 +193,10 @@ def _unknown(key: str, allowed: Iterable[str]) -> str:
 
 _mode = _choice(_MODE_NAMES)
 _clip = _choice({name: name for name in CLIP_NAMES})
+_clip_wts = _choice({name: name for name in WEIGHT_CLIPS})
+_percentile = _number(50, 100, 99.99, above=True)
+_p = _number(1, 4, 2.0)
+_scale = _choice({name: name for name in SCALES})
 _bits = _whole(2, 16, null=0, zero=True)
 _BOTH_MODES = _field(_mode, "mode_activations", "mode_weights")
 _MODE_PARTS = {"activations": _field(_mode, "mode_activations"), "weights": _field(_mode, "mode_weights")}
@@ -177,6 +206,8 @@ _INPUT_FIELDS = {
     "mode": _field(_mode, "mode_activations"),
     "clip_acts": _field(_clip, "clip_acts"),
     "clip_n_stds": _field(_positive, "clip_n_stds"),
+    "clip_percentile": _field(_percentile, "clip_percentile"),
+    "clip_p": _field(_p, "clip_p"),
 }
 _COMMON = {
     "bits_activations": _field(_bits, "bits_activations"),
@@ -185,6 +216,10 @@ _COMMON = {
     "mode": Field(_modes),
     "clip_acts": _field(_clip, "clip_acts"),
     "clip_n_stds": _field(_positive, "clip_n_stds"),
+    "clip_percentile": _field(_percentile, "clip_percentile"),
+    "clip_p": _field(_p, "clip_p"),
+    "clip_wts": _field(_clip_wts, "clip_wts"),
+    "scale": _field(_scale, "scale"),
     "clip_half_range": _field(_flag, "clip_half_range"),
     "per_channel_wts": _field(_flag, "per_channel_wts"),
     "scale_approx_mult_bits": _field(_whole(1, 31, null=None), "scale_approx_mult_bits"),

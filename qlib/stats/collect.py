@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 
 from qlib.errors import OutputError, StatsError
 from qlib.graph.ir import Graph, attribute, is_constant, is_layer, is_move, layer_inputs, layers, name_of
+from qlib.stats.histogram import Histogram
+from qlib.stats.histogram_rows import HistogramRows
 from qlib.stats.tensor_stats import LayerStats, TensorStats
 
 __all__ = ["MICRO_BATCH", "Collector"]
@@ -24,6 +26,7 @@ MICRO_BATCH = 16
 """Images in one forward pass: small enough that an activation is still in cache when its statistics are taken."""
 
 _PERIOD, _BLOCK = 1021, 127
+_ROWS = "histograms."
 _SAME_VALUES = frozenset(
     {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "swapaxes"}
 )
@@ -84,15 +87,17 @@ class Collector:
 
     The mean absolute deviation takes one pass as well: ``sum |x - m| ~= sum (x - m) sgn(x - p)``, with the running
     mean p when the batch arrived for the final mean m; the error is of second order in ``p - m``.
-    Memory is one row of numbers for each tensor, whatever the number of images.
+    Memory is one row of numbers for each tensor, whatever the number of images; with `histograms`, one of counts too.
+    Of a large tensor an eighth of the values is counted (see `_sample`); minimum and maximum are those of all values.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, *, histograms: bool = False) -> None:
         self._graph = graph
         self._nodes = self._measured()
         self._shapes: dict[str, list[int]] = {}
         self._state: _State | None = None
-        self._observer = _Observer(graph, self._nodes)
+        self._observer = _Observer(graph, self._nodes, histograms)
+        self._rows = HistogramRows.empty(len(self._nodes), self._observer.device) if histograms else None
 
     def _measured(self) -> list[fx.Node]:
         """The tensors to measure: model inputs, layer outputs, and the parts of such that are layer inputs."""
@@ -122,16 +127,18 @@ class Collector:
         `consumed` is how many images the data set was asked for, N unless corrupt ones were left out.
         Raises StatsError, naming the layer, for a NaN or infinity.
         """
-        state = self._state
+        state, rows = self._state, self._rows
         for part in torch.split(images, MICRO_BATCH):
             batch, shapes = self._observer.measure(part, state)
             if not bool(torch.isfinite(batch.s2).all()):  # NaN or infinity anywhere ends up here
                 self._refuse(batch.s2, 0 if state is None else int(state.samples))
             state = batch if state is None else state.add(batch)
             self._shapes = self._shapes or shapes
+            if rows is not None:
+                rows = rows.add(self._observer.values, *torch.stack([state.min, state.max]).tolist())
         if state is not None and consumed is not None:
             state = replace(state, consumed=state.consumed + (consumed - len(images)))
-        self._state = state
+        self._state, self._rows = state, rows
 
     def _refuse(self, s2: Tensor, samples: int) -> None:
         bad = (~torch.isfinite(s2)).tolist()
@@ -146,14 +153,17 @@ class Collector:
         if self._state is None:
             raise StatsError("no image was seen, so there are no statistics; calibrate on at least one image")
         columns = {name: values.expand(len(self._nodes)).tolist() for name, values in vars(self._state).items()}
-        measured = {
-            node: self._tensor_stats({name: values[i] for name, values in columns.items()}, self._shapes[node.name])
-            for i, node in enumerate(self._nodes)
-        }
+        measured: dict[fx.Node, TensorStats] = {}
+        for i, node in enumerate(self._nodes):
+            row = {name: values[i] for name, values in columns.items()}
+            stats = self._tensor_stats(row, self._shapes[node.name])
+            measured[node] = replace(stats, histogram=self._histogram(i, measured, stats))
 
         def stats_of(node: fx.Node) -> TensorStats:
             origin = self._origin(node)
-            return _constant_stats(attribute(self._graph, origin)) if is_constant(origin) else measured[origin]
+            if not is_constant(origin):
+                return measured[origin]
+            return _constant_stats(attribute(self._graph, origin), with_histogram=self._rows is not None)
 
         return {
             name_of(node): LayerStats(tuple(map(stats_of, layer_inputs(node))), measured[node])
@@ -177,15 +187,27 @@ class Collector:
             shape=tuple(shape),
         )
 
+    def _histogram(self, i: int, measured: Mapping[fx.Node, TensorStats], stats: TensorStats) -> Histogram | None:
+        """The histogram of tensor i; that of a ReLU follows from its input's."""
+        if self._rows is None:
+            return None
+        limit = self._observer.relus.get(self._nodes[i])
+        if limit is None:
+            return self._rows.row(i, stats.min, stats.max)
+        before = measured[layer_inputs(self._nodes[i])[0]].histogram
+        return None if before is None else before.clipped(0.0, limit)
+
     def save(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         """Writes all that `load` needs to go on from here, atomically."""
         assert self._state is not None
         header = {"fingerprint": fingerprint, "shapes": self._shapes}
         temporary = path.with_name(path.name + ".tmp")
+        rows = {} if self._rows is None else self._rows.state()
+        tensors = vars(self._state) | {_ROWS + name: value for name, value in rows.items()}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(
-                {name: value.cpu().contiguous() for name, value in vars(self._state).items()},
+                {name: value.cpu().contiguous() for name, value in tensors.items()},
                 temporary,
                 metadata={"qlib": json.dumps(header, sort_keys=True)},
             )
@@ -203,8 +225,12 @@ class Collector:
             return 0
         if header.get("fingerprint") != json.loads(json.dumps(fingerprint)):
             return 0
+        rows = {name.removeprefix(_ROWS): tensors.pop(name) for name in list(tensors) if name.startswith(_ROWS)}
+        if bool(rows) != (self._rows is not None):
+            return 0
         device = self._observer.device
         self._state = _State(**{name: value.to(device) for name, value in tensors.items()})
+        self._rows = HistogramRows.of_state(rows, device) if rows else None
         self._shapes = header["shapes"]
         return int(self._state.consumed)
 
@@ -216,8 +242,9 @@ def _operation(node: fx.Node) -> str:
 class _Observer(fx.Interpreter):
     """Runs the graph and measures the tensors of `nodes` as they are computed."""
 
-    def __init__(self, graph: Graph, nodes: list[fx.Node]) -> None:
+    def __init__(self, graph: Graph, nodes: list[fx.Node], keep_values: bool) -> None:
         super().__init__(graph)
+        self.keep_values = keep_values
         self.index = {node: i for i, node in enumerate(nodes)}
         self.device = next((t.device for t in graph.state_dict().values()), torch.device("cpu"))
         self.scratch = torch.empty(0, device=self.device)
@@ -237,6 +264,7 @@ class _Observer(fx.Interpreter):
         self.ranges: list[Tensor] = [images] * len(self.index)
         self.sums: list[Tensor] = [images] * len(self.index)
         self.counts = [0] * len(self.index)
+        self.values: list[Tensor | None] = [None] * len(self.index)
         self.shapes: dict[str, list[int]] = {}
         self.run(images)
         return self._batch_state(), self.shapes
@@ -256,6 +284,8 @@ class _Observer(fx.Interpreter):
             pivot = self.pivots[index]
             origin, cut = (pivot, self.zero) if self.shifted[index] else (None, pivot)
             self.sums[index] = _sums(flat.view(-1), origin, cut, self.scratch[: flat.numel()])
+            if self.keep_values and n not in self.relus:
+                self.values[index] = _sample(flat.view(-1), least_rows=64).clone()
         return value
 
     def _range(self, node: fx.Node, flat: Tensor) -> Tensor:
@@ -310,16 +340,16 @@ def _sums(x: Tensor, origin: Tensor | None, cut: Tensor, scratch: Tensor) -> Ten
     return torch.stack([y.sum(), torch.dot(y, y), deviation.abs_().mean(), sign])
 
 
-def _sample(x: Tensor) -> Tensor:
+def _sample(x: Tensor, least_rows: int = 256) -> Tensor:
     """All of a small tensor; of a large one 127 values in every 1,021: an eighth, of every place and channel.
 
     1,021 is prime, so that the blocks do not fall on the same channels again and again.
     """
     rows = len(x) // _PERIOD
-    return x if rows < 256 else x[: rows * _PERIOD].view(rows, _PERIOD)[:, :_BLOCK]
+    return x if rows < least_rows else x[: rows * _PERIOD].view(rows, _PERIOD)[:, :_BLOCK]
 
 
-def _constant_stats(value: Tensor) -> TensorStats:
+def _constant_stats(value: Tensor, *, with_histogram: bool) -> TensorStats:
     """Statistics of a tensor that does not depend on the images."""
     x = value.detach().double()
     mean = float(x.mean())
@@ -328,4 +358,5 @@ def _constant_stats(value: Tensor) -> TensorStats:
     return TensorStats(
         count=x.numel(), samples=1, min=low, max=high, avg_min=low, avg_max=high, mean=mean,
         std=float(deviation.square().mean().sqrt()), b=float(deviation.abs().mean()), shape=tuple(x.shape),
+        histogram=Histogram.of(x.cpu().numpy()) if with_histogram else None,
     )  # fmt: skip

@@ -8,6 +8,8 @@
         0: {min: ., max: ., avg_min: ., avg_max: ., mean: ., std: ., b: ., shape: (128, 3, 32, 32), total_numel: .,
             samples: .}
       output: {min: ., ...}
+
+Histograms, where they were collected, lie in a `.safetensors` file beside it, which the header names by its hash.
 """
 
 from __future__ import annotations
@@ -18,15 +20,19 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError, OutputError, StatsError, did_you_mean
+from qlib.stats.histogram import Histogram
+from qlib.stats.histogram_file import content_hash, histogram_bytes, histogram_path, read_histograms, write_histograms
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
 __all__ = ["check_fingerprint", "read_stats", "write_stats"]
 
 _HEADER = "qlib_stats"
+_HISTOGRAMS = "histograms"
 _VERSION = 1
 _FLOATS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
 _KEYS = (*_FLOATS, "shape", "total_numel", "samples")
@@ -36,14 +42,17 @@ _PLAIN = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)\Z)[a-z_][\w.]*", 
 def write_stats(path: str | Path, stats: ModelStats) -> None:
     """Writes the file under a temporary name, then renames it: it is whole or absent. Folders are made.
 
-    The same statistics give the same bytes, and every number reads back as the same number.
+    Histograms go to a file beside it, first. The same statistics give the same bytes, and every number reads back as
+    the same number.
 
     Raises:
         StatsError: a value is NaN or infinite; the sentence names the layer.
         OutputError: the file cannot be written.
     """
-    text = "".join(_lines(stats))
-    path = Path(path)
+    path, histograms = Path(path), histogram_bytes(stats.layers)
+    text = "".join(_lines(stats, None if histograms is None else content_hash(histograms)))
+    if histograms is not None:
+        write_histograms(histogram_path(path), histograms)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,9 +65,10 @@ def write_stats(path: str | Path, stats: ModelStats) -> None:
         raise OutputError(f"the statistics cannot be written to {path}: {error.strerror or error}") from None
 
 
-def _lines(stats: ModelStats) -> Iterator[str]:
+def _lines(stats: ModelStats, histograms: str | None) -> Iterator[str]:
     yield f"{_HEADER}:\n  version: {_VERSION}\n"
-    for key, value in stats.fingerprint.items():
+    named = {} if histograms is None else {_HISTOGRAMS: histograms}
+    for key, value in {**stats.fingerprint, **named}.items():
         yield f"  {_text(key)}: {value if isinstance(value, int) else json.dumps(value, ensure_ascii=False)}\n"
     for name, layer in stats.layers.items():
         yield f"{_text(name)}:\n  inputs:{'' if layer.inputs else ' {}'}\n"
@@ -107,10 +117,12 @@ def read_stats(path: str | Path) -> ModelStats:
     """Reads our files and Distiller's.
 
     What a Distiller file does not hold is derived: `samples` from total_numel and shape; without total_numel, `count`
-    and `samples` are those of the first batch. A module that Distiller saw but never ran is left out.
+    and `samples` are those of the first batch. A module that Distiller saw but never ran is left out. Where the file
+    of the histograms is gone, the statistics are without them.
 
     Raises:
-        StatsError: the file cannot be read or is not of this format, or holds NaN or infinity; with `file:line`.
+        StatsError: the file cannot be read or is not of this format, or holds NaN or infinity; with `file:line`. Or
+            the histograms beside it are not those it names.
     """
     try:
         root = load_yaml(path)
@@ -122,7 +134,24 @@ def read_stats(path: str | Path) -> ModelStats:
     found = {name: layer for name, layer in read.items() if layer is not None}
     if not found:
         raise StatsError(f"{root.where}: the file holds no statistics; collect them with --qe-calibration")
-    return ModelStats(found, {} if header is None else _fingerprint(header))
+    fingerprint = {} if header is None else _fingerprint(header)
+    expected, beside = fingerprint.pop(_HISTOGRAMS, None), histogram_path(Path(path))
+    if expected is not None and beside.exists():
+        found = _with_histograms(found, read_histograms(beside, str(expected), Path(path)))
+    return ModelStats(found, fingerprint)
+
+
+def _with_histograms(
+    layers: Mapping[str, LayerStats], histograms: Mapping[str, tuple[list[Histogram | None], Histogram | None]]
+) -> dict[str, LayerStats]:
+    """The records with their histograms; a layer that was added by hand has none."""
+    joined = dict(layers)
+    for name, (inputs, output) in histograms.items():
+        layer = layers.get(name)
+        if layer is not None and len(inputs) == len(layer.inputs):
+            records = (replace(each, histogram=one) for each, one in zip(layer.inputs, inputs, strict=True))
+            joined[name] = LayerStats(tuple(records), replace(layer.output, histogram=output))
+    return joined
 
 
 def check_fingerprint(stats: ModelStats, arch: str, weights_hash: str) -> None:
@@ -196,7 +225,8 @@ def _record(what: str, node: Node) -> TensorStats:
     count = _count(what, "total_numel", entries, math.prod(shape))
     samples = _count(what, "samples", entries, count // max(1, math.prod(shape[1:])))
     minimum, maximum = values.pop("min"), values.pop("max")
-    return TensorStats(count=count, samples=samples, min=minimum, max=maximum, shape=shape, **values)
+    record = TensorStats(count=count, samples=samples, min=minimum, max=maximum, shape=shape)
+    return replace(record, **values)  # type: ignore[arg-type]
 
 
 def _float(what: str, node: Node) -> float:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qlib.stats.histogram import Histogram
+
 __all__ = ["EMPTY", "LayerStats", "ModelStats", "TensorStats"]
 
 
@@ -15,6 +17,7 @@ class TensorStats:
 
     `min`, `max` are over elements; `avg_min`, `avg_max` are means over samples of the sample's own min and max;
     `std` is the population standard deviation; `b` = E|x - mean|. A value that a file did not hold is None.
+    `histogram` is of all values or, of a large tensor, of a part of them; it reaches from `min` to `max` all the same.
     `shape` is that of the first batch, `samples` the number of samples and `count` the number of elements.
 
     Laws: `merge` is associative and commutative with `EMPTY` as identity: the statistics of two halves
@@ -31,6 +34,7 @@ class TensorStats:
     std: float | None = None
     b: float | None = None
     shape: tuple[int, ...] = ()
+    histogram: Histogram | None = None
 
     def merge(self, other: TensorStats) -> TensorStats:
         """Statistics of the union of two disjoint sets of samples.
@@ -70,7 +74,12 @@ class TensorStats:
             std=spread,
             b=blend(self.b, other.b, self.count, other.count),
             shape=self.shape,
+            histogram=_merged(self.histogram, other.histogram),
         )
+
+
+def _merged(one: Histogram | None, other: Histogram | None) -> Histogram | None:
+    return None if one is None or other is None else one.merge(other)
 
 
 EMPTY = TensorStats(count=0, samples=0, min=math.inf, max=-math.inf)

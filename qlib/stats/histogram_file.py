@@ -1,0 +1,115 @@
+"""Histograms as a `.safetensors` file beside the statistics they belong to.
+
+One row of `counts` after another; a histogram that several records share is held once. The metadata tell which
+record has which::
+
+    {"version": 1, "layers": {"conv1": {"inputs": [0], "output": 1}}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from qlib.errors import OutputError, StatsError
+from qlib.stats.histogram import Histogram
+from qlib.stats.tensor_stats import LayerStats
+
+__all__ = ["content_hash", "histogram_bytes", "histogram_path", "read_histograms", "write_histograms"]
+
+LayerHistograms: TypeAlias = "tuple[list[Histogram | None], Histogram | None]"
+
+_KEY, _VERSION = "qlib_histograms", 1
+
+
+def histogram_path(stats_path: Path) -> Path:
+    """Where the histograms of a statistics file lie.
+
+    >>> histogram_path(Path("stats/vgg11_imagenet.yaml")).name
+    'vgg11_imagenet.safetensors'
+    """
+    return stats_path.with_suffix(".safetensors")
+
+
+def histogram_bytes(layers: Mapping[str, LayerStats]) -> bytes | None:
+    """The file's content; None where no record has a histogram. The same histograms give the same bytes."""
+    rows: dict[Histogram, int] = {}
+
+    def row(histogram: Histogram | None) -> int | None:
+        return None if histogram is None else rows.setdefault(histogram, len(rows))
+
+    index = {
+        name: {"inputs": [row(record.histogram) for record in layer.inputs], "output": row(layer.output.histogram)}
+        for name, layer in layers.items()
+    }
+    if not rows:
+        return None
+    table = [(each.first, each.exponent, len(each.counts), each.zeros) for each in rows]
+    tensors = {
+        "table": np.array(table, dtype=np.int64),
+        "counts": np.concatenate([np.array(each.counts, dtype=np.int64) for each in rows]),
+    }
+    return save(tensors, {_KEY: json.dumps({"version": _VERSION, "layers": index})})
+
+
+def content_hash(content: bytes) -> str:
+    """The hash by which a statistics file names its histograms."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def write_histograms(path: Path, content: bytes) -> None:
+    """Writes the file under a temporary name, then renames it. Raises OutputError where it cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"the histograms cannot be written to {path}: {error.strerror or error}") from None
+
+
+def read_histograms(path: Path, expected: str, stats_path: Path) -> dict[str, LayerHistograms]:
+    """Layer name -> the histograms of its inputs and of its output, from the file beside `stats_path`.
+
+    Raises:
+        StatsError: the file cannot be read, or is not the one whose hash is `expected`.
+    """
+    remedy = "collect both again with --qe-calibration and --qe-histograms"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StatsError(f"the histograms in {path} cannot be read: {error.strerror or error}; {remedy}") from None
+    if content_hash(content) != expected:
+        raise StatsError(f"{path} does not hold the histograms of {stats_path}, which names other ones; {remedy}")
+    header = json.loads(_metadata(content))
+    if header["version"] != _VERSION:
+        raise StatsError(f"{path} is of version {header['version']}; this program reads version {_VERSION}: update it")
+    tensors = load(content)
+    found, start = list[Histogram](), 0
+    for first, exponent, bins, zeros in tensors["table"].tolist():
+        found.append(Histogram.from_bins(first, exponent, tensors["counts"][start : start + bins], zeros))
+        start += bins
+
+    def histogram(row: int | None) -> Histogram | None:
+        return None if row is None else found[row]
+
+    return {
+        name: ([histogram(row) for row in layer["inputs"]], histogram(layer["output"]))
+        for name, layer in header["layers"].items()
+    }
+
+
+def _metadata(content: bytes) -> str:
+    size = int.from_bytes(content[:8], "little")
+    text: str = json.loads(content[8 : 8 + size])["__metadata__"][_KEY]
+    return text
