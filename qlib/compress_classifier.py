@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qlib.checkpoint_file import read_checkpoint
 from qlib.config.ptq_config import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
 from qlib.config.resolve import resolve
 from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, startup_warnings
+from qlib.config.search_flags import searches
 from qlib.errors import ModelError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together
 from qlib.handover import Model, hand_over, hand_over_float, measure_saturation
@@ -36,6 +38,8 @@ from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.quantizers.reduce_range import reduce_range
 from qlib.report import float_layers, plan_table, settings_table
 from qlib.runlog import RunLog, append_metrics, open_run
+from qlib.search.analysis import analyse
+from qlib.search.mixed import choose_bits
 from qlib.stats.stats_file import check_fingerprint, read_stats
 from qlib.stats.tensor_stats import ModelStats
 from qlib.summary import summary
@@ -66,6 +70,8 @@ def run(config: RunConfig) -> int:
             _summarize(job)
         elif config.check:
             _check(job)
+        elif config.sense is not None:
+            _analyse(job)
         elif config.quantize_eval:
             return _quantize_and_evaluate(job)
         elif config.qe.calibration is not None:
@@ -134,6 +140,28 @@ def _make_plan(job: Job, folded: FoldedGraph) -> tuple[Plan, ModelStats | None, 
     Also: the statistics, and whether to keep the float weights.
     """
     ptq, settings = _settings(job, folded)
+    stats = _stats_for(job, folded, ptq, settings)
+    planner = partial(_plan_of, folded, stats)
+    if job.config.qe.budget is not None:
+        settings = choose_bits(job, folded.graph, ptq, settings, planner, _stats_file(job, ptq, stats))
+    return planner(settings), stats, ptq.save_fp_weights
+
+
+def _plan_of(folded: FoldedGraph, stats: ModelStats | None, settings: Mapping[str, LayerSettings]) -> Plan:
+    return plan_post_train_linear(folded.graph, settings, stats, folded.folded)
+
+
+def _stats_file(job: Job, ptq: PtqConfig, stats: ModelStats | None) -> str | None:
+    """The file of the statistics, as settings in the run's folder name it."""
+    if ptq.stats_file is not None:
+        return str(ptq.stats_file.absolute())
+    return job.file("acts_quantization_stats.yaml").name if stats is not None else None
+
+
+def _stats_for(
+    job: Job, folded: FoldedGraph, ptq: PtqConfig, settings: Mapping[str, LayerSettings]
+) -> ModelStats | None:
+    """The statistics that the settings need, read or collected; none where activations are dynamic or in float."""
     fraction, stats = job.config.qe.calibration, None
     quantizes_activations = any(each.bits_activations for each in settings.values())
     if ptq.stats_file is not None:
@@ -141,11 +169,26 @@ def _make_plan(job: Job, folded: FoldedGraph) -> tuple[Plan, ModelStats | None, 
     elif fraction is not None or (quantizes_activations and not ptq.dynamic):
         stats = calibrate(job, folded.graph, fraction or _IMPLICIT_CALIBRATION)
     elif quantizes_activations:
+        if searching := searches(job.config):
+            raise UsageError(
+                f"{searching[0]} needs fixed ranges, but {job.config.qe.config_file} names no model_activation_stats;"
+                " add that line"
+            )
         _log.warning(
             "Warning: dynamic quantization: each image's own range is used;"
             " only weighted layers and matrix products are quantized"
         )
-    return plan_post_train_linear(folded.graph, settings, stats, folded.folded), stats, ptq.save_fp_weights
+    return stats
+
+
+def _analyse(job: Job) -> None:
+    """Measures what few bits in each layer alone do."""
+    folded = fold(job)
+    if _given_plan(job, folded) is not None:
+        raise UsageError("--sense needs settings, but --qe-config-file is a plan; give settings, or drop it")
+    ptq, settings = _settings(job, folded)
+    stats = _stats_for(job, folded, ptq, settings)
+    analyse(job, folded.graph, settings, partial(_plan_of, folded, stats))
 
 
 def _check(job: Job) -> None:
@@ -163,6 +206,8 @@ def _check(job: Job) -> None:
 def _quantize_and_evaluate(job: Job) -> int:
     folded = fold(job)
     given = _given_plan(job, folded)
+    if given is not None and job.config.qe.budget is not None:
+        raise UsageError("--qe-budget needs settings, but --qe-config-file is a plan, with its bits; drop one of them")
     plan, stats, keep_float_weights = (given, None, False) if given is not None else _make_plan(job, folded)
     plan = _reduce_range(job, folded, plan)
     plan_path = job.file("layer_quant_params.yaml")
@@ -242,6 +287,8 @@ def _refuse_flags(config: RunConfig, file: str, arch: str) -> None:
     """Raises UsageError for what cannot be done with a quantized checkpoint."""
     if config.quantize_eval or config.qe.calibration is not None:
         raise UsageError(f"{file} is quantized already; drop --quantize-eval and --qe-calibration to evaluate it")
+    if config.sense is not None:
+        raise UsageError(f"--sense needs a float model, but {file} is quantized; give the original")
     if config.summary:
         raise UsageError(f"--summary needs a float model, but {file} is quantized; give the original")
     if "--arch" in config.given and config.arch != arch:

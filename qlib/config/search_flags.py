@@ -11,7 +11,7 @@ from qlib.errors import UsageError
 if TYPE_CHECKING:
     from qlib.config.run_config import RunConfig
 
-__all__ = ["LapqArgs", "check_searches", "search_warnings"]
+__all__ = ["LapqArgs", "check_searches", "search_warnings", "searches"]
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,19 @@ class LapqArgs:
     search_clipping: bool = False
 
 
+def searches(config: RunConfig) -> list[str]:
+    """The flags that ask for a search."""
+    qe = config.qe
+    asked = {"--sense": config.sense is not None, "--qe-budget": qe.budget is not None, "--qe-lapq": qe.lapq}
+    return [flag for flag, wanted in asked.items() if wanted]
+
+
 def check_searches(config: RunConfig) -> None:
     """Raises UsageError for a search that lacks what it searches on."""
-    qe = config.qe
-    searches = {"--qe-budget": qe.budget is not None, "--qe-lapq": qe.lapq, "--sense": config.sense is not None}
-    for flag in [flag for flag, wanted in searches.items() if wanted]:
+    for flag in searches(config):
         if flag != "--sense" and not config.quantize_eval:
             raise UsageError(f"{flag} needs --quantize-eval, which quantizes the model and evaluates it")
-        if qe.dynamic:
+        if config.qe.dynamic:
             raise UsageError(
                 f"{flag} and --qe-dynamic cannot be combined: {flag} needs ranges that are the same for all images;"
                 " drop one of them"

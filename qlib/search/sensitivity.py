@@ -141,6 +141,11 @@ class Study:
         """How many variants each batch is run through."""
         return len(self._variants)
 
+    @property
+    def names(self) -> set[str]:
+        """The layers that are measured."""
+        return {variant.layer for variant in self._variants}
+
     @torch.inference_mode()
     def steps(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[int]:
         """Measures on ``(images, labels)``; yields the number of images after each variant of each batch."""

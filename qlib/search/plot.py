@@ -1,0 +1,40 @@
+"""The plot of sensitivities, where matplotlib is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlib.search.sensitivity import Sensitivity
+
+__all__ = ["plot_sensitivity"]
+
+_HIGHEST = 80.0  # dB: beyond it nothing is lost
+
+
+def plot_sensitivity(path: Path, rows: Sequence[Sensitivity]) -> bool:
+    """Writes the signal-to-noise ratio of the logits, a curve for each bit-width; False without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(row.what for row in rows))
+    longest = max(sum(row.what == what for row in rows) for what in kinds)
+    bits = sorted({row.bits for row in rows})
+    figure = Figure(figsize=(max(8.0, 0.3 * longest / len(bits) + 3), 4.5 * len(kinds)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, what in zip(figure.subplots(len(kinds), squeeze=False)[:, 0], kinds, strict=True):
+        for width in bits:
+            found = [row for row in rows if (row.what, row.bits) == (what, width)]
+            levels = [min(row.sqnr_logits, _HIGHEST) if not math.isnan(row.sqnr_logits) else 0.0 for row in found]
+            axes.plot([row.layer for row in found], levels, marker=".", label=f"{width} bits")
+        axes.set_title(f"{what} of one layer alone")
+        axes.set_ylabel("SQNR of the logits, dB")
+        axes.tick_params(axis="x", labelrotation=90)
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
+    return True
