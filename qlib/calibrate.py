@@ -15,6 +15,7 @@ from qlib.graph import Graph
 from qlib.job import LAYOUT, Job, loader_of, open_split, report_skipped
 from qlib.progress import track
 from qlib.stats.collect import MICRO_BATCH, Collector
+from qlib.stats.histogram_file import histogram_path
 from qlib.stats.stats_file import write_stats
 from qlib.stats.tensor_stats import ModelStats
 
@@ -26,8 +27,10 @@ _FOLDER = Path("stats")
 _SAVE_EVERY_SECONDS = 5.0
 
 
-def calibrate(job: Job, graph: Graph, fraction: float) -> ModelStats:
+def calibrate(job: Job, graph: Graph, fraction: float, *, histograms: bool = False) -> ModelStats:
     """Collects statistics on a fixed `fraction` of the calibration split and writes them to `stats/` and the run.
+
+    Histograms are collected where `histograms` or `--qe-histograms` asks for them.
 
     The state is kept in `stats/*.partial.safetensors` from the first images on; the same command takes it up again, and
     the result has the same bytes as that of an unbroken collection, whatever the batch size.
@@ -52,9 +55,10 @@ def calibrate(job: Job, graph: Graph, fraction: float) -> ModelStats:
     }
     stem = re.sub(r"[^\w.-]+", "_", f"{Path(job.spec.arch).name}_{job.dataset_name}")
     partial = _FOLDER / f"{stem}.partial.safetensors"
-    key = {**fingerprint, "seed": config.seed, "data": str(config.data)}
+    histograms = histograms or config.qe.histograms
+    key = {**fingerprint, "seed": config.seed, "data": str(config.data), "histograms": histograms}
     _log.info("Collecting quantization calibration stats based on %.1f%% of %s dataset", 100 * fraction, split)
-    collector = Collector(graph)
+    collector = Collector(graph, histograms=histograms)
     start = collector.load(partial, key)
     if partial.exists() and not start:
         _log.info("The unfinished collection in %s is of other settings, or damaged, and is replaced", partial)
@@ -68,6 +72,8 @@ def calibrate(job: Job, graph: Graph, fraction: float) -> ModelStats:
     partial.unlink(missing_ok=True)
     _log.info("Stats collection complete")
     _log.info("Stats saved to %s", path)
+    if histograms:
+        _log.info("Histograms saved to %s", histogram_path(path))
     return stats
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlib.clip import CLIP_METHODS
+from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS, SCALES, WEIGHT_CLIPS
 from qlib.config.flag_kinds import (
     SWITCH,
     Kind,
@@ -114,6 +114,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         ),
         Flag("--qe-calibration-split", choice(("train", "val", "test")), "split that calibration reads"),
         Flag(
+            "--qe-histograms",
+            SWITCH,
+            f"collect histograms too, which {', '.join(HISTOGRAM_CLIPS)} need (collected without being asked where"
+            " --quantize-eval calibrates for them)",
+        ),
+        Flag(
             "--qe-stats-file", existing_file(), "activation statistics collected earlier, or a layer_quant_params.yaml"
         ),
         Flag("--qe-dynamic", SWITCH, "take activation ranges from each batch"),
@@ -124,10 +130,22 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--qe-bits-acts --qeba", whole(2, 16, zero="left in float"), "bits of activations, 0 for float"),
         Flag("--qe-bits-wts --qebw", whole(2, 16, zero="left in float"), "bits of weights, 0 for float"),
         Flag("--qe-bits-accum", whole(2, 32), "bits of the accumulator"),
-        Flag("--qe-clip-acts --qeca", choice(CLIP_METHODS), "how the range of activations is clipped"),
+        Flag("--qe-clip-acts --qeca", choice(CLIP_NAMES), "how the range of activations is clipped"),
         Flag(
             "--qe-clip-n-stds", real(lambda number: number > 0, "a number above 0"), "standard deviations kept by n_std"
         ),
+        Flag(
+            "--qe-clip-percentile",
+            real(lambda number: 50 < number <= 100, "a number above 50 and at most 100", "P"),
+            "percentile of the values kept by percentile",
+        ),
+        Flag(
+            "--qe-clip-p",
+            real(lambda number: 1 <= number <= 4, "a number from 1 to 4", "P"),
+            "power of the error that lp makes least",
+        ),
+        Flag("--qe-clip-wts", choice(WEIGHT_CLIPS), "how the ranges of weights are clipped"),
+        Flag("--qe-scale", choice(SCALES), "scales are any numbers, or powers of two, so that codes are only shifted"),
         Flag("--qe-no-clip-layers --qencl", names(), "layers (names or regular expressions) not to clip"),
         Flag("--qe-no-quant-layers --qenql", names(), "layers (names or regular expressions) to leave in float"),
         Flag("--qe-per-channel --qepc", SWITCH, "a scale for each output channel of the weights"),

@@ -22,7 +22,7 @@ from qlib.checkpoint import (
 )
 from qlib.checkpoint_file import read_checkpoint
 from qlib.config.ptq_config import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
-from qlib.config.resolve import resolve
+from qlib.config.resolve import resolve, wants_histograms
 from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, startup_warnings
 from qlib.config.search_flags import searches
 from qlib.errors import ModelError, UsageError
@@ -101,6 +101,10 @@ def _settings(job: Job, folded: FoldedGraph) -> tuple[PtqConfig, dict[str, Layer
             mode_wts=qe.mode_wts,
             clip_acts=qe.clip_acts,
             clip_n_stds=qe.clip_n_stds,
+            clip_percentile=qe.clip_percentile,
+            clip_p=qe.clip_p,
+            clip_wts=qe.clip_wts,
+            scale=qe.scale,
             no_clip_layers=qe.no_clip_layers,
             no_quant_layers=qe.no_quant_layers,
             per_channel=qe.per_channel,
@@ -167,7 +171,8 @@ def _stats_for(
     if ptq.stats_file is not None:
         stats = _read_stats(job, ptq.stats_file)
     elif fraction is not None or (quantizes_activations and not ptq.dynamic):
-        stats = calibrate(job, folded.graph, fraction or _IMPLICIT_CALIBRATION)
+        histograms = wants_histograms(settings)
+        stats = calibrate(job, folded.graph, fraction or _IMPLICIT_CALIBRATION, histograms=histograms)
     elif quantizes_activations:
         if searching := searches(job.config):
             raise UsageError(

@@ -27,9 +27,10 @@ SPELLINGS = """
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
 --effective-valid-size --evs --effective-test-size --etes --skip-corrupt
 --evaluate -e --confusion --engine
---quantize-eval --qe --qe-calibration --qe-calibration-split --qe-stats-file --qe-dynamic --qe-config-file
+--quantize-eval --qe --qe-calibration --qe-calibration-split --qe-histograms --qe-stats-file --qe-dynamic
+--qe-config-file
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
---qe-clip-acts --qeca --qe-clip-n-stds --qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
+--qe-clip-acts --qeca --qe-clip-n-stds --qe-clip-percentile --qe-clip-p --qe-clip-wts --qe-scale --qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
 --qe-scale-approx-bits --qesab --qe-reduce-range --qe-save-fp-weights --qe-pytorch-backend
 --ptq-equalize --ptq-absorb-bias --ptq-smooth --ptq-data-free --ptq-rounding --ptq-bn-reestimation --ptq-bias-correction
 --ptq-images --ptq-iterations
@@ -133,6 +134,12 @@ RIGHT = [
     ("--qe-bits-accum 16", "qe.bits_accum", 16),
     ("--qeca LaPlace", "qe.clip_acts", "laplace"),
     ("--qeca n_std --qe-clip-n-stds 2", "qe.clip_n_stds", 2.0),
+    ("--qe-histograms", "qe.histograms", True),
+    ("--qeca KL", "qe.clip_acts", "kl"),
+    ("--qeca percentile --qe-clip-percentile 99.9", "qe.clip_percentile", 99.9),
+    ("--qeca lp --qe-clip-p 3.5", "qe.clip_p", 3.5),
+    ("--qe-clip-wts MSE", "qe.clip_wts", "mse"),
+    ("--qe-scale Pow2", "qe.scale", "pow2"),
     ("--qencl conv1,fc", "qe.no_clip_layers", ("conv1", "fc")),
     ("--qencl conv1 --qencl fc", "qe.no_clip_layers", ("conv1", "fc")),
     ("--qenql layer[1,2].{1,3}", "qe.no_quant_layers", ("layer[1,2].{1,3}",)),
@@ -226,6 +233,16 @@ WRONG = [
     ("--qe-bits-accum 33", "--qe-bits-accum '33' is not allowed: it must be a whole number from 2 to 32"),
     ("--qesab 0", "--qe-scale-approx-bits '0' is not allowed: it must be a whole number from 1 to 31"),
     ("--qe-clip-n-stds 0", "--qe-clip-n-stds '0' is not allowed: it must be a number above 0"),
+    (
+        "--qe-clip-percentile 50",
+        "--qe-clip-percentile '50' is not allowed: it must be a number above 50 and at most 100",
+    ),
+    ("--qe-clip-p 5", "--qe-clip-p '5' is not allowed: it must be a number from 1 to 4"),
+    (
+        "--qe-clip-wts avg",
+        "--qe-clip-wts 'avg' is not allowed: it must be one of none, percentile, mse, lp, auto",
+    ),
+    ("--qe-scale pow", "--qe-scale 'pow' is not allowed: it must be one of float, pow2; did you mean pow2?"),
     ("--qe-clip-n-stds inf", "--qe-clip-n-stds 'inf' is not allowed: it must be a number above 0"),
     ("--ptq-smooth 1.5", "--ptq-smooth '1.5' is not allowed: it must be a number from 0 to 1"),
     ("--ptq-images 0", "--ptq-images '0' is not allowed: it must be a whole number, 1 or more"),
@@ -448,6 +465,20 @@ WARNINGS = [
         ["--qe-calibration-split is ignored: with --qe-dynamic no images are read for calibration"],
     ),
     ("n stds", "--qe --qe-clip-n-stds 2", ["--qe-clip-n-stds is ignored: --qe-clip-acts is none, not n_std"]),
+    (
+        "histograms of nothing",
+        "--qe --qe-stats-file s.yaml --qe-histograms",
+        ["--qe-histograms is ignored: with --qe-stats-file no statistics are collected"],
+    ),
+    (
+        "percentile and power",
+        "--qe --qeca kl --qe-clip-percentile 99 --qe-clip-p 3",
+        [
+            "--qe-clip-percentile is ignored: neither --qe-clip-acts nor --qe-clip-wts is percentile or auto",
+            "--qe-clip-p is ignored: neither --qe-clip-acts nor --qe-clip-wts is lp or auto",
+        ],
+    ),
+    ("power of weights", "--qe --qe-clip-wts lp --qe-clip-p 3", []),
     ("old name", "-e --resume m.pth.tar", ["--resume is deprecated: use --resume-from"]),
     (
         "two sources of weights",

@@ -6,13 +6,17 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.config.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.errors import ConfigError, did_you_mean
 
-__all__ = ["LayerInfo", "resolve"]
+__all__ = ["LayerInfo", "resolve", "wants_histograms"]
 
-_OUTPUT_SETTINGS = ("bits_activations", "mode_activations", "clip_acts", "clip_n_stds", "clip_half_range")
-_WEIGHT_SETTINGS = ("bits_weights", "per_channel_wts")
+_OUTPUT_SETTINGS = (
+    *("bits_activations", "mode_activations", "scale"),
+    *("clip_acts", "clip_n_stds", "clip_percentile", "clip_p", "clip_half_range"),
+)
+_WEIGHT_SETTINGS = ("bits_weights", "per_channel_wts", "clip_wts")
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ def resolve(
 
     Raises:
         ConfigError: all of: a rule that is no regular expression, matches no layer, or sets weights where there are
-            none; n_std clipping without clip_n_stds.
+            none; n_std clipping without clip_n_stds; a clip method that needs histograms where ranges are dynamic.
     """
     absorbed = absorbed or {}
     problems = [f"{rule.where}: {problem}" for rule in config.rules if (problem := pattern_problem(rule.pattern))]
@@ -54,6 +58,8 @@ def resolve(
     _warn_of_shadowed(config.rules, winners)
     resolved = {layer.name: _settings(config.defaults, layer.name, winners, absorbed) for layer in layers}
     problems += dict.fromkeys(problem for settings in resolved.values() for problem in _clip_problems(settings))
+    if config.dynamic:
+        problems += dict.fromkeys(problem for settings in resolved.values() for problem in _dynamic_problems(settings))
     if problems:
         raise ConfigError(problems)
     return resolved
@@ -118,3 +124,30 @@ def _clip_problems(settings: LayerSettings) -> Iterator[str]:
         if override.get("clip_acts") and clip == "n_std" and not override.get("clip_n_stds", settings.clip_n_stds):
             where = settings.origin_of("input_overrides")
             yield f"{where}: clip_acts n_std of input {index} needs clip_n_stds above 0"
+
+
+def _histogram_clips(settings: LayerSettings) -> Iterator[tuple[str, str]]:
+    """Each setting that names a clip method which answers from a histogram, and that method."""
+    if settings.bits_activations and settings.clip_acts in HISTOGRAM_CLIPS:
+        yield "clip_acts", settings.clip_acts
+    for override in settings.input_overrides.values():
+        if override.get("clip_acts") in HISTOGRAM_CLIPS:
+            yield "input_overrides", str(override["clip_acts"])
+
+
+def _dynamic_problems(settings: LayerSettings) -> Iterator[str]:
+    others = ", ".join(name for name in CLIP_NAMES if name not in HISTOGRAM_CLIPS)
+    for setting, clip in _histogram_clips(settings):
+        yield (
+            f"{settings.origin_of(setting)}: clip_acts {clip} needs histograms, and dynamic quantization has none; use"
+            f" one of {others}, or statistics from --qe-calibration or --qe-stats-file"
+        )
+
+
+def wants_histograms(settings: Mapping[str, LayerSettings]) -> bool:
+    """Whether a clip method of a layer answers from a histogram.
+
+    >>> wants_histograms({"conv1": LayerSettings(clip_acts="kl")}), wants_histograms({"conv1": LayerSettings()})
+    (True, False)
+    """
+    return any(True for each in settings.values() for _ in _histogram_clips(each))

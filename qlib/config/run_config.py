@@ -40,6 +40,10 @@ _REPLACED_BY_CONFIG_FILE = (
     "--qe-bits-accum",
     "--qe-clip-acts",
     "--qe-clip-n-stds",
+    "--qe-clip-percentile",
+    "--qe-clip-p",
+    "--qe-clip-wts",
+    "--qe-scale",
     "--qe-no-clip-layers",
     "--qe-no-quant-layers",
     "--qe-per-channel",
@@ -78,6 +82,10 @@ class QuantArgs:
     bits_accum: int = 32
     clip_acts: str = "none"
     clip_n_stds: float | None = None
+    clip_percentile: float = 99.99
+    clip_p: float = 2.0
+    clip_wts: str = "none"
+    scale: str = "float"
     no_clip_layers: tuple[str, ...] = ()
     no_quant_layers: tuple[str, ...] = ()
     per_channel: bool = False
@@ -89,6 +97,7 @@ class QuantArgs:
     dynamic: bool = False
     calibration: float | None = None
     calibration_split: str = "train"
+    histograms: bool = False
     config_file: Path | None = None
     budget: str | None = None
     bits_choices: tuple[int, ...] = (2, 3, 4, 6, 8)
@@ -307,6 +316,11 @@ def startup_warnings(config: RunConfig) -> list[str]:
             found.append("--engine has no effect without --evaluate")
     if "--qe-calibration-split" in given and source:
         found.append(f"--qe-calibration-split is ignored: with {source} no images are read for calibration")
+    if "--qe-histograms" in given and source:
+        found.append(f"--qe-histograms is ignored: with {source} no statistics are collected")
+    for flag, method in (("--qe-clip-percentile", "percentile"), ("--qe-clip-p", "lp")):
+        if flag in given and not {qe.clip_acts, qe.clip_wts} & {method, "auto"} and qe.config_file is None:
+            found.append(f"{flag} is ignored: neither --qe-clip-acts nor --qe-clip-wts is {method} or auto")
     if "--qe-clip-n-stds" in given and qe.clip_acts != "n_std" and qe.config_file is None:
         found.append(f"--qe-clip-n-stds is ignored: --qe-clip-acts is {qe.clip_acts}, not n_std")
     if "--qe-pytorch-backend" in given:

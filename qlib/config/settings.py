@@ -27,6 +27,10 @@ class LayerSettings:
     mode_weights: str = "sym"
     clip_acts: str = "none"
     clip_n_stds: float | None = None
+    clip_percentile: float = 99.99
+    clip_p: float = 2.0
+    clip_wts: str = "none"
+    scale: str = "float"
     clip_half_range: bool = False
     per_channel_wts: bool = False
     scale_approx_mult_bits: int | None = None

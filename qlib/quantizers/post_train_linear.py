@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from qlib.clip import CLIP_METHODS, ClipContext
 from qlib.config.ptq_config import LayerSettings
 from qlib.config.resolve import LayerInfo
 from qlib.errors import ConfigError, StatsError
@@ -26,7 +24,10 @@ from qlib.graph.ir import (
     tensor_users,
 )
 from qlib.graph.ops import ChannelAffine
+from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quantizers.ranges import clipped, constant_plan, plan_tensor, request_of, softmax_plan
+from qlib.quantizers.weight_ranges import plan_weight
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
 __all__ = ["layer_infos", "plan_post_train_linear"]
@@ -62,10 +63,12 @@ def plan_post_train_linear(
     plans = {name_of(node): planner.plan(node, module) for node, module in layers(graph)}
     if planner.problems:
         raise ConfigError(planner.problems)
-    return Plan(_share_concat_grids(graph, plans), dynamic=stats is None)
+    return Plan(_share_concat_grids(graph, settings, plans), dynamic=stats is None)
 
 
-def _share_concat_grids(graph: Graph, plans: dict[str, LayerPlan]) -> dict[str, LayerPlan]:
+def _share_concat_grids(
+    graph: Graph, settings: Mapping[str, LayerSettings], plans: dict[str, LayerPlan]
+) -> dict[str, LayerPlan]:
     """Gives a layer that only feeds a concatenation the grid of that concatenation.
 
     Its codes are then copied instead of being rounded a second time to the same grid, which costs accuracy and time.
@@ -80,7 +83,7 @@ def _share_concat_grids(graph: Graph, plans: dict[str, LayerPlan]) -> dict[str, 
             part = plans[name_of(producer)].output if producer is not None else None
             if part is None or producer is None or plans[name_of(producer)].kind == "softmax":
                 continue
-            if replace(part, min=whole.min, max=whole.max) == whole:
+            if request_of(settings[name_of(producer)]) == request_of(settings[name_of(node)]):
                 plans[name_of(producer)] = replace(plans[name_of(producer)], output=whole)
     return plans
 
@@ -109,6 +112,7 @@ class _Planner:
     def __post_init__(self) -> None:
         self.fused = fused_activations(self.graph)
         self.quantized: dict[fx.Node, bool] = {}
+        self.weights: dict[fx.Node, WeightPlan | None] = {}
 
     def arrives_quantized(self, node: fx.Node) -> bool:
         return self.quantized.get(source_of(self.graph, node), False)
@@ -143,10 +147,19 @@ class _Planner:
     def _weight(self, node: fx.Node, kind: str, settings: LayerSettings) -> WeightPlan | None:
         if kind not in _WEIGHTED or not settings.bits_weights or settings.fake:
             return None
-        if isinstance(self.graph.get_submodule(str(node.target)), ChannelAffine):
-            return WeightPlan(settings.bits_weights, "sym_restr", per_channel=True)  # one weight a channel: it is exact
+        if node not in self.weights:
+            self.weights[node] = self._new_weight(node, kind, settings)
+        return self.weights[node]
+
+    def _new_weight(self, node: fx.Node, kind: str, settings: LayerSettings) -> WeightPlan:
+        module, pow2 = self.graph.get_submodule(str(node.target)), settings.scale == "pow2"
+        if isinstance(module, ChannelAffine):  # one weight a channel: unless rounded, the scale makes it exact
+            return WeightPlan(settings.bits_weights, "sym_restr", per_channel=True, pow2=pow2)
         per_channel = settings.per_channel_wts and kind != "embedding"
-        return WeightPlan(settings.bits_weights, settings.mode_weights, per_channel)
+        plan = WeightPlan(settings.bits_weights, settings.mode_weights, per_channel, pow2=pow2)
+        assert isinstance(module.weight, Tensor)
+        weight = swap_channels(module, module.weight.detach())
+        return plan_weight(plan, weight, settings.clip_wts, settings.clip_percentile, settings.clip_p)
 
     def _plan_float(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan | None:
         """The plan of a layer that computes in float whatever the statistics."""
@@ -192,7 +205,9 @@ class _Planner:
             note = "dynamic: only weighted layers and matmul are quantized"
             return LayerPlan(kind, (None,) * len(sources), note=note)
         inputs = tuple(
-            TensorPlan(s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds)
+            TensorPlan(
+                s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds, pow2=s.scale == "pow2"
+            )
             for s in (self._input_settings(settings, i) for i in range(len(sources)))
         )
         return LayerPlan(kind, inputs, **self._common(node, kind, settings))
@@ -234,17 +249,14 @@ class _Planner:
             return None
         origin = source_of(self.graph, source)
         if is_constant(origin):
-            value = attribute(self.graph, origin).detach()
-            return TensorPlan(mine.bits_activations, mine.mode_activations, "none", *_range(value))
+            return constant_plan(attribute(self.graph, origin).detach(), mine)
         stats = self._input_stats(node, index)
         return self._tensor_plan(node, f"input {index} of", stats, mine, self._half_range(node, settings))
 
     def _plan_output(self, node: fx.Node, kind: str, settings: LayerSettings) -> TensorPlan:
         stats = self._layer_stats(node).output
         if kind == "softmax":
-            bits = settings.bits_activations
-            top = _softmax_top(stats.max, bits, node.meta["shape"][-1])
-            return TensorPlan(bits, settings.mode_activations, "none", 0.0, top)
+            return softmax_plan(stats.max, node.meta["shape"][-1], settings)
         norm = self.norm_of.get(name_of(node))
         assert self.stats is not None
         if norm is not None and norm in self.stats.layers:
@@ -268,11 +280,11 @@ class _Planner:
             return stats
         module = self.graph.get_submodule(str(users[0].target))
         if isinstance(module, nn.ReLU6):
-            return _clipped(stats, 0.0, 6.0)
+            return clipped(stats, 0.0, 6.0)
         if isinstance(module, nn.ReLU):
-            return _clipped(stats, 0.0, max(stats.max, 0.0))
+            return clipped(stats, 0.0, max(stats.max, 0.0))
         limit = next((limit for kind, limit in _SATURATING if isinstance(module, kind)), None)
-        return stats if limit is None else _clipped(stats, -limit, limit)
+        return stats if limit is None else clipped(stats, -limit, limit)
 
     def _layer_stats(self, node: fx.Node) -> LayerStats:
         assert self.stats is not None
@@ -295,49 +307,7 @@ class _Planner:
     def _tensor_plan(
         self, node: fx.Node, what: str, stats: TensorStats, settings: LayerSettings, half_range: bool
     ) -> TensorPlan:
-        context = ClipContext(
-            settings.bits_activations, settings.mode_activations.startswith("sym"), half_range, settings.clip_n_stds
-        )
         try:
-            low, high = CLIP_METHODS[settings.clip_acts](stats, context)
+            return plan_tensor(stats, settings, half_range)
         except StatsError as error:
             raise StatsError(f"{what} layer {name_of(node)!r}: {error}") from error
-        n_stds = settings.clip_n_stds if settings.clip_acts == "n_std" else None
-        return TensorPlan(settings.bits_activations, settings.mode_activations, settings.clip_acts, low, high, n_stds)
-
-
-def _softmax_top(highest: float, bits: int, size: int) -> float:
-    """The top of a softmax's range, for a step of a power of two: the kernel multiplies by ``floor(1 / step)``.
-
-    The step is ``2^-(bits + j)`` with the largest j for which ``2^-j`` is at least the highest probability seen, so
-    that attention spread over many tokens does not round to zero. Over `size` elements the step stays above
-    ``1 / (e^5 size)``: below it the kernel's product overflows.
-
-    >>> _softmax_top(1.0, 8, 49) == 255 / 256, _softmax_top(0.2, 8, 49) == 255 / 1024
-    (True, True)
-    >>> _softmax_top(1 / 49, 8, 49) == 255 / 2**12
-    True
-    """
-    seen = math.floor(-math.log2(highest)) if 0 < highest <= 1 else 0
-    spare = max(0, min(seen, math.floor(math.log2(math.exp(5) * size) - bits)))
-    top: float = (2**bits - 1) / 2 ** (bits + spare)
-    return top
-
-
-def _range(value: Tensor) -> tuple[float, float]:
-    return float(value.min()), float(value.max())
-
-
-def _clipped(stats: TensorStats, low: float, high: float) -> TensorStats:
-    """The ranges cut to ``[low, high]``; mean, std and b stay those of the whole tensor."""
-
-    def cut(value: float | None) -> float | None:
-        return None if value is None else min(max(value, low), high)
-
-    return replace(
-        stats,
-        min=min(max(stats.min, low), high),
-        max=min(max(stats.max, low), high),
-        avg_min=cut(stats.avg_min),
-        avg_max=cut(stats.avg_max),
-    )

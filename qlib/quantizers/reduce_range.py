@@ -18,8 +18,8 @@ def reduce_range(plan: Plan, names: Collection[str]) -> Plan:
 
     >>> from qlib.quant.plan import WeightPlan
     >>> plan = Plan({"conv": LayerPlan("conv", weight=WeightPlan(8, "sym"))})
-    >>> reduce_range(plan, ["conv"]).layers["conv"].weight
-    WeightPlan(bits=7, mode='sym', per_channel=False)
+    >>> reduce_range(plan, ["conv"]).layers["conv"].weight.bits
+    7
     """
     unknown = set(names) - set(plan.layers)
     assert not unknown, unknown
