@@ -52,6 +52,7 @@ def track(
     fields: Callable[[], Mapping[str, float]] = _nothing,
     count: Callable[[_T], int] = _images_and_labels,
     images_done: int = 0,
+    unit: str = "images",
 ) -> Iterator[_T]:
     """Yields the batches and shows how far the loop over them has come.
 
@@ -66,6 +67,7 @@ def track(
         print_freq: steps between two lines.
         fields: the numbers to show, called only when they are shown: once each `print_freq` steps.
         images_done: images that an earlier, broken run has done.
+        unit: what is counted, where it is not images.
     """
     steps, done_before = -(-total_images // batch_size), -(-images_done // batch_size)
     extra = FILE_ONLY if sys.stderr.isatty() and sys.stdout.isatty() else None
@@ -73,7 +75,7 @@ def track(
         total=total_images,
         initial=images_done,
         desc=description,
-        unit=" images",
+        unit=f" {unit}",
         dynamic_ncols=True,
         leave=False,
         disable=not sys.stderr.isatty(),

@@ -18,7 +18,7 @@ LINES = (
     ("quant.spec", "quant.affine", "quant.plan", "stats.histogram", "stats.tensor_stats", "checkpoint_file"),
     ("clip", "graph", "config", "data", "models"),
     ("lower", "quant.plan_schema", "quant.plan_file", "stats"),
-    ("quantizers", "evaluate"),
+    ("quantizers", "evaluate", "correct"),
     ("checkpoint", "runlog", "report", "summary", "deploy"),
     ("job",),
     ("calibrate", "handover", "search"),

@@ -2,7 +2,7 @@
 
 from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
-from qlib.graph.fuse import fused_activations
+from qlib.graph.fuse import activation_bounds, fused_activations
 from qlib.graph.ir import Graph, kind_of
 
-__all__ = ["Graph", "capture", "fold_batch_norm", "fused_activations", "kind_of"]
+__all__ = ["Graph", "activation_bounds", "capture", "fold_batch_norm", "fused_activations", "kind_of"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import fx, nn
 
 from qlib.graph.ir import Graph, kind_of, layer_inputs, tensor_users
 
-__all__ = ["fused_activations"]
+__all__ = ["activation_bounds", "fused_activations"]
 
 _PRODUCERS = frozenset({"conv", "conv_transpose", "linear", "matmul", "add", "mul", "concat", "avg_pool", "float_op"})
 
@@ -25,3 +25,9 @@ def fused_activations(graph: Graph) -> dict[fx.Node, fx.Node]:
         ):
             fused[source] = node
     return fused
+
+
+def activation_bounds(graph: Graph, activation: fx.Node) -> tuple[float, float]:
+    """What a ReLU or ReLU6 clamps to."""
+    relu6 = isinstance(graph.get_submodule(str(activation.target)), nn.ReLU6)
+    return 0.0, 6.0 if relu6 else float("inf")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from qlib.errors import StatsError
-from qlib.graph import Graph, fused_activations, kind_of
+from qlib.graph import Graph, activation_bounds, fused_activations, kind_of
 from qlib.graph.ir import attribute, is_layer, is_move, layer_inputs, name_of
 from qlib.lower.ops import LOWERINGS, Edge, Site
 from qlib.lower.ops.quantize import Dequantize, Quantize
@@ -76,7 +76,7 @@ class _Builder:
         planned = (*plan.inputs, *[None] * len(layer_inputs(node)))
         arrivals = [self._arrive(source, grid) for source, grid in zip(layer_inputs(node), planned, strict=False)]
         activation = self.fused.get(node) if plan.output is not None else None
-        bounds = None if activation is None else self._bounds(activation)
+        bounds = None if activation is None else activation_bounds(self.graph, activation)
         output = Edge.of(_params(name, plan.output), bounds) if plan.output is not None else None
         site = Site(module, plan, tuple(edge for _, edge in arrivals), output)
         lowered, edge = LOWERINGS[kind_of(module)](site)
@@ -88,11 +88,6 @@ class _Builder:
         self.edges[node] = edge
         if activation is not None and edge is not None:
             self.skipped[activation] = node
-
-    def _bounds(self, activation: fx.Node) -> tuple[float, float]:
-        """What a fused ReLU or ReLU6 clamps to."""
-        relu6 = isinstance(self.graph.get_submodule(str(activation.target)), nn.ReLU6)
-        return 0.0, 6.0 if relu6 else float("inf")
 
     def _arrive(self, source: fx.Node, planned: TensorPlan | None) -> tuple[fx.Node, Edge | None]:
         """The value of an input and its grid, quantized first where the plan says so."""

@@ -18,6 +18,7 @@ __all__ = [
     "dequantize",
     "qparams_from_range",
     "quantize",
+    "range_of_grid",
     "range_of_weight",
     "requant_factor",
 ]
@@ -137,6 +138,20 @@ def dequantize(codes: Tensor, params: QParams) -> Tensor:
     scale = _channelwise(params.scale, codes, params.spec.axis)
     zero_point = _channelwise(params.zero_point, codes, params.spec.axis)
     return (codes - zero_point).float() * scale
+
+
+def range_of_grid(params: QParams) -> tuple[Tensor, Tensor]:
+    """The range, in float64, from which `qparams_from_range` makes exactly this grid.
+
+    >>> low, high = range_of_grid(qparams_from_range(-2.0, 10.0, QuantSpec.of_mode("asym_u", 8)))
+    >>> round(low.item(), 4), round(high.item(), 4)
+    (-1.9765, 10.0235)
+    """
+    scale, spec = params.scale.double(), params.spec
+    if spec.symmetric:
+        sat = scale * ((spec.qmax - spec.qmin) / 2)
+        return -sat, sat
+    return scale * params.low, scale * params.high
 
 
 def range_of_weight(weight: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:

@@ -27,10 +27,10 @@ from qlib.quant.affine import (
 )
 from qlib.quant.spec import QuantSpec
 
-__all__ = ["ExactWeighted", "FloatWeighted"]
+__all__ = ["ExactWeighted", "FloatWeighted", "swap_channels"]
 
 
-def _swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
+def swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
     """The weight as ``[out, in / groups, ...]``, and back: a transposed layer holds ``[in, out / groups, ...]``."""
     if not isinstance(module, nn.modules.conv._ConvTransposeNd):
         return weight
@@ -63,7 +63,7 @@ class _QuantizedWeight(nn.Module):
         plan, weight = site.plan.weight, site.module.weight
         assert plan is not None
         assert isinstance(weight, Tensor)
-        weight = _swap_channels(site.module, weight.detach())
+        weight = swap_channels(site.module, weight.detach())
         self.spec = plan.spec
         self.apply_weight, self.splittable = _applier(site.module)
         self.pad = _padding(site.module)
@@ -118,7 +118,7 @@ class FloatWeighted(_QuantizedWeight):
         self.prepare()
 
     def prepare(self) -> None:
-        self.weight = _swap_channels(self.module, dequantize(self.weight_codes.float(), self.weight_params))
+        self.weight = swap_channels(self.module, dequantize(self.weight_codes.float(), self.weight_params))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.scale is None else x * self.scale
@@ -134,7 +134,7 @@ class _PlainWeighted(FloatOp):
         if inputs[0] is None or self.dtype != torch.float32:
             return super().qdq(inputs, output)
         bias = cast("Tensor | None", self.module.bias)
-        weight = Stored(_swap_channels(self.module, cast(Tensor, self.module.weight)))
+        weight = Stored(swap_channels(self.module, cast(Tensor, self.module.weight)))
         apply_weight, _ = _applier(self.module)
         stored = None if bias is None else Stored(bias)
         return weighted_qdq(apply_weight, _padding(self.module), weight, stored, inputs, output)
@@ -244,7 +244,7 @@ def _applier(module: nn.Module) -> tuple[ApplyWeight, bool]:
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[module.weight.ndim - 3]
         options |= {"padding": module.padding, "output_padding": module.output_padding}
-        return lambda x, w, b: transposed(x, _swap_channels(module, w), b, **options), False
+        return lambda x, w, b: transposed(x, swap_channels(module, w), b, **options), False
     function: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[module.weight.ndim - 3]
     if module.padding_mode == "zeros":
         options["padding"] = module.padding

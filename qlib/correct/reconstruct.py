@@ -1,0 +1,252 @@
+"""Reconstruction: the rounding of weights, and the steps of activations, that change a part's output least.
+
+Part after part: ``min |f(x) - f_q(x_q)|^2``, where f is the float part on the float model's activations, and f_q the
+quantized part on what the quantized parts before it give.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from qlib.correct.base import CalibrationImages
+from qlib.correct.soft_rounding import SoftRounding
+from qlib.correct.stream import Buffer, Stream
+from qlib.correct.units import Unit, unit_module
+from qlib.correct.write_back import write_back
+from qlib.graph import Graph
+from qlib.lower.fake import FakeLayer, FakeQuantize, FakeWeight, lower_fake
+from qlib.progress import track
+from qlib.quant.plan import Plan
+
+__all__ = ["Options", "reconstruct"]
+
+_log = logging.getLogger(__name__)
+
+_BETA = (20.0, 2.0)
+"""Exponent of the push to 0 or 1, at its beginning and at its end: first only roundings near a half are free."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a part is optimized, in `iterations` steps of one batch each.
+
+    `learn_steps`: the steps of activations are learned as well. `drop`: share of the activations that are left as they
+    are, and of the part's inputs that are the float model's, drawn anew in each step. After a share `warmup` of the
+    steps, undecided roundings are pushed to 0 or 1, with weight `push`.
+    """
+
+    iterations: int
+    learn_steps: bool
+    drop: float = 0.0
+    rounding_rate: float = 1e-2
+    step_rate: float = 1e-3
+    push: float = 1e-2
+    warmup: float = 0.2
+
+
+def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: CalibrationImages, options: Options) -> Plan:
+    """Sets the weights of `graph` to the codes chosen, part after part; answers the plan with their grids.
+
+    The parts that are done are kept in a file of `images.folder`; the same call goes on from there.
+    """
+    fake = lower_fake(graph, plan)
+    partial = _Partial(images.folder / "reconstruction.partial.safetensors", fake, (plan, options, images.seed))
+    done = partial.load()
+    torch.manual_seed(images.seed)
+    buffer, batches = Buffer(images.folder), list(images.batches())
+    floats, fakes = Stream(graph, batches, buffer), Stream(fake, batches, buffer)
+    starts, inside = {unit.nodes[0]: unit for unit in units}, {node for unit in units for node in unit.nodes}
+    progress = _Progress(options.iterations, len(units), len(done))
+    for node in graph.graph.nodes:
+        if node not in starts:
+            for stream in (floats, fakes) if node not in inside else ():
+                stream.advance(node)
+            continue
+        unit = starts[node]
+        inputs = [list(zip(floats[source], fakes[source], strict=True)) for source in unit.inputs]
+        for each in unit.nodes:
+            floats.advance(each)
+        if unit.name not in done:
+            _optimize(unit_module(fake, unit), inputs, floats[unit.output], options, progress.of(unit.name))
+            partial.save(unit)
+        for each in unit.nodes:
+            fakes.advance(each)
+    progress.close()
+    partial.remove()
+    return write_back(graph, fake, plan)
+
+
+def _optimize(
+    part: fx.GraphModule,
+    inputs: list[list[tuple[Tensor, Tensor]]],
+    targets: list[Tensor],
+    options: Options,
+    steps: Iterator[dict[str, float]],
+) -> None:
+    """Learns the part's roundings and steps. `inputs` holds, for each input and batch, the float and the fake one."""
+    part_layers = [layer for layer in part.modules() if isinstance(layer, FakeLayer)]
+    roundings = _soften(part_layers)
+    grids = [m for m in part.modules() if isinstance(m, FakeQuantize)] if options.learn_steps else []
+    drop = RandomMask(options.drop) if options.drop else None
+    for grid in (m for m in part.modules() if isinstance(m, FakeQuantize)):
+        grid.spare = drop
+    rates: list[dict[str, object]] = [{"params": [r.v for r in roundings], "lr": options.rounding_rate}]
+    rates += [{"params": [grid.scale], "lr": options.step_rate * float(grid.scale)} for grid in grids]
+    for grid in grids:
+        grid.scale.requires_grad_()
+    optimizer = torch.optim.Adam([rate for rate in rates if rate["params"]])
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.iterations)
+    size = sum(float(target.square().sum()) for target in targets) / sum(len(target) for target in targets)
+    order: list[int] = []
+    for step, shown in zip(range(options.iterations), steps, strict=False):
+        order = order or torch.randperm(len(targets)).tolist()
+        batch = order.pop()
+        mixed = [_mix(*values[batch], drop) for values in inputs]
+        error = (part(*mixed) - targets[batch]).square().sum() / len(targets[batch]) / max(size, 1e-12)
+        loss = error + options.push * _undecided(roundings, step / options.iterations, options.warmup)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        shown["Error"] = float(error.detach())
+    _harden(part_layers, part)
+
+
+def _soften(part_layers: Sequence[FakeLayer]) -> list[SoftRounding]:
+    """Gives each weight of the part a rounding that can be learned."""
+    roundings = []
+    for layer in part_layers:
+        if isinstance(layer.weight, FakeWeight):
+            weight = layer.module.weight
+            assert isinstance(weight, Tensor)
+            layer.weight = rounding = SoftRounding(layer.weight, weight)
+            roundings.append(rounding)
+    return roundings
+
+
+def _harden(part_layers: Sequence[FakeLayer], part: nn.Module) -> None:
+    """Puts the weights where their roundings were decided; rounding to nearest gives the same codes from now on."""
+    for layer in part_layers:
+        if isinstance(layer.weight, SoftRounding):
+            layer.weight.hard = True
+            weight = layer.module.weight
+            assert isinstance(weight, Tensor)
+            weight.data = layer.weight(weight).detach()
+            layer.weight = layer.weight.rounding
+    for grid in (m for m in part.modules() if isinstance(m, FakeQuantize)):
+        grid.spare = None
+        grid.scale.requires_grad_(False).clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def _undecided(roundings: Sequence[SoftRounding], done: float, warmup: float) -> Tensor:
+    """The push, for a share `done` of all steps: the exponent falls from 20 to 2 along a cosine."""
+    if done < warmup or not roundings:
+        return torch.zeros(())
+    beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+    return torch.stack([rounding.undecided(beta) for rounding in roundings]).sum()
+
+
+def _mix(in_float: Tensor, quantized: Tensor, drop: RandomMask | None) -> Tensor:
+    """The quantized input, with a share of the float one's elements in it."""
+    return quantized if drop is None else torch.where(drop(quantized), in_float, quantized)
+
+
+class RandomMask:
+    """Masks with a share of their elements set: cut from one long mask at random places, as drawing anew is slow."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.pool = share, torch.empty(0, dtype=torch.bool)
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """A mask of the shape, device and memory layout of a dense tensor."""
+        count = like.numel()
+        if len(self.pool) < 2 * count or self.pool.device != like.device:
+            self.pool = torch.rand(4 * count, device=like.device) < self.share
+        start = int(torch.randint(len(self.pool) - count, ()))
+        return self.pool[start : start + count].as_strided(like.shape, like.stride(), start)
+
+
+class _Progress:
+    """One bar over the steps of all parts."""
+
+    def __init__(self, iterations: int, parts: int, done: int) -> None:
+        self.shown: dict[str, float] = {}
+        self._iterations = iterations
+        self._steps = track(
+            iter(lambda: self.shown, None),
+            total_images=iterations * parts,
+            batch_size=1,
+            description="Reconstruction",
+            print_freq=iterations,
+            fields=lambda: self.shown,
+            count=lambda step: 1,
+            images_done=iterations * done,
+            unit="steps",
+        )
+
+    def of(self, name: str) -> Iterator[dict[str, float]]:
+        """The steps of one part; what it writes into them is shown."""
+        _log.debug("Reconstructing %s", name)
+        for _ in range(self._iterations):
+            yield next(self._steps)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._steps.close()  # type: ignore[attr-defined]
+
+
+class _Partial:
+    """The file of the parts that are done; of use only to a run of the same model, plan and options."""
+
+    def __init__(self, path: Path, fake: fx.GraphModule, settings: object) -> None:
+        self.path, self.fake, self.done, self.state = path, fake, [], {}
+        digest = hashlib.sha256(repr(settings).encode())
+        for value in fake.state_dict().values():
+            digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        self.key = digest.hexdigest()
+
+    done: list[str]
+    state: dict[str, Tensor]
+
+    def load(self) -> list[str]:
+        """The names of the parts that are done, whose weights and steps are put into the model."""
+        try:
+            with safetensors.safe_open(self.path, "pt") as file:
+                header = file.metadata() or {}
+            if header.get("key") == self.key:
+                self.done, self.state = header["done"].split("\n"), load_file(self.path)
+                self.fake.load_state_dict(self.state, strict=False)
+                _log.info("Going on from a broken reconstruction: %d parts are done", len(self.done))
+        except (OSError, safetensors.SafetensorError):
+            pass
+        return self.done
+
+    def save(self, unit: Unit) -> None:
+        """Adds a part that is done."""
+        self.done.append(unit.name)
+        targets = {str(self._node(node.name).target) for node in unit.nodes}
+        state = self.fake.state_dict()
+        self.state |= {
+            key: value.contiguous() for key, value in state.items() if any(key.startswith(f"{t}.") for t in targets)
+        }
+        temporary = self.path.with_suffix(".tmp")
+        save_file(self.state, temporary, {"key": self.key, "done": "\n".join(self.done)})
+        temporary.replace(self.path)
+
+    def _node(self, name: str) -> fx.Node:
+        found: fx.Node = next(node for node in self.fake.graph.nodes if node.name == name)
+        return found
+
+    def remove(self) -> None:
+        """Deletes the file."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,168 @@
+"""The fake lowering: the float graph, with rounding wherever the plan quantizes; differentiable."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from qlib.graph import Graph, activation_bounds, fused_activations
+from qlib.graph.ir import layers, name_of
+from qlib.lower.ops.base import Edge
+from qlib.lower.ops.weighted import swap_channels
+from qlib.quant.affine import QParams
+from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+
+__all__ = ["FakeLayer", "FakeQuantize", "FakeWeight", "fake_quantize", "lower_fake"]
+
+
+class _RoundToGrid(torch.autograd.Function):
+    """`fake_quantize` in few passes over memory: it is most of what a fake model does beside its convolutions."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, spared: Tensor | None
+    ) -> Tensor:
+        steps = x / scale
+        codes = steps.round().clamp_(low, high)  # type: ignore[arg-type]
+        ctx.save_for_backward(steps, codes, scale, spared)
+        y = codes * scale
+        return y if spared is None else torch.where(spared, x, y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        steps, codes, scale, spared = ctx.saved_tensors
+        error = codes - steps
+        beyond = error.abs() > 0.5
+        if spared is not None:
+            beyond &= ~spared
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(beyond, codes, error)
+            slope = slope if spared is None else slope.masked_fill_(spared, 0.0)
+            of_scale = slope.mul_(grad).sum_to_size(scale.shape)
+        return grad.masked_fill(beyond, 0.0), of_scale, None, None, None
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, spared: Tensor | None = None
+) -> Tensor:
+    """``clamp(round(x / s), low, high) * s`` with bounds of the centered codes, differentiable in x and in s.
+
+    The gradient of x passes straight through the rounding and is 0 beyond the bounds; that of s is
+    ``round(x / s) - x / s`` inside, the bound beyond. Where the mask `spared` is set, x stays as it is.
+
+    References: Esser et al., "Learned step size quantization", 2020, section 2.1.
+
+    >>> x, s = torch.tensor([0.35, 9.0], requires_grad=True), torch.tensor(0.25, requires_grad=True)
+    >>> y = fake_quantize(x, s, -8, 7)
+    >>> y.sum().backward()
+    >>> y.tolist(), x.grad.tolist(), round(s.grad.item(), 4)
+    ([0.25, 1.75], [1.0, 0.0], 6.6)
+    """
+    y: Tensor = _RoundToGrid.apply(x, scale, low, high, spared)
+    return y
+
+
+class FakeQuantize(nn.Module):
+    """Rounds to an edge's grid, but for the elements that `spare`, if there is one, chooses."""
+
+    def __init__(self, edge: Edge) -> None:
+        super().__init__()
+        self.low, self.high = edge.low, edge.high
+        self.spare: Callable[[Tensor], Tensor] | None = None
+        self.spec, self.zero_point = edge.params.spec, edge.params.zero_point
+        self.scale = nn.Parameter(edge.scale.clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spared = None if self.spare is None else self.spare(x)
+        return fake_quantize(x, self.scale, self.low, self.high, spared)
+
+    @property
+    def params(self) -> QParams:
+        """The grid, with the scale that was learned."""
+        return QParams(self.scale.detach(), self.zero_point, self.spec)
+
+
+class FakeWeight(nn.Module):
+    """Rounds a layer's weight to the grid that the plan gives it; the grid is fixed when this is made."""
+
+    def __init__(self, module: nn.Module, plan: WeightPlan) -> None:
+        super().__init__()
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        swapped = swap_channels(module, weight.detach())
+        params = plan.qparams(swapped)
+        shape = [-1 if axis == params.spec.axis else 1 for axis in range(swapped.ndim)]
+        self.layer = [module]  # in a list: the layer is no part of this module
+        self.params = params
+        self.scale = nn.Parameter(params.scale.view(shape), requires_grad=False)
+        self.register_buffer("low", params.low.view(shape).float())
+        self.register_buffer("high", params.high.view(shape).float())
+
+    low: Tensor
+    high: Tensor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The rounded weight, laid out as the layer's own."""
+        return self.swap(fake_quantize(self.swap(weight), self.scale, self.low, self.high))
+
+    def swap(self, weight: Tensor) -> Tensor:
+        """From the layer's layout to ``[out, in / groups, ...]``, or back."""
+        return swap_channels(self.layer[0], weight)
+
+
+class FakeLayer(nn.Module):
+    """A float layer whose inputs, weight and output are rounded to their grids, where they have one."""
+
+    def __init__(self, module: nn.Module, plan: LayerPlan, bounds: tuple[float, float] | None) -> None:
+        super().__init__()
+        self.module = module
+        self.inputs = nn.ModuleList([nn.Identity() if t is None else FakeQuantize(_edge(t)) for t in plan.inputs])
+        self.weight: nn.Module | None = None if plan.weight is None else FakeWeight(module, plan.weight)
+        self.output = None if plan.output is None else FakeQuantize(_edge(plan.output, bounds))
+
+    def forward(self, *args: Any) -> Any:
+        y = self.before_rounding(*args)
+        return y if self.output is None else self.output(y)
+
+    def before_rounding(self, *args: Any) -> Any:
+        """The output in float, before it is put on its grid (and before the activation that its bounds stand for)."""
+        grids = iter(self.inputs)
+        values = [next(grids, nn.Identity())(arg) if isinstance(arg, Tensor) else arg for arg in args]
+        if self.weight is None:
+            return self.module(*values)
+        assert isinstance(self.module.weight, Tensor)
+        weight = self.weight(self.module.weight)
+        return torch.func.functional_call(self.module, {"weight": weight}, tuple(values))
+
+
+def _edge(plan: TensorPlan, bounds: tuple[float, float] | None = None) -> Edge:
+    return Edge.of(plan.qparams(), bounds)
+
+
+def lower_fake(graph: Graph, plan: Plan) -> fx.GraphModule:
+    """A copy of `graph` whose layers round as `plan`, which is not dynamic, says; nodes keep their names.
+
+    Activations that travel are real values on their grid. Up to float32 rounding, and the rounding of biases to 32
+    bits, it computes what the exact lowering computes; what that does in more than one rounding is rounded once here.
+    """
+    assert not plan.dynamic
+    lowered: fx.GraphModule = copy.deepcopy(graph)
+    fused = fused_activations(lowered)
+    for node, module in list(layers(lowered)):
+        layer = plan.layers[name_of(node)]
+        if layer.weight is None and layer.output is None and not any(layer.inputs):
+            continue
+        activation = fused.get(node) if layer.output is not None else None
+        bounds = None if activation is None else activation_bounds(lowered, activation)
+        target = f"fake.{node.name}"
+        lowered.add_submodule(target, FakeLayer(module, layer, bounds))
+        node.target = target
+    lowered.delete_all_unused_submodules()
+    lowered.recompile()
+    return lowered.eval()
