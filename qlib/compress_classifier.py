@@ -39,6 +39,7 @@ from qlib.quantizers.reduce_range import reduce_range
 from qlib.report import float_layers, plan_table, settings_table
 from qlib.runlog import RunLog, append_metrics, open_run
 from qlib.search.analysis import analyse
+from qlib.search.lapq import lapq, starting_clips
 from qlib.search.mixed import choose_bits
 from qlib.stats.stats_file import check_fingerprint, read_stats
 from qlib.stats.tensor_stats import ModelStats
@@ -148,6 +149,8 @@ def _make_plan(job: Job, folded: FoldedGraph) -> tuple[Plan, ModelStats | None, 
     planner = partial(_plan_of, folded, stats)
     if job.config.qe.budget is not None:
         settings = choose_bits(job, folded.graph, ptq, settings, planner, _stats_file(job, ptq, stats))
+    if job.config.qe.lapq:
+        settings = starting_clips(ptq, settings, job.config.lapq.init_mode)
     return planner(settings), stats, ptq.save_fp_weights
 
 
@@ -214,6 +217,8 @@ def _quantize_and_evaluate(job: Job) -> int:
     if given is not None and job.config.qe.budget is not None:
         raise UsageError("--qe-budget needs settings, but --qe-config-file is a plan, with its bits; drop one of them")
     plan, stats, keep_float_weights = (given, None, False) if given is not None else _make_plan(job, folded)
+    if job.config.qe.lapq:
+        plan = lapq(job, folded.graph, plan, given=given is not None)
     plan = _reduce_range(job, folded, plan)
     plan_path = job.file("layer_quant_params.yaml")
     write_plan(plan_path, plan)

@@ -70,10 +70,11 @@ _FLAG = _Value(lambda value: isinstance(value, bool), "true or false")
 _BITS, _MODE = _whole(2, 16), _one_of(MODES)
 _NODE = _Value(lambda value: True, "")
 
+_CLIP = _one_of((*CLIP_NAMES, "lapq"))
 _TENSOR = {
     "bits": _BITS,
     "mode": _MODE,
-    "clip": _one_of(CLIP_NAMES),
+    "clip": _CLIP,
     "min": _NUMBER,
     "max": _NUMBER,
     "n_stds": _POSITIVE,
@@ -83,7 +84,7 @@ _WEIGHT = {
     "bits": _BITS,
     "mode": _MODE,
     "per_channel": _FLAG,
-    "clip": _one_of(CLIP_NAMES),
+    "clip": _CLIP,
     "min": _NODE,
     "max": _NODE,
     "pow2": _FLAG,

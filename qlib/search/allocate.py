@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
+
+if TYPE_CHECKING:
+    from scipy.optimize import LinearConstraint
 
 __all__ = ["Choice", "Costs", "allocate", "best_uniform", "cost_of", "error_of", "smallest_cost"]
 
@@ -86,6 +87,8 @@ def smallest_cost(costs: Costs) -> int:
 
 def _solve(costs: Costs, errors: Sequence[Sequence[float]], limit: float) -> Choice | None:
     """The integer program as scipy takes it: columns are the x of all groups, then the y of all pairs."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     starts = np.cumsum([0, *map(len, costs.single)])
     weights: list[float] = [float(cost) for options in costs.single for cost in options]
     objective = [float(error) for options in errors for error in options]
@@ -129,6 +132,9 @@ class _Rows:
         self.right.append(right)
 
     def constraint(self, columns: int) -> LinearConstraint:
+        from scipy.optimize import LinearConstraint
+        from scipy.sparse import coo_array
+
         entries = [(i, int(j), value) for i, row in enumerate(self.rows) for j, value in row.items()]
         where = ([i for i, _, _ in entries], [j for _, j, _ in entries])
         matrix = coo_array(([value for _, _, value in entries], where), shape=(len(self.rows), columns))

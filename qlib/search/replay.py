@@ -81,8 +81,7 @@ class Point:
 
     @classmethod
     def of(cls, graph: Graph, plan: Plan) -> Point:
-        """The point of a whole plan, which is not dynamic."""
-        assert not plan.dynamic
+        """The point of a whole plan, whose ranges are fixed."""
         point = cls()
         for node, module in layers(graph):
             layer = plan.layers[name_of(node)]
