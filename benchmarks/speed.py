@@ -1,9 +1,9 @@
-"""How much slower than the float model: collecting statistics, and exact 8-bit evaluation.
+"""How much slower than the float model: collecting statistics, without and with histograms, and exact evaluation.
 
     python benchmarks/speed.py [MODEL ...] [--batch 32] [--rounds 7] [--layout channels_last|contiguous]
 
-Every round runs the unfolded float model, the collection and the exact evaluation, in turn, on the same images; the
-table shows the median of the rounds' ratios. Only the ratios mean anything: machines differ and are shared.
+Every round runs the unfolded float model, both collections and the exact 8-bit evaluation, in turn, on the same
+images; the table shows the median of the rounds' ratios. Only the ratios mean anything: machines differ and are shared.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def measure(arch: str, batch: int, rounds: int, memory_format: torch.memory_form
     folded = fold_batch_norm(graph)
     collector = Collector(graph)
     collector.update(images)
+    with_histograms = Collector(graph, histograms=True)
     settings = LayerSettings(mode_activations="asym_u", per_channel_wts=True)
     stats = ModelStats(collector.result())
     plan = plan_post_train_linear(graph, {name_of(node): settings for node, _ in layers(graph)}, stats, folded)
@@ -57,13 +58,14 @@ def measure(arch: str, batch: int, rounds: int, memory_format: torch.memory_form
     tasks: dict[str, Callable[[], object]] = {
         "float": whole,
         "collect": lambda: collector.update(images),
+        "histograms": lambda: with_histograms.update(images),
         "exact": lambda: evaluate_together([exact], [Meter()], [(images, labels)]),
     }
     for task in tasks.values():
         task()
     times = [{name: seconds(task) for name, task in tasks.items()} for _ in range(rounds)]
     row: list[object] = [arch, f"{statistics.median(t['float'] for t in times):.3f}"]
-    for name in ("collect", "exact"):
+    for name in ("collect", "histograms", "exact"):
         ratios = [t[name] / t["float"] for t in times]
         row += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} .. {max(ratios):.2f}"]
     return row
@@ -79,7 +81,8 @@ def main() -> None:
     args = parser.parse_args()
     layout = torch.channels_last if args.layout == "channels_last" else torch.contiguous_format
     rows = [measure(arch, args.batch, args.rounds, layout) for arch in args.models]
-    headers = ["model", "float s", "collect / float", "range", "exact / float", "range"]
+    headers = ["model", "float s", "collect / float", "range", "with histograms / float", "range"]
+    headers += ["exact / float", "range"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch}, {args.layout}")
     print(tabulate(rows, headers, tablefmt="github"))
 

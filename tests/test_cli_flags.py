@@ -30,7 +30,8 @@ SPELLINGS = """
 --quantize-eval --qe --qe-calibration --qe-calibration-split --qe-histograms --qe-stats-file --qe-dynamic
 --qe-config-file
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
---qe-clip-acts --qeca --qe-clip-n-stds --qe-clip-percentile --qe-clip-p --qe-clip-wts --qe-scale --qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
+--qe-clip-acts --qeca --qe-clip-n-stds --qe-clip-percentile --qe-clip-p --qe-clip-wts --qe-scale
+--qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
 --qe-scale-approx-bits --qesab --qe-reduce-range --qe-save-fp-weights --qe-pytorch-backend
 --ptq-equalize --ptq-absorb-bias --ptq-smooth --ptq-data-free --ptq-rounding --ptq-bn-reestimation --ptq-bias-correction
 --ptq-images --ptq-iterations

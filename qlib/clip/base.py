@@ -21,7 +21,7 @@ class ClipContext:
     `bits` of the codes (>= 1); `symmetric`: the range will be made symmetric about 0; `half_range`: a ReLU follows,
     so only values >= 0 matter (a histogram is cut already where that is so); `n_stds`: the width for `n_std`, in
     standard deviations; `percentile`: that for `percentile`, above 50; `p`: the power of the error for `lp`, 1 or more.
-    `restricted`: a symmetric grid does not use its most negative code; `pow2`: its step is rounded up to a power of two.
+    `restricted`: a symmetric grid does not use its most negative code; `pow2`: its step is a power of two, rounded up.
     """
 
     bits: int = 8

@@ -18,7 +18,8 @@ class HistogramRows:
     """`counts` ``[E, BINS]``: row e counts values in bins of width ``2^exponents[e]``, from bin number `bases[e]` on.
 
     Memory is fixed. A row's bins lie anywhere about the range seen so far, so that most batches move nothing; `row`
-    gives the histogram that `Histogram.of` would have made.
+    gives the histogram that `Histogram.of` would have made (but that negative values too small for float32 to hold
+    their share of a bin count as 0).
     """
 
     counts: Tensor
