@@ -27,7 +27,8 @@ from qlib.job import Job
 from qlib.quant.plan import Plan
 from qlib.search.images import calibration_batches
 from qlib.search.least_error import least_error
-from qlib.search.objective import Objective, Vector
+from qlib.search.minimize import Vector, minimize, options_for
+from qlib.search.objective import Objective
 from qlib.search.ranges import coordinates_of, moved_plan, with_explicit_weights
 
 __all__ = ["lapq", "search_ranges", "starting_clips"]
@@ -100,12 +101,12 @@ def search_ranges(
 
 def _search(objective: Objective, start: Vector, args: LapqArgs, seed: int) -> None:
     """Runs the method that the flags name; the objective remembers the best point."""
-    from scipy.optimize import basinhopping, minimize
-
     options = _options(args, len(start))
     if not args.basinhopping:
-        minimize(objective, start, method=args.method, options=options)
+        minimize(objective, start, args.method, options)
         return
+    from scipy.optimize import basinhopping
+
     random = np.random.RandomState(seed)
     basinhopping(
         objective,
@@ -113,7 +114,7 @@ def _search(objective: Objective, start: Vector, args: LapqArgs, seed: int) -> N
         niter=args.basinhopping_niter,
         T=0.0,
         take_step=lambda values: values + random.uniform(-_HOP, _HOP, len(values)),
-        minimizer_kwargs={"method": args.method, "options": options},
+        minimizer_kwargs={"method": args.method, "options": options_for(args.method, start, options)},
     )
 
 

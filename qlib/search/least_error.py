@@ -12,7 +12,7 @@ from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
 from qlib.lower.ops.base import Edge
 from qlib.quant.plan import Plan, TensorPlan, WeightPlan
-from qlib.search.objective import Vector
+from qlib.search.minimize import Vector, minimize
 from qlib.search.ranges import Coordinate, factor, moved
 from qlib.search.replay import WEIGHT, Replay, Slot, grid_of, rounded, rounded_weight
 
@@ -44,8 +44,6 @@ def least_error(
 
     Both ends of a range are found together.
     """
-    from scipy.optimize import minimize
-
     replay = Replay(graph)
     modules = {name_of(node): module for node, module in layers(graph)}
     states = [replay.start(images) for images, _ in batches[:_BATCHES]]
@@ -73,7 +71,7 @@ def least_error(
             return mean_error(value, rounded(value, Edge.of(moved(grid, low, high).qparams())), p)
 
         start = np.zeros(len(indices))
-        result = minimize(error, start, method=method).x
+        result = minimize(error, start, method, {})
         better = error(result) <= error(start)
         found[indices] = result if better else start
     return found

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
 from qlib.quant.plan import Plan
+from qlib.search.minimize import Vector
 from qlib.search.ranges import Coordinate, ends_of, factor, moved
 from qlib.search.replay import Point, Replay, Slot, State, grid_of
 from qlib.search.sensitivity import divergence
 
-__all__ = ["Objective", "Vector"]
+__all__ = ["Objective"]
 
 _log = logging.getLogger(__name__)
 _EVERY = 20
-
-Vector: TypeAlias = "NDArray[np.float64]"
 
 
 class Objective:
