@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.graph.ir import layer_inputs, layers, name_of
 from qlib.models.resnet_cifar import ResNetCifar
 from qlib.stats.collect import MICRO_BATCH, Collector
+from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import LayerStats, TensorStats
 
 FINGERPRINT = {"arch": "net", "samples": 20}
@@ -254,3 +255,73 @@ def test_stats_of_a_constant_operand() -> None:
     stats = collect(graph, batch).result()["mul"].inputs[1]
     assert (stats.min, stats.max) == (float(gain.min()), float(gain.max()))
     assert stats.shape == (8, 1, 1)
+
+
+def with_histograms(graph: Graph, batches: list[Tensor]) -> Collector:
+    collector = Collector(graph, histograms=True)
+    for part in batches:
+        collector.update(part)
+    return collector
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_histograms_count_all_of_small_tensors(name: str) -> None:
+    graph, batch = NETS[name]()
+    batch = batch[:4]
+    values: dict[str, np.ndarray] = {}
+
+    class Record(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                values[name_of(n) if n.op == "call_module" else n.name] = value.numpy().copy()
+            return value
+
+    with torch.no_grad():
+        Record(graph).run(batch)
+    got = with_histograms(graph, [batch]).result()
+    for node, module in layers(graph):
+        stats, x = got[name_of(node)].output, values[name_of(node)]
+        assert stats.histogram is not None
+        if isinstance(module, (nn.ReLU, nn.ReLU6)):
+            assert stats.histogram.total == sampled(x.size)
+            assert stats.histogram.zeros <= (x == 0).sum()
+        elif sampled(x.size) == x.size:
+            assert stats.histogram == Histogram.of(x)
+        assert stats.histogram.low <= stats.min
+        assert stats.max <= stats.histogram.high
+
+
+def sampled(size: int) -> int:
+    """How many values of a tensor are counted."""
+    return size if size // 1021 < 64 else size // 1021 * 127
+
+
+def test_histograms_change_nothing_else() -> None:
+    graph, batch = resnet()
+    plain, rich = collect(graph, batch).result(), with_histograms(graph, list(batch.split(8))).result()
+    for name, layer in rich.items():
+        assert replace(layer.output, histogram=None) == plain[name].output
+
+
+def test_histograms_of_halves_merge_into_those_of_the_whole() -> None:
+    graph, batch = mixed()
+    left, right, whole = (with_histograms(graph, [part]).result() for part in (batch[:8], batch[8:], batch))
+    for name, layer in whole.items():
+        assert left[name].output.histogram is not None
+        if name not in ("relu", "relu_1", "relu6"):  # those keep the finer bins of the parts
+            assert left[name].output.merge(right[name].output).histogram == layer.output.histogram, name
+
+
+def test_a_killed_collection_of_histograms_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    graph, batch = resnet()
+    path, batches = tmp_path / "partial.safetensors", list(batch.split(4))
+    first, second = with_histograms(graph, batches[:3]), Collector(graph, histograms=True)
+    first.save(path, FINGERPRINT)
+    assert second.load(path, FINGERPRINT) == 12
+    for part in batches[3:]:
+        second.update(part)
+    assert second.result() == with_histograms(graph, batches).result()
+    assert Collector(graph).load(path, FINGERPRINT) == 0, "one without histograms begins anew"
+    collect(graph, batch).save(path, FINGERPRINT)
+    assert Collector(graph, histograms=True).load(path, FINGERPRINT) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlib.config.ptq_config import load_ptq_config, ptq_config_from_flags
-from qlib.config.resolve import LayerInfo, resolve
+from qlib.config.resolve import LayerInfo, resolve, wants_histograms
 from qlib.config.settings import LayerSettings, PtqConfig, Rule
 from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError
@@ -239,6 +239,7 @@ def test_stats_file_beside_the_yaml_else_in_the_current_folder(tmp_path: Path, m
 
 
 BITS = "a whole number from 2 to 16, or null or 0 for float"
+CLIPS = "none, avg, n_std, gauss, laplace, percentile, kl, mse, lp, auto"
 MODES = "sym, sym_restr, asym_s, asym_u, symmetric, symmetric_restricted, asymmetric_signed, asymmetric_unsigned"
 
 
@@ -266,12 +267,24 @@ MODES = "sym, sym_restr, asym_s, asym_u, symmetric, symmetric_restricted, asymme
             "a.yaml:4: unknown key 'weight'; allowed: activations, weights; did you mean weights?",
             id="mode part",
         ),
-        pytest.param(
-            ["clip_acts: [avg]"], "a.yaml:4: clip_acts is a list; allowed: none, avg, n_std, gauss, laplace", id="clip"
-        ),
+        pytest.param(["clip_acts: [avg]"], f"a.yaml:4: clip_acts is a list; allowed: {CLIPS}", id="clip"),
         pytest.param(
             ["clip_n_stds: -2"], "a.yaml:4: clip_n_stds is -2; allowed: a number above 0, or null", id="n_stds"
         ),
+        pytest.param(
+            ["clip_percentile: 50"],
+            "a.yaml:4: clip_percentile is 50; allowed: a number above 50 to 100, or null for 99.99",
+            id="percentile",
+        ),
+        pytest.param(
+            ["clip_p: 0"], "a.yaml:4: clip_p is 0; allowed: a number from 1 to 4, or null for 2", id="power of lp"
+        ),
+        pytest.param(
+            ["clip_wts: kl"],
+            "a.yaml:4: clip_wts is 'kl'; allowed: none, percentile, mse, lp, auto",
+            id="clip of weights",
+        ),
+        pytest.param(["scale: 2"], "a.yaml:4: scale is 2; allowed: float, pow2", id="scale"),
         pytest.param(
             ["clip_n_stds: .inf"], "a.yaml:4: clip_n_stds is inf; allowed: a number above 0, or null", id="inf"
         ),
@@ -375,7 +388,7 @@ def test_mistakes_of_all_sorts_are_reported_together(tmp_path: Path) -> None:
         pytest.param(
             "- 1",
             "a.yaml:1: the file holds a list; allowed: a mapping of the sections version, pruners, regularizers, "
-            "quantizers, lr_schedulers, extensions, policies",
+            "quantizers, lr_schedulers, extensions, policies, corrections",
             id="a list",
         ),
     ],
@@ -581,3 +594,34 @@ def test_a_shadowed_rule_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         resolve(PtqConfig(rules=(rule(".*", 3, clip_acts="avg"), rule("f.", 5, clip_acts="none"))), LAYERS)
     assert caplog.messages == ["a.yaml:5: 'f.' has no effect: '.*' (a.yaml:3) wins wherever it matches"]
+
+
+def test_settings_of_ranges(tmp_path: Path) -> None:
+    lines = ["clip_acts: lp", "clip_p: 3", "clip_percentile: null", "clip_wts: AUTO", "scale: pow2", "overrides:"]
+    lines += ["  fc: {clip_acts: percentile, clip_percentile: 99, input_overrides: {0: {clip_acts: kl, clip_p: 2.5}}}"]
+    config = load_ptq_config(write(tmp_path, quantizer(*lines)))
+    want = {"clip_acts": "lp", "clip_p": 3.0, "clip_percentile": 99.99, "clip_wts": "auto", "scale": "pow2"}
+    assert {name: getattr(config.defaults, name) for name in want} == want
+    assert config.rules[0].settings == {
+        "clip_acts": "percentile",
+        "clip_percentile": 99.0,
+        "input_overrides": {0: {"clip_acts": "kl", "clip_p": 2.5}},
+    }
+    flags = ptq_config_from_flags(clip_acts="lp", clip_p=3.0, clip_wts="auto", scale="pow2").defaults
+    assert flags == LayerSettings(clip_acts="lp", clip_p=3.0, clip_wts="auto", scale="pow2")
+
+
+def test_dynamic_ranges_have_no_histograms() -> None:
+    layers = [LayerInfo("conv1", "conv", True), LayerInfo("conv2", "conv", True), LayerInfo("fc", "linear", True)]
+    rules = (Rule("fc", {"input_overrides": {0: {"clip_acts": "kl"}}, "clip_acts": "none"}, {}, "a.yaml:9"),)
+    defaults = LayerSettings(clip_acts="mse", origin={"clip_acts": "--qe-clip-acts"})
+    with pytest.raises(ConfigError) as caught:
+        resolve(PtqConfig(defaults, rules, dynamic=True), layers)
+    remedy = "use one of none, avg, n_std, gauss, laplace, or statistics from --qe-calibration or --qe-stats-file"
+    assert list(caught.value.problems) == [
+        f"--qe-clip-acts: clip_acts mse needs histograms, and dynamic quantization has none; {remedy}",
+        f"a.yaml:9: clip_acts kl needs histograms, and dynamic quantization has none; {remedy}",
+    ]
+    assert wants_histograms(resolve(PtqConfig(defaults), layers))
+    assert not wants_histograms(resolve(PtqConfig(LayerSettings(clip_wts="mse")), layers))
+    assert not wants_histograms(resolve(PtqConfig(LayerSettings(clip_acts="kl", bits_activations=0)), layers))

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.config.ptq_config import LayerSettings
 from qlib.errors import ConfigError, StatsError
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.lower import lower
+from qlib.lower.ops.weighted import ExactWeighted
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
@@ -419,3 +421,107 @@ def test_input_that_stays_in_float_by_an_override() -> None:
         got, want = lower(graph, plan)(IMAGES), graph(IMAGES)
     assert 0 < float((got - want).abs().max()) < 0.05 * float(want.abs().max())
     assert torch.equal(got, lower(graph, plan)(IMAGES))
+
+
+# ------------------------------------------------------------------------------------------------ ranges of histograms
+
+
+def histogram_stats(graph: Graph) -> ModelStats:
+    collector = Collector(graph, histograms=True)
+    collector.update(IMAGES)
+    return ModelStats(collector.result())
+
+
+def plan_with(function: Callable[[Any, Tensor], Tensor], settings: Mapping[str, Any]) -> tuple[Graph, Plan]:
+    graph, folded = prepared(function)
+    each = {info.name: DEFAULTS.with_settings(settings, {}) for info in layer_infos(graph)}
+    return graph, plan_post_train_linear(graph, each, histogram_stats(graph), folded)
+
+
+@pytest.mark.parametrize("clip", HISTOGRAM_CLIPS)
+@pytest.mark.parametrize("mode", ["sym", "asym_u"])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+def test_methods_from_histograms_give_a_plan(clip: str, mode: str, bits: int) -> None:
+    settings = {"clip_acts": clip, "mode_activations": mode, "bits_activations": bits}
+    graph, plan = plan_with(residual, settings)
+    seen = histogram_stats(graph).layers["conv2"].output
+    for layer in plan.layers.values():
+        for tensor in (*layer.inputs, layer.output):
+            if tensor is not None:
+                assert tensor.clip in (set(CLIP_NAMES) - {"auto"} if clip == "auto" else {clip})
+    output = plan.layers["conv2"].output
+    assert output is not None
+    assert output.min is not None
+    assert output.max is not None
+    assert seen.min <= output.min <= output.max <= seen.max
+    first = plan.layers["conv1"].output
+    assert first is not None
+    assert first.min == 0.0, "a ReLU follows"
+
+
+@pytest.mark.parametrize("clip", HISTOGRAM_CLIPS)
+def test_statistics_without_histograms_name_the_flag_and_the_layer(clip: str) -> None:
+    with pytest.raises(StatsError, match=r"^input 0 of layer 'conv1': the statistics hold no histogram, .*histograms$"):
+        plan_of(residual, {"*": {"clip_acts": clip}})
+
+
+@pytest.mark.parametrize("clip", ["none", "kl", "mse", "auto"])
+def test_a_concatenation_is_shared_where_the_request_is_the_same(clip: str) -> None:
+    def function(m: Any, x: Tensor) -> Tensor:
+        return torch.cat([m.conv1(x), m.conv2(m.conv1(x) * 30)], 1)
+
+    _, plan = plan_with(function, {"clip_acts": clip, "bits_activations": 4})
+    assert plan.layers["conv2"].output == plan.layers["cat"].output
+
+
+def test_weights_are_clipped_as_asked() -> None:
+    settings = {"clip_wts": "mse", "bits_weights": 3, "per_channel_wts": True}
+    for dynamic in (False, True):
+        plan = plan_of(residual, {"*": settings, "conv2": {"clip_wts": "none"}}, dynamic=dynamic)
+        weights = {name: layer.weight for name, layer in plan.layers.items() if layer.weight is not None}
+        assert {name: weight.clip for name, weight in weights.items()} == {"conv1": "mse", "conv2": "none", "fc": "mse"}
+        assert weights["conv1"].min is not None
+        assert len(weights["conv1"].min) == 4
+        assert weights["conv2"] == WeightPlan(3, "sym", per_channel=True)
+
+
+@pytest.mark.parametrize("clip", ["none", "mse", "auto"])
+@pytest.mark.parametrize("mode", ["sym", "sym_restr", "asym_u"])
+def test_power_of_two_scales_make_every_requantization_a_shift(clip: str, mode: str) -> None:
+    settings = {"scale": "pow2", "clip_acts": clip, "clip_wts": clip, "per_channel_wts": True}
+    settings |= {"mode_activations": mode, "mode_weights": mode}
+    graph, plan = plan_with(lambda m, x: m.fc(m.conv2(m.relu(m.conv1(x))).softmax(-1).mean((2, 3))), settings)
+    lowered = lower(graph, plan)
+    exact = [module for module in lowered.modules() if isinstance(module, ExactWeighted)]
+    assert len(exact) == 3
+    for module in exact:
+        assert bool((torch.frexp(module.factor)[0] == 0.5).all())
+    for layer in plan.layers.values():
+        for grid in (*layer.inputs, layer.output):
+            assert grid is None or float(torch.frexp(grid.qparams().scale)[0]) == 0.5
+    with torch.inference_mode():
+        assert lowered(IMAGES).shape == (8, 5)
+
+
+def test_a_table_of_embeddings_is_clipped_as_a_whole() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.fc = nn.Embedding(50, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.table(x))
+
+    indices = torch.arange(8)
+    graph = capture(Words(), indices)
+    each = {
+        info.name: DEFAULTS.with_settings({"clip_wts": "mse", "bits_weights": 3, "bits_activations": 0}, {})
+        for info in layer_infos(graph)
+    }
+    plan = plan_post_train_linear(graph, each, None)
+    weight = plan.layers["table"].weight
+    assert weight is not None
+    assert weight.max is not None
+    assert (weight.clip, len(weight.max)) == ("mse", 1)
+    assert lower(graph, plan)(indices).shape == (8, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlib.errors import OutputError, StatsError
+from qlib.stats.histogram import Histogram
 from qlib.stats.stats_file import check_fingerprint, read_stats, write_stats
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
@@ -199,3 +201,57 @@ def test_fingerprint_of_another_model() -> None:
     check_fingerprint(STATS, "vgg11", "c0ffee")
     with pytest.raises(StatsError, match=r"another model \(weights 'c0ffee', this one is 'beef'\); collect them again"):
         check_fingerprint(STATS, "vgg11", "beef")
+
+
+# ------------------------------------------------------------------------------------------------ histograms
+
+SEEN = Histogram(-2.0, 0.25, (1, 0, 5, 2**40), zeros=3)
+WITH = ModelStats(
+    {
+        "conv1": LayerStats((replace(RECORD, histogram=SEEN), RECORD), replace(RECORD, histogram=SEEN.merge(SEEN))),
+        "fc": LayerStats((), RECORD),
+    },
+    {"arch": "vgg11"},
+)
+
+
+def test_histograms_round_trip_and_same_bytes(tmp_path: Path) -> None:
+    write_stats(tmp_path / "a.v1.yaml", WITH)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.v1.safetensors", "a.v1.yaml"]
+    read = read_stats(tmp_path / "a.v1.yaml")
+    assert read == WITH
+    write_stats(tmp_path / "b.yaml", read)
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "a.v1.safetensors").read_bytes()
+    assert (tmp_path / "b.yaml").read_bytes() == (tmp_path / "a.v1.yaml").read_bytes()
+
+
+def test_histograms_that_are_gone_leave_the_rest(tmp_path: Path) -> None:
+    write_stats(tmp_path / "a.yaml", WITH)
+    (tmp_path / "a.safetensors").unlink()
+    assert [layer.output for layer in read_stats(tmp_path / "a.yaml").layers.values()] == [RECORD, RECORD]
+
+
+def test_histograms_of_other_statistics_are_refused(tmp_path: Path) -> None:
+    write_stats(tmp_path / "a.yaml", WITH)
+    (tmp_path / "a.safetensors").write_bytes(b"other")
+    with pytest.raises(StatsError) as caught:
+        read_stats(tmp_path / "a.yaml")
+    assert str(caught.value) == (
+        f"{tmp_path}/a.safetensors does not hold the histograms of {tmp_path}/a.yaml, which names other ones; "
+        "collect both again with --qe-calibration and --qe-histograms"
+    )
+
+
+def test_a_layer_added_by_hand_has_no_histogram(tmp_path: Path) -> None:
+    write_stats(tmp_path / "a.yaml", WITH)
+    text = (tmp_path / "a.yaml").read_text()
+    (tmp_path / "a.yaml").write_text(text + "new:\n  output: {min: 0.0, max: 1.0}\n")
+    read = read_stats(tmp_path / "a.yaml").layers
+    assert read["new"].output.histogram is None
+    assert read["conv1"] == WITH.layers["conv1"]
+
+
+def test_histograms_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"the histograms cannot be written to .*a\.safetensors"):
+        write_stats(tmp_path / "file/a.yaml", WITH)

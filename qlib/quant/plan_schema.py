@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlib.config.fields import CLIP_NAMES
+from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.config.yaml_source import Node
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
@@ -188,6 +188,10 @@ class _Reader:
             self._problem(
                 node.where_key("min"), f"min {values['min']} of {what} is above max {values['max']}; swap them"
             )
+        if self.dynamic and values.get("clip") in HISTOGRAM_CLIPS:
+            others = ", ".join(name for name in CLIP_NAMES if name not in HISTOGRAM_CLIPS)
+            sentence = f"clip {values['clip']} of {what} needs histograms, and a dynamic plan has none; use {others}"
+            self._problem(node.where_key("clip"), sentence)
         if self.dynamic and values.get("clip") == "n_std" and "n_stds" not in values:
             self._problem(node.where, f"{what}: clip n_std needs n_stds, a number above 0")
         return TensorPlan(**{"bits": 8, "mode": "sym", **values})

@@ -154,8 +154,10 @@ def _with_histograms(
     return joined
 
 
-def check_fingerprint(stats: ModelStats, arch: str, weights_hash: str) -> None:
+def check_fingerprint(stats: ModelStats, arch: str, weights_hash: str, corrections: str = "") -> None:
     """Checks that statistics are of this model; those without a fingerprint (Distiller's) pass.
+
+    `corrections` are those of the float model, with which the statistics were collected.
 
     >>> check_fingerprint(ModelStats({}, {"arch": "vgg11"}), "vgg11", "c0ffee")
     >>> check_fingerprint(ModelStats({}, {"arch": "vgg11"}), "resnet18", "c0ffee")
@@ -167,6 +169,11 @@ again with --qe-calibration
         StatsError: naming what differs.
     """
     this = {"arch": arch, "weights": weights_hash}
+    if stats.fingerprint.get("corrections", "") != corrections:
+        raise StatsError(
+            f"the statistics were collected with the corrections {stats.fingerprint.get('corrections', 'none')!r}, and"
+            f" this run has {corrections or 'none'!r}; collect them again with --qe-calibration and these --ptq flags"
+        )
     different = [
         f"{key} {stats.fingerprint[key]!r}, this one is {value!r}"
         for key, value in this.items()
@@ -204,7 +211,7 @@ def _layer(name: str, node: Node) -> LayerStats | None:
             where = entries["inputs"].where_key(key)
             raise StatsError(f"{where}: input {key!r} of layer {name!r} is out of order; inputs are numbered 0, 1, ...")
     records = tuple(_record(f"input {key} of layer {name!r}", record) for key, record in inputs.items())
-    return None if output.min == sys.float_info.max else LayerStats(records, output)
+    return None if output.min == sys.float_info.max == -output.max else LayerStats(records, output)
 
 
 def _record(what: str, node: Node) -> TensorStats:
