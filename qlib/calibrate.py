@@ -53,7 +53,10 @@ def calibrate(job: Job, graph: Graph, fraction: float, *, histograms: bool = Fal
         "split": split,
         "samples": len(indices),
     }
-    stem = re.sub(r"[^\w.-]+", "_", f"{Path(job.spec.arch).name}_{job.dataset_name}")
+    if corrections := config.ptq.of_float:
+        fingerprint["corrections"] = corrections
+    stem = "_".join(filter(None, (Path(job.spec.arch).name, job.dataset_name, corrections)))
+    stem = re.sub(r"[^\w.-]+", "_", stem)
     partial = _FOLDER / f"{stem}.partial.safetensors"
     histograms = histograms or config.qe.histograms
     key = {**fingerprint, "seed": config.seed, "data": str(config.data), "histograms": histograms}

@@ -22,6 +22,7 @@ from qlib.config.flag_kinds import (
     run_name,
     whole,
 )
+from qlib.config.run_config import BIAS_CORRECTIONS, ROUNDINGS
 from qlib.config.run_config import GROUPS as ARGUMENT_GROUPS
 
 __all__ = ["FLAGS", "GROUPS", "Flag"]
@@ -174,13 +175,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--ptq-data-free", SWITCH, "no images at all: ranges and corrections from batch-norm statistics"),
         Flag(
             "--ptq-rounding",
-            choice(("nearest", "gptq", "adaround", "brecq", "qdrop")),
+            choice(ROUNDINGS),
             "how weights are rounded: to the nearest code, or so that the layer's or the block's output changes least",
         ),
         Flag("--ptq-bn-reestimation", SWITCH, "match mean and deviation of each channel to those of the float model"),
         Flag(
             "--ptq-bias-correction",
-            choice(("none", "empirical", "analytic")),
+            choice(BIAS_CORRECTIONS),
             "correct the mean of each channel, measured on images or derived from batch-norm statistics",
         ),
         Flag("--ptq-images", whole(1), "calibration images that corrections look at"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from qlib.config.ptq_config import LayerSettings, PtqConfig, load_ptq_config, pt
 from qlib.config.resolve import resolve, wants_histograms
 from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, startup_warnings
 from qlib.config.search_flags import searches
+from qlib.correct.weights_file import load_weights, save_weights
+from qlib.corrections import correct_float, correct_plan, flag_of, image_range
 from qlib.errors import ModelError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together
 from qlib.handover import Model, hand_over, hand_over_float, measure_saturation
@@ -66,7 +69,7 @@ def run(config: RunConfig) -> int:
             return _use_checkpoint(config, run_log, device, checkpoint)
         if not asks_for_something(config):
             raise nothing_to_do()
-        job = load_job(config, run_log, device, checkpoint)
+        job = load_job(_with_corrections(config), run_log, device, checkpoint)
         if config.summary:
             _summarize(job)
         elif config.check:
@@ -76,10 +79,21 @@ def run(config: RunConfig) -> int:
         elif config.quantize_eval:
             return _quantize_and_evaluate(job)
         elif config.qe.calibration is not None:
-            calibrate(job, fold(job).graph, config.qe.calibration)
+            folded = fold(job)
+            correct_float(job, folded)
+            calibrate(job, folded.graph, config.qe.calibration)
         else:
             _use_float(job)
     return 0
+
+
+def _with_corrections(config: RunConfig) -> RunConfig:
+    """The settings, with the corrections that a YAML file asks for; flags that the user gave have the last word."""
+    file = config.qe.config_file
+    if file is None or is_plan_file(file):
+        return config
+    asked = {key: value for key, value in load_ptq_config(file).corrections.items() if flag_of(key) not in config.given}
+    return replace(config, ptq=replace(config.ptq, **asked))  # type: ignore[arg-type]
 
 
 def _summarize(job: Job) -> None:
@@ -125,7 +139,7 @@ def _read_stats(job: Job, path: Path) -> ModelStats:
     if is_plan_file(path):
         return stats_from_plan(read_plan(path))
     stats = read_stats(path)
-    check_fingerprint(stats, job.spec.arch, weights_hash(job.model.state_dict()))
+    check_fingerprint(stats, job.spec.arch, weights_hash(job.model.state_dict()), job.config.ptq.of_float)
     return stats
 
 
@@ -136,6 +150,10 @@ def _given_plan(job: Job, folded: FoldedGraph) -> Plan | None:
         return None
     plan = read_plan(path)
     check_plan(plan, folded.layers, str(path))
+    if corrections := job.config.ptq.of_float:
+        raise UsageError(f"{corrections} changes the ranges that {path} holds; give settings, or drop the --ptq flag")
+    if plan.weights is not None:
+        load_weights(path.parent / plan.weights, folded.graph, weights_hash(job.model.state_dict()))
     return plan
 
 
@@ -145,6 +163,7 @@ def _make_plan(job: Job, folded: FoldedGraph) -> tuple[Plan, ModelStats | None, 
     Also: the statistics, and whether to keep the float weights.
     """
     ptq, settings = _settings(job, folded)
+    correct_float(job, folded)
     stats = _stats_for(job, folded, ptq, settings)
     planner = partial(_plan_of, folded, stats)
     if job.config.qe.budget is not None:
@@ -173,6 +192,10 @@ def _stats_for(
     quantizes_activations = any(each.bits_activations for each in settings.values())
     if ptq.stats_file is not None:
         stats = _read_stats(job, ptq.stats_file)
+    elif job.config.ptq.data_free:
+        from qlib.correct.data_free import data_free_stats
+
+        stats = data_free_stats(folded.graph, folded.norms, image_range(job))
     elif fraction is not None or (quantizes_activations and not ptq.dynamic):
         histograms = wants_histograms(settings)
         stats = calibrate(job, folded.graph, fraction or _IMPLICIT_CALIBRATION, histograms=histograms)
@@ -195,6 +218,7 @@ def _analyse(job: Job) -> None:
     if _given_plan(job, folded) is not None:
         raise UsageError("--sense needs settings, but --qe-config-file is a plan; give settings, or drop it")
     ptq, settings = _settings(job, folded)
+    correct_float(job, folded)
     stats = _stats_for(job, folded, ptq, settings)
     analyse(job, folded.graph, settings, partial(_plan_of, folded, stats))
 
@@ -220,6 +244,7 @@ def _quantize_and_evaluate(job: Job) -> int:
     if job.config.qe.lapq:
         plan = lapq(job, folded.graph, plan, given=given is not None)
     plan = _reduce_range(job, folded, plan)
+    plan = _keep_weights(job, folded, correct_plan(job, folded, plan))
     plan_path = job.file("layer_quant_params.yaml")
     write_plan(plan_path, plan)
     _log.info("Plan of each layer saved to %s; edit it and pass it back with --qe-config-file", plan_path)
@@ -239,6 +264,15 @@ def _quantize_and_evaluate(job: Job) -> int:
     save_quantized(path, header, lowered, {"quantized_top1": result.top1}, original)
     _log.info("Saving checkpoint to: %s", path)
     return deployed.exit_code
+
+
+def _keep_weights(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:
+    """The plan, with the name of a file of the corrected weights beside it where there are such."""
+    if plan.weights is None and not (job.config.ptq.of_float or job.config.ptq.of_plan):
+        return plan
+    path = job.file("corrected_weights.safetensors")
+    save_weights(path, folded.graph, weights_hash(job.model.state_dict()))
+    return replace(plan, weights=path.name)
 
 
 def _reduce_range(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from qlib.deploy.storage import choose_opset, refuse_unexportable, storage_notes
 from qlib.errors import UsageError
 from qlib.graph import Graph, capture
 from qlib.graph.cost import layer_costs
-from qlib.job import Job, loader_of, open_split, report_skipped
+from qlib.job import Job, calibration_images, loader_of, open_split, report_skipped
 from qlib.lower import exact_arithmetic
 from qlib.lower.saturation import SaturationRate, emulated, pairs_at_risk, saturation_rates
 from qlib.progress import track
@@ -97,7 +97,7 @@ def measure_saturation(job: Job, lowered: fx.GraphModule) -> dict[str, Saturatio
     if not any(pairs.values()) or not job.has_images:
         return {name: SaturationRate(count, 0, 0) for name, count in pairs.items()}
     with exact_arithmetic():
-        return saturation_rates(lowered, _calibration_images(job, SATURATION_IMAGES))
+        return saturation_rates(lowered, calibration_images(job, SATURATION_IMAGES, BATCH))
 
 
 def _flag(config: RunConfig) -> str:
@@ -172,15 +172,6 @@ def _report_placement(job: Job, path: Path, lowered: fx.GraphModule, rates: Mapp
     placed = placement(path, lowered, macs, rates)
     _log.info("%s", placement_table(placed))
     write_placement_csv(job.file("placement.csv"), placed)
-
-
-def _calibration_images(job: Job, count: int) -> Iterator[Tensor]:
-    """The first `count` images of the calibration split in its fixed random order, in batches."""
-    dataset = open_split(job, job.config.qe.calibration_split)
-    indices = choose_subset(len(dataset), 1.0, job.config.seed, shuffled=True)[:count]
-    loader = loader_of(job, dataset, indices, BATCH)
-    yield from (images.to(job.device) for images, _ in loader)
-    report_skipped(loader)
 
 
 def _require_images(job: Job, count: int) -> None:

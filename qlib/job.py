@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,16 @@ from qlib.checkpoint_file import load_state, model_state, read_checkpoint
 from qlib.config.run_config import RunConfig
 from qlib.data import ImageDataset, Loader, Split, choose_subset, make_loader, open_dataset, split_train
 from qlib.errors import CheckpointError, ModelError, UsageError
-from qlib.graph import Graph, capture, fold_batch_norm, fused_activations, kind_of
+from qlib.graph import (
+    Graph,
+    NormStatistics,
+    after_folding,
+    capture,
+    fold_batch_norm,
+    fused_activations,
+    kind_of,
+    norm_statistics,
+)
 from qlib.graph.ir import layer_inputs, layers, name_of
 from qlib.models import ModelSpec, create_model, find_model
 from qlib.runlog import RunLog
@@ -25,12 +34,14 @@ __all__ = [
     "LAYOUT",
     "FoldedGraph",
     "Job",
+    "calibration_images",
     "choose_device",
     "fold",
     "load_job",
     "loader_of",
     "open_split",
     "report_skipped",
+    "split_size",
     "test_loader",
 ]
 
@@ -69,10 +80,14 @@ class Job:
 
 @dataclass(frozen=True)
 class FoldedGraph:
-    """The captured graph after folding, and which module went into which layer."""
+    """The captured graph after folding, which module went into which layer, and what the batch-norms knew.
+
+    `norms`: layer -> statistics of its output before the activation; corrections change graph and norms together.
+    """
 
     graph: Graph
     folded: Mapping[str, str]
+    norms: dict[str, NormStatistics] = field(default_factory=dict)
 
     @property
     def absorbed(self) -> dict[str, str]:
@@ -89,8 +104,9 @@ class FoldedGraph:
 def fold(job: Job) -> FoldedGraph:
     """Captures the job's model and folds its batch-norms. Raises ModelError where it cannot be captured."""
     graph = capture(job.model, job.example)
+    norms = norm_statistics(graph)
     folded = fold_batch_norm(graph)
-    return FoldedGraph(graph.to(memory_format=LAYOUT), folded)
+    return FoldedGraph(graph.to(memory_format=LAYOUT), folded, after_folding(norms, folded))
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -227,6 +243,20 @@ def _train_images(job: Job) -> int:
     if root is not None and (root / "val").is_dir() and not (root / "train").is_dir():
         return 0
     return len(open_split(job, "train"))
+
+
+def split_size(job: Job, split: str) -> int:
+    """How many images a split has."""
+    return len(open_split(job, split))
+
+
+def calibration_images(job: Job, count: int, batch_size: int) -> Iterator[Tensor]:
+    """The first `count` images of the calibration split in its fixed random order, in batches on the job's device."""
+    dataset = open_split(job, job.config.qe.calibration_split)
+    indices = choose_subset(len(dataset), 1.0, job.config.seed, shuffled=True)[:count]
+    loader = loader_of(job, dataset, indices, batch_size)
+    yield from (images.to(job.device, memory_format=LAYOUT) for images, _ in loader)
+    report_skipped(loader)
 
 
 def report_skipped(loader: Loader) -> None:

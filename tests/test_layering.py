@@ -21,7 +21,7 @@ LINES = (
     ("quantizers", "evaluate", "correct"),
     ("checkpoint", "runlog", "report", "summary", "deploy"),
     ("job",),
-    ("calibrate", "handover", "search"),
+    ("calibrate", "corrections", "handover", "search"),
     ("compress_classifier",),
     ("cli", "cli_flags"),
     ("compress",),

@@ -7,11 +7,20 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from qlib.config.run_config import BIAS_CORRECTIONS, ROUNDINGS
 from qlib.config.yaml_source import Node
 from qlib.errors import did_you_mean
 from qlib.quant.spec import MODES
 
-__all__ = ["CLIP_NAMES", "HISTOGRAM_CLIPS", "LAYER_FIELDS", "QUANTIZER_FIELDS", "SCALES", "WEIGHT_CLIPS"]
+__all__ = [
+    "CLIP_NAMES",
+    "CORRECTION_FIELDS",
+    "HISTOGRAM_CLIPS",
+    "LAYER_FIELDS",
+    "QUANTIZER_FIELDS",
+    "SCALES",
+    "WEIGHT_CLIPS",
+]
 __all__ += ["Field", "read_fields"]
 
 HISTOGRAM_CLIPS = ("percentile", "kl", "mse", "lp", "auto")
@@ -246,3 +255,28 @@ QUANTIZER_FIELDS: Mapping[str, Field] = {
     "also_clip_weights": _field(_flag, "also_clip_weights"),
 }
 """The arguments of the quantizer itself, besides its overrides."""
+
+
+def _share(node: Node) -> float | None:
+    value = node.value
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise NotAllowed("a number from 0 to 1, or null for none")
+    return float(value)
+
+
+_COUNT = _whole(1, 10**9, null=None)
+
+CORRECTION_FIELDS: Mapping[str, Field] = {
+    "equalize": _field(_flag, "equalize"),
+    "absorb_bias": _field(_flag, "absorb_bias"),
+    "smooth": _field(_share, "smooth"),
+    "data_free": _field(_flag, "data_free"),
+    "rounding": _field(_choice({name: name for name in ROUNDINGS}), "rounding"),
+    "bn_reestimation": _field(_flag, "bn_reestimation"),
+    "bias_correction": _field(_choice({name: name for name in BIAS_CORRECTIONS}), "bias_correction"),
+    "images": _field(_COUNT, "images"),
+    "iterations": _field(_COUNT, "iterations"),
+}
+"""The keys of the section `corrections`: the fields of `PtqArgs`, each with the values of its flag."""

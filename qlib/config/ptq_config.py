@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qlib.config.fields import LAYER_FIELDS, QUANTIZER_FIELDS, Field, read_fields
+from qlib.config.fields import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_FIELDS, Field, read_fields
 from qlib.config.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError, did_you_mean
@@ -13,7 +13,16 @@ from qlib.errors import ConfigError, did_you_mean
 __all__ = ["LayerSettings", "PtqConfig", "Rule", "load_ptq_config", "ptq_config_from_flags"]
 
 _CLASS = "PostTrainLinearQuantizer"
-_SECTIONS = ("version", "pruners", "regularizers", "quantizers", "lr_schedulers", "extensions", "policies")
+_SECTIONS = (
+    "version",
+    "pruners",
+    "regularizers",
+    "quantizers",
+    "lr_schedulers",
+    "extensions",
+    "policies",
+    "corrections",
+)
 _ELSEWHERE = Field(lambda key, node, problems: {})
 _ARGUMENTS = {**QUANTIZER_FIELDS, "class": _ELSEWHERE, "overrides": _ELSEWHERE}
 
@@ -99,6 +108,8 @@ def load_ptq_config(path: str | Path) -> PtqConfig:
     if component is None:
         raise ConfigError(problems)
     settings, places = read_fields(component, _ARGUMENTS, problems)
+    asked = (root.mapping or {}).get("corrections")
+    corrections = {} if asked is None else read_fields(asked, CORRECTION_FIELDS, problems)[0]
     _check_float_size(component, problems)
     rules = tuple(_read_rules(component, problems))
     stats_file = _find_stats(component, settings.pop("model_activation_stats", None), problems)
@@ -109,13 +120,13 @@ def load_ptq_config(path: str | Path) -> PtqConfig:
     if problems:
         raise ConfigError(problems)
     defaults = LayerSettings().with_settings(settings, {name: _short(places[name]) for name in settings})
-    return PtqConfig(defaults, rules, stats_file, stats_file is None, save, tuple(notes))
+    return PtqConfig(defaults, rules, stats_file, stats_file is None, save, tuple(notes), corrections)
 
 
 def _others(root: Node, quantizer: Node) -> Iterator[tuple[str, str]]:
     """Place and name of the sections and quantizers that are not `quantizer`."""
     for section, components in (root.mapping or {}).items():
-        if section not in ("version", "quantizers"):
+        if section not in ("version", "quantizers", "corrections"):
             yield root.where_key(section), f"section {section!r}"
         elif section == "quantizers":
             for name, component in (components.mapping or {}).items():

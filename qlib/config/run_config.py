@@ -15,9 +15,11 @@ from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError, UsageError, did_you_mean
 
 __all__ = [
+    "BIAS_CORRECTIONS",
     "GROUPS",
     "PtqArgs",
     "QuantArgs",
+    "ROUNDINGS",
     "RunConfig",
     "asks_for_something",
     "check_combination",
@@ -104,6 +106,10 @@ class QuantArgs:
     lapq: bool = False
 
 
+ROUNDINGS = ("nearest", "gptq", "adaround", "brecq", "qdrop")
+BIAS_CORRECTIONS = ("none", "empirical", "analytic")
+
+
 @dataclass(frozen=True)
 class PtqArgs:
     """The `--ptq-*` flags: corrections that need no training. A field is named as its flag, without `--ptq-`."""
@@ -117,6 +123,22 @@ class PtqArgs:
     bias_correction: str = "none"
     images: int = 1024
     iterations: int | None = None
+
+    @property
+    def of_float(self) -> str:
+        """The corrections of the float model, in their order: statistics collected with others do not fit.
+
+        >>> PtqArgs(equalize=True, smooth=0.5).of_float
+        'equalize, smooth 0.5'
+        """
+        words = ["equalize"] * (self.equalize or self.data_free) + ["absorb_bias"] * self.absorb_bias
+        return ", ".join(words + ([] if self.smooth is None else [f"smooth {self.smooth:g}"]))
+
+    @property
+    def of_plan(self) -> bool:
+        """Whether any correction comes after the plan."""
+        corrects_bias = self.bias_correction != "none" or self.data_free
+        return self.rounding != "nearest" or self.bn_reestimation or corrects_bias
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class Rule:
 class PtqConfig:
     """The settings of a whole run: defaults, and rules in order of precedence.
 
-    `stats_file` is what the YAML file names; `notes` are sentences about what was read and has no effect.
+    `stats_file` is what the YAML file names; `notes` are sentences about what was read and has no effect;
+    `corrections` are fields of `PtqArgs`.
     """
 
     defaults: LayerSettings = LayerSettings()
@@ -107,6 +108,7 @@ class PtqConfig:
     dynamic: bool = False
     save_fp_weights: bool = False
     notes: tuple[str, ...] = ()
+    corrections: Mapping[str, object] = field(default_factory=dict)
 
 
 def pattern_problem(pattern: str) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from qlib.graph import Graph, fused_activations, kind_of
-from qlib.graph.ir import is_constant, is_layer, is_move, layer_inputs, tensor_users
+from qlib.graph.ir import is_layer
 
 __all__ = ["Unit", "block_units", "layer_units", "unit_module"]
 
@@ -73,7 +72,7 @@ def _has_weight(graph: Graph, nodes: list[fx.Node]) -> bool:
 
 
 def unit_module(graph: fx.GraphModule, unit: Unit) -> fx.GraphModule:
-    """The unit as a module of its own, of `unit.inputs`; it shares the layers of `graph`, whose nodes have the names."""
+    """The unit as a module of its own, of `unit.inputs`; it shares the layers of `graph`, by the nodes' names."""
     nodes = {node.name: node for node in graph.graph.nodes}
     new = fx.Graph()
     values = {nodes[source.name]: new.placeholder(source.name) for source in unit.inputs}

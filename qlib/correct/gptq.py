@@ -1,0 +1,120 @@
+"""GPTQ: weights are rounded one input after the other, and the rest of the row makes up for each error."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlib.correct.base import CalibrationImages
+from qlib.correct.stream import Buffer, Stream
+from qlib.correct.write_back import write_back
+from qlib.graph import Graph
+from qlib.lower.fake import FakeLayer, FakeWeight, fake_quantize, lower_fake
+from qlib.progress import track
+from qlib.quant.plan import Plan
+
+__all__ = ["gptq", "round_rows"]
+
+DAMPING = 0.01
+"""Added to the diagonal of the Hessian, as a share of its mean."""
+
+
+@torch.no_grad()
+def gptq(graph: Graph, plan: Plan, images: CalibrationImages) -> Plan:
+    """Rounds the weights of convolutions and linear layers, layer after layer; those of `graph` are set to that.
+
+    ``min |W x_q - W~ x_q|^2`` for the inputs x_q that the rounded layers before it give. Transposed convolutions are
+    rounded to nearest.
+
+    References: Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers",
+    2023, section 3; Frantar and Alistarh, "Optimal brain compression", 2022.
+    """
+    fake = lower_fake(graph, plan)
+    stream = Stream(fake, images.batches(), Buffer(images.folder))
+    nodes = list(fake.graph.nodes)
+    for node in track(
+        nodes, total_images=len(nodes), batch_size=1, description="GPTQ", print_freq=len(nodes), count=lambda _: 1,
+        unit="layers",
+    ):  # fmt: skip
+        layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, FakeLayer) and isinstance(layer.weight, FakeWeight):
+            _round_layer(layer, layer.weight, [layer.inputs[0](x) for x in stream[node.all_input_nodes[0]]])
+        stream.advance(node)
+    return write_back(graph, fake, plan)
+
+
+def _round_layer(layer: FakeLayer, rounding: FakeWeight, inputs: list[Tensor]) -> None:
+    module = layer.module
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        return
+    groups = getattr(module, "groups", 1)
+    rows = module.weight.detach().flatten(1).unflatten(0, (groups, -1))  # [groups, out, in]
+    hessian = sum((_hessian(module, x, groups) for x in inputs), torch.zeros(()))
+    shape = (groups, rows.shape[1], 1)
+
+    def per_row(values: Tensor) -> Tensor:
+        return values.reshape(-1, 1).expand(len(module.weight), 1).reshape(shape)
+
+    scale, low, high = (per_row(values) for values in (rounding.scale, rounding.low, rounding.high))
+    rounded = [round_rows(*parts) for parts in zip(rows, hessian, scale, low, high, strict=True)]
+    module.weight.copy_(torch.cat(rounded).view_as(module.weight))
+
+
+def _hessian(module: nn.Module, x: Tensor, groups: int) -> Tensor:
+    """``sum x x^T`` over all positions of the images, ``[groups, in, in]`` in float64."""
+    if isinstance(module, nn.Linear):
+        columns = x.reshape(1, -1, x.shape[-1])
+    else:
+        columns = _patches(module, x).unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    return (columns.transpose(1, 2) @ columns).double()
+
+
+def _patches(module: nn.Module, x: Tensor) -> Tensor:
+    """The values under the kernel at each of its positions, ``[N, in * kernel, positions]``."""
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    padding = [size for size in reversed(module._reversed_padding_repeated_twice[::2]) for _ in (0, 1)][::-1]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, padding, mode=mode) if any(padding) else x
+    for axis, (size, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        count = (x.shape[axis] - dilation * (size - 1) - 1) // stride + 1
+        starts = torch.arange(count, device=x.device) * stride
+        index = (starts[:, None] + torch.arange(size, device=x.device) * dilation).flatten()
+        x = x.index_select(axis, index).unflatten(axis, (count, size))
+        x = x.movedim(axis + 1, -1)  # what stays at `axis` are the positions; the kernel's places go last
+    dims = len(module.kernel_size)
+    return x.movedim(tuple(range(2 + dims, 2 + 2 * dims)), tuple(range(2, 2 + dims))).flatten(1, 1 + dims).flatten(2)
+
+
+def round_rows(rows: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Rounded ``rows [out, in]`` that change ``rows @ x`` little for inputs with ``sum x x^T = hessian [in, in]``.
+
+    In the order of falling diagonal of the Hessian, each column is rounded to ``clamp(round(w / s), low, high) * s``
+    (s, low and high ``[out, 1]``), and its error e spread over the columns that are left:
+    ``w_j -= e * U_ij / U_ii`` with U the Cholesky factor of the inverse Hessian.
+
+    Two inputs that are always equal: what rounding takes from one weight, the other gets.
+
+    >>> ones = torch.ones(1, 1)
+    >>> round_rows(torch.tensor([[0.4, 0.4]]), torch.ones(2, 2).double(), ones, -8 * ones, 7 * ones)
+    tensor([[0., 1.]])
+    """
+    rows, hessian = rows.double(), hessian.clone()
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    diagonal += DAMPING * diagonal.mean()
+    left, hessian = rows[:, order], hessian[order][:, order]
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    for i in range(left.shape[1]):
+        column = left[:, i]
+        code = fake_quantize(column[:, None].float(), scale, low, high)[:, 0].double()
+        error = (column - code) / factor[i, i]
+        left[:, i] = code
+        left[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
+    rounded = torch.empty_like(left)
+    rounded[:, order] = left
+    return rounded.float()
