@@ -51,6 +51,7 @@ def run(command: list[str]) -> dict[str, float]:
         return {}
     with metrics.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
+    print(" ".join(command[-8:]), last["top1"], file=sys.stderr)
     return {key: float(last[key]) for key in ("top1", "loss", "changed")}
 
 

@@ -52,22 +52,22 @@ def plan_weight(plan: WeightPlan, weight: Tensor, method: str, percentile: float
     """
     rows = weight.detach().float().cpu().flatten(1) if plan.per_channel else weight.detach().float().cpu().reshape(1, -1)
     context = WeightContext(QuantSpec.of_mode(plan.mode, plan.bits, 0, plan.pow2), percentile, p)
-    if method == "auto":
-        method = _best(rows, context)
     if method == "none":
         return plan
-    low, high = WEIGHT_METHODS[method](rows, context)
+    method, (low, high) = _best(rows, context) if method == "auto" else (method, WEIGHT_METHODS[method](rows, context))
+    if method == "none":
+        return plan
     return WeightPlan(
         plan.bits, plan.mode, plan.per_channel, method, tuple(low.tolist()), tuple(high.tolist()), plan.pow2
     )
 
 
-def _best(rows: Tensor, context: WeightContext) -> str:
-    errors = {
-        name: float(rounding_error(rows, *method(rows, context), context.spec).sum())
-        for name, method in ((name, WEIGHT_METHODS[name]) for name in WEIGHT_METHODS)
-    }
-    return next(name for name, error in errors.items() if error <= (1 + _NEGLIGIBLE) * min(errors.values()))
+def _best(rows: Tensor, context: WeightContext) -> tuple[str, Ranges]:
+    names = [name for name in WEIGHT_METHODS if name != "lp" or context.p != 2]  # which is mse then
+    ranges = {name: WEIGHT_METHODS[name](rows, context) for name in names}
+    errors = {name: float(rounding_error(rows, *found, context.spec).sum()) for name, found in ranges.items()}
+    best = next(name for name, error in errors.items() if error <= (1 + _NEGLIGIBLE) * min(errors.values()))
+    return best, ranges[best]
 
 
 def rounding_error(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec, p: float = 2.0) -> Tensor:
