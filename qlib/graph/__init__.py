@@ -4,5 +4,16 @@ from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
 from qlib.graph.fuse import activation_bounds, fused_activations
 from qlib.graph.ir import Graph, kind_of
+from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
 
-__all__ = ["Graph", "activation_bounds", "capture", "fold_batch_norm", "fused_activations", "kind_of"]
+__all__ = [
+    "Graph",
+    "NormStatistics",
+    "activation_bounds",
+    "after_folding",
+    "capture",
+    "fold_batch_norm",
+    "fused_activations",
+    "kind_of",
+    "norm_statistics",
+]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.graph.ir import Graph, kind_of, layer_inputs, name_of
+from qlib.graph.norms import BATCH_NORMS
 from qlib.graph.ops import ChannelAffine
 
 __all__ = ["fold_batch_norm"]
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, FrozenBatchNorm2d)
 
 
 @torch.no_grad()
@@ -28,7 +26,7 @@ def fold_batch_norm(graph: Graph) -> dict[str, str]:
             calls[str(node.target)] = calls.get(str(node.target), 0) + 1
     folded: dict[str, str] = {}
     for node in list(graph.graph.nodes):
-        if node.op != "call_module" or not isinstance(norm := graph.get_submodule(str(node.target)), _BATCH_NORMS):
+        if node.op != "call_module" or not isinstance(norm := graph.get_submodule(str(node.target)), BATCH_NORMS):
             continue
         (source,) = layer_inputs(node)
         if norm.running_mean is None:
