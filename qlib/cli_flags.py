@@ -207,7 +207,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--lapq-init-mode",
             choice(("none", "avg", "laplace", "gauss", "l1", "l2", "l3")),
             "where the search starts: clipping by statistics, or least mean |y - y_q|^p of each tensor"
-            " (default: the ranges of the plan)",
+            " (default: the ranges of the plan or l2, whichever is better)",
         ),
         Flag("--lapq-init-method", choice(SEARCHES), "method that finds the l1, l2 and l3 ranges"),
         Flag("--lapq-eval-size", fraction(), "fraction of the calibration split to look at, --lapq-images at most"),

@@ -443,11 +443,11 @@ WARNINGS = [
     ),
     (
         "what LAPQ does not need",
-        "--qe --qe-lapq --lapq-eval-memoize-dataloader --lapq-bh-niter 3 --lapq-init-method powell",
+        "--qe --qe-lapq --lapq-eval-memoize-dataloader --lapq-bh-niter 3 --lapq-init-method powell --lapq-init-mode avg",
         [
             "--lapq-eval-memoize-dataloader is ignored: the images are always kept in memory",
             "--lapq-basinhopping-niter has no effect without --lapq-basinhopping",
-            "--lapq-init-method has no effect without --lapq-init-mode l1, l2 or l3",
+            "--lapq-init-method has no effect with --lapq-init-mode avg",
         ],
     ),
     (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import finish, good, run, start
 from torch import Tensor, nn
 
 from qlib.config.search_flags import LapqArgs
@@ -226,3 +229,54 @@ def test_ranges_of_least_error_are_no_worse_for_their_tensor(p: float, method: s
         assert errors[1] <= errors[0]
         better += errors[1] < errors[0]
     assert better
+
+
+DIGITS = "-a digits_cnn --pretrained"
+QUANTIZED = f"{DIGITS} --qe --qe-stats-file stats/digits_cnn_digits.yaml --qem asym_u --qeba 4 --qebw 4"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lapq")
+    good(f"{DIGITS} --qe-calibration 0.2", folder)
+    return folder
+
+
+def test_a_run_as_a_user_runs_it(folder: Path) -> None:
+    before = good(QUANTIZED, folder)
+    process = start(f"{QUANTIZED} --qe-coordinate-search --lapq-maxiter 1 --lapq-images 96 -j 0", folder)
+    after = finish(process, folder)
+    assert (after.code, after.err) == (0, "")
+    assert float(after.score()[2]) < 0.7 * float(before.score()[2])
+    assert any(re.fullmatch(r"Iteration 20: Score=\d\.\d{6}", line) for line in after.lines)
+    plan = after.folder / "layer_quant_params.yaml"
+    assert "clip: lapq" in plan.read_text()
+    again = good(f"{DIGITS} --qe --qe-config-file '{plan}'", folder)
+    assert again.score() == after.score()
+    repeated = good(f"{QUANTIZED} --qe-lapq --lapq-maxiter 1 --lapq-images 96", folder)
+    assert (repeated.folder / "layer_quant_params.yaml").read_bytes() == plan.read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["AVG", "laplace", "L3"])
+def test_a_search_starts_where_it_is_told_to(mode: str, folder: Path) -> None:
+    done = good(f"{QUANTIZED} --qe-lapq --lapq-maxfev 3 --lapq-images 32 --lapq-init-mode {mode}", folder)
+    text = (done.folder / "layer_quant_params.yaml").read_text()
+    assert f"clip: {mode.lower()}" in text or mode == "L3"
+    assert any("ranges of least L3 error" in line for line in done.lines) == (mode == "L3")
+
+
+REFUSED = [
+    ("start by statistics", "--lapq-init-mode avg", "--lapq-init-mode avg needs statistics, but --qe-config-file is a"),
+    ("nothing to search", "--qeba 0 --qebw 0", "--qe-lapq finds no range to search: all layers are left in float"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_is_refused(words: str, sentence: str, folder: Path) -> None:
+    made = good(QUANTIZED, folder)
+    (folder / "plan.yaml").write_bytes((made.folder / "layer_quant_params.yaml").read_bytes())
+    source = "--qe-config-file plan.yaml" if "init" in words else ""
+    done = run(f"{DIGITS} --qe --qe-lapq {source} {words}", folder)
+    assert done.code == 2
+    assert done.err.startswith(f"compress.py: error: {sentence}")
+    assert len(done.err.splitlines()) == 1

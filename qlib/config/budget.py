@@ -44,8 +44,8 @@ class Budget:
         factor = 8 if self.unit == _BYTES else weights if self.unit == _MEAN else 1
         exact = cost / (_PREFIX[self.prefix.lower()] * factor)
         digits = 3 - math.floor(math.log10(exact)) if exact > 0 else 0
-        rounded = math.ceil(round(exact * 10**digits, 6)) / 10**digits
-        return f"{rounded:.10g}{self.prefix}{self.unit}"
+        rounded = f"{math.ceil(round(exact * 10**digits, 6)) / 10**digits:.{max(digits, 0)}f}"
+        return f"{rounded.rstrip('0').rstrip('.') if '.' in rounded else rounded}{self.prefix}{self.unit}"
 
     def __str__(self) -> str:
         return f"{self.amount:.10g}{self.prefix}{self.unit}"

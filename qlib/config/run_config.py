@@ -180,7 +180,7 @@ class RunConfig:
     lapq: LapqArgs = field(default_factory=LapqArgs)
     sense: str | None = None
     sense_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
-    sense_images: int = 128
+    sense_images: int = 256
     export_onnx: Path | None = None
     export_opset: int | None = None
     export_encodings: tuple[str, ...] = ()

@@ -77,6 +77,6 @@ def search_warnings(config: RunConfig) -> list[str]:
         found.append("--lapq-eval-memoize-dataloader is ignored: the images are always kept in memory")
     if qe.lapq and "--lapq-basinhopping-niter" in given and not lapq.basinhopping:
         found.append("--lapq-basinhopping-niter has no effect without --lapq-basinhopping")
-    if qe.lapq and "--lapq-init-method" in given and lapq.init_mode not in ("l1", "l2", "l3"):
-        found.append("--lapq-init-method has no effect without --lapq-init-mode l1, l2 or l3")
+    if qe.lapq and "--lapq-init-method" in given and lapq.init_mode not in (None, "l1", "l2", "l3"):
+        found.append(f"--lapq-init-method has no effect with --lapq-init-mode {lapq.init_mode}")
     return found

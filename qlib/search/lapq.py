@@ -88,9 +88,10 @@ def search_ranges(
         "LAPQ: %d ranges, %d calibration images; divergence from float %.6f at the start",
         *(len(coordinates), objective.samples, first),
     )
-    if args.init_mode in _NORMS:
-        start = least_error(graph, explicit, coordinates, batches, _NORMS[args.init_mode], args.init_method)
-        _log.info("Divergence %.6f with the ranges of least %s error", objective(start), args.init_mode.upper())
+    norm = args.init_mode or "l2"
+    if norm in _NORMS:
+        start = least_error(graph, explicit, coordinates, batches, _NORMS[norm], args.init_method)
+        _log.info("Divergence %.6f with the ranges of least %s error", objective(start), norm.upper())
     _search(objective, objective.best, args, seed)
     _log.info(
         "LAPQ: divergence %.6f -> %.6f after %d evaluations, %d of them different, in %.1f s",
