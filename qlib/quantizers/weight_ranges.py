@@ -50,11 +50,16 @@ def plan_weight(plan: WeightPlan, weight: Tensor, method: str, percentile: float
     >>> clipped.clip, round(clipped.max[0], 2)
     ('mse', 0.3)
     """
-    rows = weight.detach().float().cpu().flatten(1) if plan.per_channel else weight.detach().float().cpu().reshape(1, -1)
+    rows = (
+        weight.detach().float().cpu().flatten(1) if plan.per_channel else weight.detach().float().cpu().reshape(1, -1)
+    )
     context = WeightContext(QuantSpec.of_mode(plan.mode, plan.bits, 0, plan.pow2), percentile, p)
     if method == "none":
         return plan
-    method, (low, high) = _best(rows, context) if method == "auto" else (method, WEIGHT_METHODS[method](rows, context))
+    if method == "auto":
+        method, (low, high) = _best(rows, context)
+    else:
+        low, high = WEIGHT_METHODS[method](rows, context)
     if method == "none":
         return plan
     return WeightPlan(
