@@ -31,16 +31,15 @@ def gptq(graph: Graph, plan: Plan, images: CalibrationImages) -> Plan:
     2023, section 3; Frantar and Alistarh, "Optimal brain compression", 2022.
     """
     fake = lower_fake(graph, plan)
-    stream = Stream(fake, images.batches(), Buffer(images.folder))
     nodes = list(fake.graph.nodes)
-    for node in track(
-        nodes, total_images=len(nodes), batch_size=1, description="GPTQ", print_freq=len(nodes), count=lambda _: 1,
-        unit="layers",
-    ):  # fmt: skip
-        layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, FakeLayer) and isinstance(layer.weight, FakeWeight):
-            _round_layer(layer, layer.weight, [layer.inputs[0](x) for x in stream[node.all_input_nodes[0]]])
-        stream.advance(node)
+    bar = {"total_images": len(nodes), "batch_size": 1, "print_freq": len(nodes)}
+    with Buffer(images.folder) as buffer:
+        stream = Stream(fake, images.batches(), buffer)
+        for node in track(nodes, description="GPTQ", count=lambda _: 1, unit="layers", **bar):
+            layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(layer, FakeLayer) and isinstance(layer.weight, FakeWeight):
+                _round_layer(layer, layer.weight, [layer.inputs[0](x) for x in stream[node.all_input_nodes[0]]])
+            stream.advance(node)
     return write_back(graph, fake, plan)
 
 

@@ -63,24 +63,25 @@ def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: Calibra
     partial = _Partial(images.folder / "reconstruction.partial.safetensors", fake, (plan, options, images.seed))
     done = partial.load()
     torch.manual_seed(images.seed)
-    buffer, batches = Buffer(images.folder), list(images.batches())
-    floats, fakes = Stream(graph, batches, buffer), Stream(fake, batches, buffer)
     starts, inside = {unit.nodes[0]: unit for unit in units}, {node for unit in units for node in unit.nodes}
     progress = _Progress(options.iterations, len(units), len(done))
-    for node in graph.graph.nodes:
-        if node not in starts:
-            for stream in (floats, fakes) if node not in inside else ():
-                stream.advance(node)
-            continue
-        unit = starts[node]
-        inputs = [list(zip(floats[source], fakes[source], strict=True)) for source in unit.inputs]
-        for each in unit.nodes:
-            floats.advance(each)
-        if unit.name not in done:
-            _optimize(unit_module(fake, unit), inputs, floats[unit.output], options, progress.of(unit.name))
-            partial.save(unit)
-        for each in unit.nodes:
-            fakes.advance(each)
+    with Buffer(images.folder) as buffer:
+        batches = list(images.batches())
+        floats, fakes = Stream(graph, batches, buffer), Stream(fake, batches, buffer)
+        for node in graph.graph.nodes:
+            if node not in starts:
+                for stream in (floats, fakes) if node not in inside else ():
+                    stream.advance(node)
+                continue
+            unit = starts[node]
+            inputs = [list(zip(floats[source], fakes[source], strict=True)) for source in unit.inputs]
+            for each in unit.nodes:
+                floats.advance(each)
+            if unit.name not in done:
+                _optimize(unit_module(fake, unit), inputs, floats[unit.output], options, progress.of(unit.name))
+                partial.save(unit)
+            for each in unit.nodes:
+                fakes.advance(each)
     progress.close()
     partial.remove()
     return write_back(graph, fake, plan)
@@ -102,6 +103,8 @@ def _optimize(
         grid.spare = drop
     rates: list[dict[str, object]] = [{"params": [r.v for r in roundings], "lr": options.rounding_rate}]
     rates += [{"params": [grid.scale], "lr": options.step_rate * float(grid.scale)} for grid in grids]
+    if not roundings and not grids:  # nothing here is rounded
+        return
     for grid in grids:
         grid.scale.requires_grad_()
     optimizer = torch.optim.Adam([rate for rate in rates if rate["params"]])

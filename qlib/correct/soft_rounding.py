@@ -30,7 +30,7 @@ class SoftRounding(nn.Module):
 
     def __init__(self, rounding: FakeWeight, weight: Tensor) -> None:
         super().__init__()
-        self.rounding, self.hard = rounding, False
+        self.rounding, self.scale, self.hard = rounding, rounding.scale, False
         steps = rounding.swap(weight.detach()) / rounding.scale
         self.register_buffer("floor", steps.floor())
         up = ((steps - self.floor).clamp(0.01, 0.99) - _SHIFT) / _STRETCH

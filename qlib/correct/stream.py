@@ -17,11 +17,17 @@ MEMORY_LIMIT = 2 * 2**30
 
 
 class Buffer:
-    """Keeps tensors in memory up to `limit` bytes, and those above it in files that go with the buffer."""
+    """Keeps tensors in memory up to `limit` bytes, and those above it in files that are gone when it is left."""
 
     def __init__(self, folder: Path, limit: int = MEMORY_LIMIT) -> None:
         self.limit, self.held, self.files = limit, 0, 0
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="activations-")
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.cleanup()
 
     def keep(self, value: Any) -> Any:
         """The same values, in memory or mapped from a file."""

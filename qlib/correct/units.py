@@ -40,7 +40,7 @@ class Unit:
 def block_units(graph: Graph) -> list[Unit]:
     """The graph cut wherever one tensor alone passes on: plain layers stand alone, a residual block stays together.
 
-    The parts without weights go with the next one that has some; those after the last one with it.
+    Parts without weights go with the next one that has some; what comes after the last weight belongs to none.
     """
     order = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     position = {node: i for i, node in enumerate(order)}

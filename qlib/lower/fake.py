@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, activation_bounds, fused_activations
-from qlib.graph.ir import layers, name_of
+from qlib.graph import Graph, activation_bounds, fused_activations, kind_of
+from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
 from qlib.lower.ops.base import Edge
 from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 
 __all__ = ["FakeLayer", "FakeQuantize", "FakeWeight", "fake_quantize", "lower_fake"]
+
+
+_PASSING = frozenset({"relu", "max_pool"})
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -117,14 +120,22 @@ class FakeWeight(nn.Module):
 
 
 class FakeLayer(nn.Module):
-    """A float layer whose inputs, weight and output are rounded to their grids, where they have one."""
+    """A float layer whose inputs, weight, bias and output are rounded to their grids, where they have one.
 
-    def __init__(self, module: nn.Module, plan: LayerPlan, bounds: tuple[float, float] | None) -> None:
+    `source` is the grid of what arrives, None where that is float: a bias has the grid of the accumulator,
+    ``s_x * s_w``, which is coarse where both have few bits.
+    """
+
+    def __init__(
+        self, module: nn.Module, plan: LayerPlan, source: FakeQuantize | None, bounds: tuple[float, float] | None
+    ) -> None:
         super().__init__()
         self.module = module
         self.inputs = nn.ModuleList([nn.Identity() if t is None else FakeQuantize(_edge(t)) for t in plan.inputs])
         self.weight: nn.Module | None = None if plan.weight is None else FakeWeight(module, plan.weight)
         self.output = None if plan.output is None else FakeQuantize(_edge(plan.output, bounds))
+        own = self.inputs[0] if len(self.inputs) else None
+        self.source = [own if isinstance(own, FakeQuantize) else source]  # in a list: it is part of another layer
 
     def forward(self, *args: Any) -> Any:
         y = self.before_rounding(*args)
@@ -136,9 +147,16 @@ class FakeLayer(nn.Module):
         values = [next(grids, nn.Identity())(arg) if isinstance(arg, Tensor) else arg for arg in args]
         if self.weight is None:
             return self.module(*values)
-        assert isinstance(self.module.weight, Tensor)
-        weight = self.weight(self.module.weight)
-        return torch.func.functional_call(self.module, {"weight": weight}, tuple(values))
+        parameters = {"weight": self.weight(self.module.weight)} | self._rounded_bias()
+        return torch.func.functional_call(self.module, parameters, tuple(values))
+
+    def _rounded_bias(self) -> dict[str, Tensor]:
+        (source,), bias = self.source, getattr(self.module, "bias", None)
+        scale = getattr(self.weight, "scale", None)
+        if source is None or not isinstance(bias, Tensor) or not isinstance(scale, Tensor):
+            return {}
+        step = (source.scale * scale).detach().flatten()
+        return {"bias": bias + (torch.round(bias / step) * step - bias).detach()}
 
 
 def _edge(plan: TensorPlan, bounds: tuple[float, float] | None = None) -> Edge:
@@ -148,21 +166,30 @@ def _edge(plan: TensorPlan, bounds: tuple[float, float] | None = None) -> Edge:
 def lower_fake(graph: Graph, plan: Plan) -> fx.GraphModule:
     """A copy of `graph` whose layers round as `plan`, which is not dynamic, says; nodes keep their names.
 
-    Activations that travel are real values on their grid. Up to float32 rounding, and the rounding of biases to 32
-    bits, it computes what the exact lowering computes; what that does in more than one rounding is rounded once here.
+    Activations that travel are real values on their grid. Up to the rounding of float32 it computes what the exact
+    lowering computes; what that rounds more than once is rounded once here. A code in ten thousand differs, and what
+    follows from it: at few bits, predictions of images on the edge.
     """
     assert not plan.dynamic
     lowered: fx.GraphModule = copy.deepcopy(graph)
     fused = fused_activations(lowered)
-    for node, module in list(layers(lowered)):
-        layer = plan.layers[name_of(node)]
+    grids: dict[fx.Node, FakeQuantize | None] = {}
+    for node in lowered.graph.nodes:
+        sources = layer_inputs(node) if node.op != "placeholder" else []
+        source = grids.get(sources[0]) if sources else None
+        if not is_layer(lowered, node):
+            grids[node] = source if is_move(lowered, node) else None
+            continue
+        module, layer = lowered.get_submodule(str(node.target)), plan.layers[name_of(node)]
         if layer.weight is None and layer.output is None and not any(layer.inputs):
+            grids[node] = source if kind_of(module) in _PASSING else None
             continue
         activation = fused.get(node) if layer.output is not None else None
         bounds = None if activation is None else activation_bounds(lowered, activation)
-        target = f"fake.{node.name}"
-        lowered.add_submodule(target, FakeLayer(module, layer, bounds))
-        node.target = target
+        fake = FakeLayer(module, layer, source, bounds)
+        grids[node] = fake.output
+        node.target = f"fake.{node.name}"
+        lowered.add_submodule(node.target, fake)
     lowered.delete_all_unused_submodules()
     lowered.recompile()
     return lowered.eval()

@@ -1,0 +1,246 @@
+"""Reconstruction: units, soft rounding, streams, and what AdaRound, BRECQ and QDrop make of small models."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from qlib.correct.adaround import adaround
+from qlib.correct.base import CalibrationImages
+from qlib.correct.brecq import brecq
+from qlib.correct.gptq import gptq, round_rows
+from qlib.correct.qdrop import qdrop
+from qlib.correct.reconstruct import Options, RandomMask, reconstruct
+from qlib.correct.soft_rounding import SoftRounding
+from qlib.correct.stream import Buffer, Stream
+from qlib.correct.units import block_units, layer_units, unit_module
+from qlib.correct.weights_file import load_weights, save_weights
+from qlib.errors import ConfigError
+from qlib.graph import Graph
+from qlib.graph.ir import layers, name_of
+from qlib.lower import lower
+from qlib.lower.fake import FakeWeight, lower_fake
+from qlib.quant.affine import qparams_from_range, range_of_grid
+from qlib.quant.plan import Plan, WeightPlan
+from qlib.quant.spec import QuantSpec
+from tests.planned import planned
+
+
+def images_of(images: Tensor, folder: Path, batch: int = 4) -> CalibrationImages:
+    return CalibrationImages(lambda: iter(torch.split(images, batch)), len(images), torch.device("cpu"), folder, seed=0)
+
+
+def test_blocks_of_a_residual_network() -> None:
+    graph, _, _ = planned("resnet20_cifar", 8, 8)
+    units = block_units(graph)
+    assert [unit.name for unit in units] == [
+        "relu",
+        *(f"layer{stage}.{block}.relu2" for stage in (1, 2, 3) for block in (0, 1, 2)),
+        "fc",
+    ]
+    assert all(len(unit.inputs) == 1 for unit in units)
+    assert [node.name for unit in units for node in unit.nodes] == [
+        node.name for node in graph.graph.nodes if node.op not in ("placeholder", "output")
+    ]
+
+
+@pytest.mark.parametrize("arch", ["resnet20_cifar", "shufflenet_v2_x1_0", "mobilenet_v2"])
+def test_blocks_compute_the_whole(arch: str) -> None:
+    graph, _, images = planned(arch, 8, 8)
+    values: dict[str, Tensor] = {next(node.name for node in graph.graph.nodes): images[:2]}
+    with torch.inference_mode():
+        for unit in block_units(graph):
+            part = unit_module(graph, unit)
+            values[unit.output.name] = part(*(values[source.name] for source in unit.inputs))
+        assert torch.allclose(values[unit.output.name], graph(images[:2]), atol=1e-5)
+
+
+def test_layer_units_hold_each_weight_once() -> None:
+    graph, plan, _ = planned("resnet20_cifar", 8, 8)
+    weighted = [name_of(node) for node, _ in layers(graph) if plan.layers[name_of(node)].weight is not None]
+    assert [str(unit.nodes[0].meta["name"]) for unit in layer_units(graph)] == weighted
+
+
+def test_a_stream_keeps_what_is_still_used_in_memory_or_on_disk(tmp_path: Path) -> None:
+    graph, _, images = planned("digits_cnn", 8, 8)
+    for limit in (2**40, 0):
+        with Buffer(tmp_path, limit) as buffer:
+            stream = Stream(graph, torch.split(images, 4), buffer)
+            nodes = list(graph.graph.nodes)[:-1]
+            for node in nodes:
+                stream.advance(node)
+            assert torch.allclose(torch.cat(stream[nodes[-1]]), graph(images), atol=1e-6)
+            assert (buffer.files > 0) == (limit == 0)
+            with pytest.raises(KeyError):
+                stream[nodes[1]]
+        assert not list(tmp_path.iterdir())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(["sym", "asym_s", "sym_restr", "asym_u"]), st.integers(2, 8))
+def test_soft_rounding_starts_at_the_float_weight_and_ends_next_to_it(seed: int, mode: str, bits: int) -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    generator = torch.Generator().manual_seed(seed)
+    layer.weight.data.normal_(generator=generator)
+    rounding = FakeWeight(layer, WeightPlan(bits, mode, per_channel=True))
+    soft = SoftRounding(rounding, layer.weight)
+    codes = layer.weight / rounding.scale
+    inside = (codes >= rounding.low) & (codes <= rounding.high)
+    assert bool(((soft(layer.weight) - layer.weight).abs() <= 0.011 * rounding.scale)[inside].all())
+    soft.v.data.normal_(generator=generator)
+    soft.hard = True
+    hard = soft(layer.weight)
+    assert torch.allclose(rounding(hard), hard, atol=1e-7)  # on the grid
+    assert bool(((hard - layer.weight).abs() <= rounding.scale * 1.0001)[inside].all())
+
+
+@pytest.mark.parametrize("mode", ["sym", "sym_restr", "asym_s", "asym_u"])
+def test_the_range_of_a_grid_gives_that_grid(mode: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    low, high = -torch.rand(2000, generator=generator), torch.rand(2000, generator=generator) * 3
+    grid = qparams_from_range(low, high, QuantSpec.of_mode(mode, 5, axis=0))
+    assert qparams_from_range(*range_of_grid(grid), grid.spec).same_grid(grid)
+
+
+def block_errors(graph: Graph, plan: Plan, images: Tensor) -> float:
+    """The squared error of the fake model's output."""
+    with torch.inference_mode():
+        return float((lower_fake(graph, plan)(images) - graph(images)).square().mean())
+
+
+METHODS = {"adaround": adaround, "brecq": brecq, "qdrop": qdrop}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reconstruction_lowers_the_error_and_the_plan_gives_the_same_integers(method: str, tmp_path: Path) -> None:
+    graph, plan, images = planned("digits_cnn", 4, 3)
+    original = copy.deepcopy(graph)
+    with torch.inference_mode():
+        reference = original(images)
+        before = float((lower(graph, plan)(images) - reference).square().mean())
+    fresh = METHODS[method](graph, plan, images_of(images, tmp_path), 60)
+    with torch.inference_mode():
+        after = float((lower(graph, fresh)(images) - reference).square().mean())
+        assert after < 0.95 * before
+        assert torch.equal(lower(graph, fresh)(images).argmax(1), lower_fake(graph, fresh)(images).argmax(1))
+    assert not list(tmp_path.iterdir())
+    for node, module in layers(graph):
+        weight = fresh.layers[name_of(node)].weight
+        if weight is not None:  # on its grid, next to the float weight
+            assert isinstance(module.weight, Tensor)
+            grid = FakeWeight(module, weight)
+            assert torch.allclose(grid(module.weight), module.weight, atol=1e-6)
+            was = original.get_submodule(str(node.target)).weight
+            assert isinstance(was, Tensor)
+            assert bool(((module.weight - was).abs() <= 1.001 * grid.scale).all())
+
+
+def test_a_broken_reconstruction_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the third part, and called again: the first two are not learned again."""
+    import qlib.correct.reconstruct as module
+
+    optimize, seen = module._optimize, list[int]()
+
+    def counted(part: fx.GraphModule, *args: object) -> None:
+        seen.append(len(seen))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        optimize(part, *args)  # type: ignore[arg-type]
+
+    graph, plan, images = planned("digits_cnn", 4, 4)
+    monkeypatch.setattr(module, "_optimize", counted)
+    options = Options(5, learn_steps=True)
+    units = len(block_units(graph))
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(graph, plan, block_units(graph), images_of(images, tmp_path), options)
+    reconstruct(graph, plan, block_units(graph), images_of(images, tmp_path), options)
+    assert len(seen) == 3 + units - 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_masks_have_the_share_and_the_layout() -> None:
+    torch.manual_seed(0)
+    like = torch.zeros(8, 16, 10, 10).to(memory_format=torch.channels_last)
+    mask = RandomMask(0.25)
+    first, second = mask(like), mask(like)
+    assert first.stride() == like.stride()
+    assert not torch.equal(first, second)
+    assert 0.23 < float(first.float().mean()) < 0.27
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_gptq_is_better_than_nearest_rounding_on_its_objective(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(12, 12, generator=generator).double() @ torch.randn(12, 200, generator=generator).double()
+    rows = torch.randn(6, 12, generator=generator)
+    ones = torch.ones(6, 1)
+    rounded = round_rows(rows, x @ x.T, 0.4 * ones, -8 * ones, 7 * ones)
+    nearest = torch.clamp((rows / 0.4).round(), -8, 7) * 0.4
+    assert torch.allclose((rounded / 0.4).round() * 0.4, rounded, atol=1e-5)
+
+    def error(weights: Tensor) -> float:
+        return float(((weights - rows).double() @ x).square().sum())
+
+    assert error(rounded) < error(nearest)
+
+
+class _Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Conv2d(4, 8, 3, stride=2, padding=(1, 0))
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4, dilation=2, padding=2, padding_mode="circular")
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.grouped(self.plain(x).relu()).mean((2, 3)))
+        return y
+
+
+def test_gptq_hessians_are_those_of_the_layers_inputs() -> None:
+    """``|W x|^2`` from the Hessian, for every weight, is the sum of squares of the layer's output without its bias."""
+    from qlib.correct.gptq import _hessian
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 8, 9, 8)
+    for layer in (
+        nn.Conv2d(8, 8, 3, stride=2, padding=(1, 0), bias=False),
+        nn.Conv2d(8, 8, 3, groups=4, dilation=2, padding=2, padding_mode="circular", bias=False),
+        nn.Conv2d(8, 8, (1, 3), groups=8, bias=False),
+        nn.Linear(8, 5, bias=False),
+    ):
+        hessian = _hessian(layer, x, getattr(layer, "groups", 1))
+        rows = layer.weight.detach().flatten(1).unflatten(0, (len(hessian), -1)).double()
+        squares = torch.einsum("goi,gij,goj->go", rows, hessian, rows).flatten()
+        axes = (0, 1, 2) if isinstance(layer, nn.Linear) else (0, 2, 3)
+        assert torch.allclose(squares, layer(x).double().square().sum(axes), rtol=1e-4)
+
+
+def test_gptq_lowers_the_error_of_a_model(tmp_path: Path) -> None:
+    graph, plan, images = planned("digits_cnn", 0, 3)
+    reference = copy.deepcopy(graph)(images)
+    with torch.inference_mode():
+        before = float((lower(graph, plan)(images) - reference).square().mean())
+        fresh = gptq(graph, plan, images_of(images, tmp_path))
+        assert float((lower(graph, fresh)(images) - reference).square().mean()) < 0.7 * before
+
+
+def test_corrected_weights_are_read_back_and_belong_to_one_model(tmp_path: Path) -> None:
+    graph, plan, images = planned("digits_cnn", 4, 4)
+    other, _, _ = planned("digits_cnn", 4, 4)
+    fresh = brecq(graph, plan, images_of(images, tmp_path), 3)
+    file = tmp_path / "w.safetensors"
+    save_weights(file, graph, "c0ffee")
+    load_weights(file, other, "c0ffee")
+    assert torch.equal(lower(other, fresh)(images), lower(graph, fresh)(images))
+    with pytest.raises(ConfigError, match=r"w\.safetensors are of another model; quantize this one again"):
+        load_weights(file, other, "beef")
+    file.write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"cannot be read: .*; keep it beside the plan"):
+        load_weights(file, other, "c0ffee")
