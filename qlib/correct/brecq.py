@@ -10,7 +10,7 @@ from qlib.quant.plan import Plan
 
 __all__ = ["brecq"]
 
-ITERATIONS = 1000
+ITERATIONS = 500
 
 
 def brecq(graph: Graph, plan: Plan, images: CalibrationImages, iterations: int | None = None) -> Plan:
