@@ -44,20 +44,21 @@ def layer_outputs(graph: Graph, fake: fx.GraphModule, images: CalibrationImages,
     What is changed in a layer before the next is asked for, the layers after it see.
     """
     single = {node.name for node in single_layers(graph)}
-    buffer, batches = Buffer(images.folder), list(images.batches())
-    floats, fakes = Stream(graph, batches, buffer), Stream(fake, batches, buffer)
     nodes = list(fake.graph.nodes)
-    for node in track(
-        nodes, total_images=len(nodes), batch_size=1, description=description, print_freq=len(nodes),
-        count=lambda _: 1, unit="layers",
-    ):  # fmt: skip
-        layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
-        floats.advance(node)
-        if isinstance(layer, FakeLayer) and node.name in single:
-            with torch.no_grad():
-                rounded = [layer.before_rounding(x) for x in fakes[node.all_input_nodes[0]]]
-            yield Outputs(name_of(node), layer, rounded, floats[node])
-        fakes.advance(node)
+    with Buffer(images.folder) as buffer:
+        batches = list(images.batches())
+        floats, fakes = Stream(graph, batches, buffer), Stream(fake, batches, buffer)
+        for node in track(
+            nodes, total_images=len(nodes), batch_size=1, description=description, print_freq=len(nodes),
+            count=lambda _: 1, unit="layers",
+        ):  # fmt: skip
+            layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
+            floats.advance(node)
+            if isinstance(layer, FakeLayer) and node.name in single:
+                with torch.no_grad():
+                    rounded = [layer.before_rounding(x) for x in fakes[node.all_input_nodes[0]]]
+                yield Outputs(name_of(node), layer, rounded, floats[node])
+            fakes.advance(node)
 
 
 def channel_moments(module: nn.Module, outputs: Sequence[Tensor]) -> ChannelMoments:
