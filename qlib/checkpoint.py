@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.checkpoint_file import load_state, write_checkpoint
+from qlib.correct.bias import give_bias
 from qlib.errors import CheckpointError
 from qlib.graph import Graph
+from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
@@ -107,6 +109,10 @@ def restore_quantized(
 
     Raises CheckpointError when the checkpoint is not of this architecture.
     """
+    for node, module in layers(graph):  # corrections may have given a layer a bias
+        name = name_of(node)
+        if {f"{name}.bias_codes", f"{name}.module.bias", f"{name}.float_bias"} & set(checkpoint["state_dict"]):
+            give_bias(module)
     lowered = lower(graph, header.plan)
     load_state(lowered, checkpoint["state_dict"], source)
     return lowered

@@ -44,6 +44,7 @@ from qlib.runlog import RunLog, append_metrics, open_run
 from qlib.search.analysis import analyse
 from qlib.search.lapq import lapq, starting_clips
 from qlib.search.mixed import choose_bits
+from qlib.stats.data_free import data_free_stats
 from qlib.stats.stats_file import check_fingerprint, read_stats
 from qlib.stats.tensor_stats import ModelStats
 from qlib.summary import summary
@@ -193,8 +194,6 @@ def _stats_for(
     if ptq.stats_file is not None:
         stats = _read_stats(job, ptq.stats_file)
     elif job.config.ptq.data_free:
-        from qlib.correct.data_free import data_free_stats
-
         stats = data_free_stats(folded.graph, folded.norms, image_range(job))
     elif fraction is not None or (quantizes_activations and not ptq.dynamic):
         histograms = wants_histograms(settings)

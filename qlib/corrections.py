@@ -6,24 +6,36 @@ re-estimation of batch-norms, bias correction; what each changes, the next one s
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from qlib.correct.absorb_bias import absorb_bias
 from qlib.correct.adaround import adaround
 from qlib.correct.base import BATCH, CalibrationImages
+from qlib.correct.bias_correction import analytic_bias_correction, bias_correction
+from qlib.correct.bn_reestimation import bn_reestimation
 from qlib.correct.brecq import brecq
+from qlib.correct.equalize import equalize
 from qlib.correct.gptq import gptq
 from qlib.correct.qdrop import qdrop
+from qlib.correct.smooth import smooth
 from qlib.errors import UsageError
+from qlib.graph import Graph
 from qlib.job import FoldedGraph, Job, calibration_images, split_size
 from qlib.quant.plan import Plan
+from qlib.stats.data_free import image_range_of
 
 __all__ = ["correct_float", "correct_plan", "flag_of", "image_range"]
 
 _log = logging.getLogger(__name__)
+
+_SCRATCH = Path("stats")
+"""Where unfinished work is kept: as that of calibration, for the same command in a run to come."""
 
 
 def flag_of(field: str) -> str:
@@ -39,16 +51,10 @@ def correct_float(job: Job, folded: FoldedGraph) -> None:
     """Changes the weights of the folded graph in ways that leave its output as it is."""
     args, lines = job.config.ptq, list[str]()
     if args.equalize or args.data_free:
-        from qlib.correct.equalize import equalize
-
         lines += equalize(folded.graph, folded.norms)
     if args.absorb_bias:
-        from qlib.correct.absorb_bias import absorb_bias
-
         lines += absorb_bias(folded.graph, folded.norms)
     if args.smooth is not None:
-        from qlib.correct.smooth import smooth
-
         lines += smooth(folded.graph, _images(job), args.smooth)
     for line in lines:
         _log.info("%s", line)
@@ -61,28 +67,25 @@ def correct_plan(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:
         return plan
     if plan.dynamic:
         raise UsageError("the --ptq corrections need fixed ranges, but the plan is dynamic; drop --qe-dynamic")
-    graph = folded.graph
-    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    graph, before = folded.graph, copy.deepcopy(folded.graph)
     if args.rounding == "gptq":
         plan = gptq(graph, plan, _images(job))
     elif args.rounding != "nearest":
         method = {"adaround": adaround, "brecq": brecq, "qdrop": qdrop}[args.rounding]
         plan = method(graph, plan, _images(job), args.iterations)
     if args.bn_reestimation:
-        from qlib.correct.bn_reestimation import bn_reestimation
-
-        plan = bn_reestimation(graph, plan, _images(job))
+        plan = bn_reestimation(graph, plan, _images(job), before)
     if args.data_free or args.bias_correction == "analytic":
-        from qlib.correct.bias_correction import analytic_bias_correction
-
         _report(analytic_bias_correction(graph, plan, folded.norms))
     elif args.bias_correction == "empirical":
-        from qlib.correct.bias_correction import bias_correction
-
-        _report(bias_correction(graph, plan, _images(job)))
-    changed = sum(name not in before or not value.equal(before[name]) for name, value in graph.state_dict().items())
-    _log.info("Corrections changed %d weights and biases", changed)
+        _report(bias_correction(graph, plan, _images(job), before))
+    _log.info("Corrections changed %d weights and biases", len(_changed(before, graph)))
     return plan
+
+
+def _changed(before: Graph, after: Graph) -> list[str]:
+    was = before.state_dict()
+    return [name for name, value in after.state_dict().items() if name not in was or not value.equal(was[name])]
 
 
 def _report(lines: list[str]) -> None:
@@ -96,10 +99,12 @@ def _images(job: Job) -> CalibrationImages:
     def batches() -> Iterator[Tensor]:
         return calibration_images(job, count, BATCH)
 
-    return CalibrationImages(batches, count, job.device, job.run.folder, job.config.seed)
+    _SCRATCH.mkdir(exist_ok=True)
+    return CalibrationImages(batches, count, job.device, _SCRATCH, job.config.seed)
 
 
-def image_range(job: Job) -> tuple[float, float]:
-    """What the pixels of the model's input can be: those of a black and a white image, after its transform."""
-    ends = [job.spec.transform(Image.new("RGB", (64, 64), color)) for color in ("black", "white")]
-    return min(float(end.min()) for end in ends), max(float(end.max()) for end in ends)
+def image_range(job: Job) -> tuple[Tensor, Tensor]:
+    """The least and greatest value of each color ``[colors]`` that the model can see, by its transform."""
+    _, height, width = job.spec.input_shape
+    black, white = (job.spec.transform(Image.new("RGB", (width, height), color)) for color in ("black", "white"))
+    return image_range_of(black, white)

@@ -301,7 +301,7 @@ def _check_corrections(config: RunConfig) -> None:
         raise UsageError("corrections of a plan need fixed ranges, which --qe-dynamic has not; drop one of them")
     if not ptq.data_free:
         return
-    with_images = [flag for flag in ("--qe-stats-file", "--qe-calibration", "--qe-dynamic") if flag in given]
+    with_images: list[str] = [f for f in ("--qe-stats-file", "--qe-calibration", "--qe-dynamic") if f in given]
     with_images += ["--ptq-rounding"] * (ptq.rounding != "nearest") + ["--ptq-bn-reestimation"] * ptq.bn_reestimation
     with_images += ["--ptq-smooth"] * (ptq.smooth is not None)
     with_images += ["--ptq-bias-correction empirical"] * (ptq.bias_correction == "empirical")

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlib.correct.base import CalibrationImages
-from qlib.correct.stream import Buffer, Stream
+from qlib.correct.stream import Buffer, Stream, track_nodes
 from qlib.correct.write_back import write_back
 from qlib.graph import Graph
 from qlib.lower.fake import FakeLayer, FakeWeight, fake_quantize, lower_fake
-from qlib.progress import track
 from qlib.quant.plan import Plan
 
 __all__ = ["gptq", "round_rows"]
@@ -31,11 +30,9 @@ def gptq(graph: Graph, plan: Plan, images: CalibrationImages) -> Plan:
     2023, section 3; Frantar and Alistarh, "Optimal brain compression", 2022.
     """
     fake = lower_fake(graph, plan)
-    nodes = list(fake.graph.nodes)
-    bar = {"total_images": len(nodes), "batch_size": 1, "print_freq": len(nodes)}
     with Buffer(images.folder) as buffer:
         stream = Stream(fake, images.batches(), buffer)
-        for node in track(nodes, description="GPTQ", count=lambda _: 1, unit="layers", **bar):
+        for node in track_nodes(fake, "GPTQ"):
             layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, FakeLayer) and isinstance(layer.weight, FakeWeight):
                 _round_layer(layer, layer.weight, [layer.inputs[0](x) for x in stream[node.all_input_nodes[0]]])
@@ -48,7 +45,7 @@ def _round_layer(layer: FakeLayer, rounding: FakeWeight, inputs: list[Tensor]) -
     if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
         return
     groups = getattr(module, "groups", 1)
-    rows = module.weight.detach().flatten(1).unflatten(0, (groups, -1))  # [groups, out, in]
+    rows = torch.unflatten(module.weight.detach().flatten(1), 0, (groups, -1))  # [groups, out, in]
     hessian = sum((_hessian(module, x, groups) for x in inputs), torch.zeros(()))
     shape = (groups, rows.shape[1], 1)
 
@@ -65,7 +62,7 @@ def _hessian(module: nn.Module, x: Tensor, groups: int) -> Tensor:
     if isinstance(module, nn.Linear):
         columns = x.reshape(1, -1, x.shape[-1])
     else:
-        columns = _patches(module, x).unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        columns = torch.unflatten(_patches(module, x), 1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
     return (columns.transpose(1, 2) @ columns).double()
 
 
@@ -81,7 +78,7 @@ def _patches(module: nn.Module, x: Tensor) -> Tensor:
         count = (x.shape[axis] - dilation * (size - 1) - 1) // stride + 1
         starts = torch.arange(count, device=x.device) * stride
         index = (starts[:, None] + torch.arange(size, device=x.device) * dilation).flatten()
-        x = x.index_select(axis, index).unflatten(axis, (count, size))
+        x = torch.unflatten(x.index_select(axis, index), axis, (count, size))
         x = x.movedim(axis + 1, -1)  # what stays at `axis` are the positions; the kernel's places go last
     dims = len(module.kernel_size)
     return x.movedim(tuple(range(2 + dims, 2 + 2 * dims)), tuple(range(2, 2 + dims))).flatten(1, 1 + dims).flatten(2)

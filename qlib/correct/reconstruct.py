@@ -57,10 +57,10 @@ class Options:
 def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: CalibrationImages, options: Options) -> Plan:
     """Sets the weights of `graph` to the codes chosen, part after part; answers the plan with their grids.
 
-    The parts that are done are kept in a file of `images.folder`; the same call goes on from there.
+    The parts that are done are kept in a file of `images.folder`; the same call in another run goes on from there.
     """
     fake = lower_fake(graph, plan)
-    partial = _Partial(images.folder / "reconstruction.partial.safetensors", fake, (plan, options, images.seed))
+    partial = _Partial(images.folder, fake, (plan, options, images.seed, images.count))
     done = partial.load()
     torch.manual_seed(images.seed)
     starts, inside = {unit.nodes[0]: unit for unit in units}, {node for unit in units for node in unit.nodes}
@@ -78,7 +78,10 @@ def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: Calibra
             for each in unit.nodes:
                 floats.advance(each)
             if unit.name not in done:
-                _optimize(unit_module(fake, unit), inputs, floats[unit.output], options, progress.of(unit.name))
+                try:
+                    _optimize(unit_module(fake, unit), inputs, floats[unit.output], options, progress.of(unit.name))
+                except KeyboardInterrupt:
+                    raise partial.interrupted(len(units)) from None
                 partial.save(unit)
             for each in unit.nodes:
                 fakes.advance(each)
@@ -211,12 +214,13 @@ class _Progress:
 class _Partial:
     """The file of the parts that are done; of use only to a run of the same model, plan and options."""
 
-    def __init__(self, path: Path, fake: fx.GraphModule, settings: object) -> None:
-        self.path, self.fake, self.done, self.state = path, fake, [], {}
+    def __init__(self, folder: Path, fake: fx.GraphModule, settings: object) -> None:
+        self.fake, self.done, self.state = fake, [], {}
         digest = hashlib.sha256(repr(settings).encode())
         for value in fake.state_dict().values():
             digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         self.key = digest.hexdigest()
+        self.path = folder / f"reconstruction-{self.key[:12]}.partial.safetensors"
 
     done: list[str]
     state: dict[str, Tensor]
@@ -253,3 +257,9 @@ class _Partial:
     def remove(self) -> None:
         """Deletes the file."""
         self.path.unlink(missing_ok=True)
+
+    def interrupted(self, parts: int) -> KeyboardInterrupt:
+        """What to tell a user who stopped here."""
+        return KeyboardInterrupt(
+            f"reconstruction stopped after {len(self.done)} of {parts} parts; run the same command again to go on"
+        )

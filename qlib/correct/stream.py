@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-__all__ = ["Buffer", "Stream"]
+from qlib.progress import track
+
+__all__ = ["Buffer", "Stream", "track_nodes"]
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of activations that stay in memory; what is above it goes to disk."""
@@ -80,3 +82,17 @@ class Stream:
             for source in own.all_input_nodes:
                 if self._last_use[source] is own:
                     self.buffer.drop(values.pop(source))
+
+
+def track_nodes(graph: fx.GraphModule, description: str) -> Iterator[fx.Node]:
+    """The nodes of a graph in order, with a progress bar."""
+    nodes = list(graph.graph.nodes)
+    return track(
+        nodes,
+        total_images=len(nodes),
+        batch_size=1,
+        description=description,
+        print_freq=len(nodes),
+        count=lambda _: 1,
+        unit="nodes",
+    )

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import safetensors
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
+from qlib.correct.bias import give_bias
 from qlib.errors import ConfigError, OutputError
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
 
-__all__ = ["add_bias", "load_weights", "save_weights"]
+__all__ = ["load_weights", "save_weights"]
 
 
 def save_weights(path: Path, graph: Graph, fingerprint: str) -> None:
@@ -48,22 +48,6 @@ def load_weights(path: Path, graph: Graph, fingerprint: str) -> None:
         raise ConfigError(f"the weights in {path} are of another model; quantize this one again with --quantize-eval")
     for node, module in layers(graph):
         if f"{name_of(node)}.bias" in state:
-            add_bias(module)
+            give_bias(module)
         for key, value in module.named_parameters():
             value.data.copy_(state[f"{name_of(node)}.{key}"])
-
-
-def add_bias(module: nn.Module) -> None:
-    """Gives a convolution or linear layer that has no bias one of zeros.
-
-    >>> layer = nn.Linear(2, 3, bias=False)
-    >>> add_bias(layer)
-    >>> layer.bias.tolist()
-    [0.0, 0.0, 0.0]
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if getattr(module, "bias", None) is None:
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        outputs = module.out_channels if transposed else weight.shape[0]
-        module.bias = nn.Parameter(weight.new_zeros(outputs))
