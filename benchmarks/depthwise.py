@@ -1,6 +1,6 @@
 """What equalization and bias correction give back on a depthwise network whose weights have one range a tensor.
 
-    python benchmarks/depthwise.py [--bits 8 6] [--epochs 40] [--seeds 0 1 2]
+    python benchmarks/depthwise.py [--bits 8 6] [--epochs 60] [--seeds 0 1 2]
 
 Trains, on scikit-learn's digits, a network of depthwise-separable blocks with batch-norm and ReLU (less than a minute
 a seed on one core), the way such networks are trained: RMSprop with weight decay. Nothing is rescaled by hand: the
@@ -40,7 +40,7 @@ from qlib.stats.collect import Collector
 from qlib.stats.data_free import data_free_stats, image_range_of
 from qlib.stats.tensor_stats import ModelStats
 
-BATCH, RATE, DECAY, WIDTH = 64, 0.003, 5e-4, 24
+BATCH, RATE, DECAY, WIDTH = 64, 0.01, 1e-4, 24
 CALIBRATION = 512
 
 
@@ -186,7 +186,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6], help="of the weights; activations have 8")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -250,3 +250,25 @@ def test_a_layer_norm_with_other_readers_is_not_smoothed(tmp_path: Path) -> None
     lines = smooth(graph, calibration(IMAGES, tmp_path), 0.5)
     assert lines[0] == "Not smoothed: 0, as '1' reads it"
     assert lines[1].startswith("Nothing to smooth")
+
+
+@pytest.mark.parametrize(("activation", "factor"), [(nn.ReLU(), 2.0 / 8.0), (nn.Identity(), 4.0 / 8.0)])
+def test_no_channel_grows_beyond_what_its_tensor_holds(activation: nn.Module, factor: float) -> None:
+    """Hardly any weights, but a bias: the factor from the ranges alone would be 0.01."""
+    graph, _ = folded(nn.Sequential(nn.Conv2d(4, 2, 1), activation, nn.Conv2d(2, 3, 1)))
+    first, last = (graph.get_submodule(name) for name in ("0", "2"))
+    first.weight.data = torch.tensor([1.0, 1e-4]).view(2, 1, 1, 1).expand(2, 4, 1, 1).clone()
+    last.weight.data.fill_(1.0)
+    norms = {"0": NormStatistics(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.5]))}  # -4 to 8, -4 to 2
+    before = graph(IMAGES).detach()
+    equalize(graph, norms)
+    torch.testing.assert_close(last.weight[0].flatten().detach(), torch.tensor([1.0, factor]))
+    assert change(graph, before) < 1e-5
+
+
+def test_vanishing_weights_stay() -> None:
+    graph, norms = folded(nn.Sequential(nn.Conv2d(4, 2, 1), nn.ReLU(), nn.Conv2d(2, 3, 1)))
+    graph.get_submodule("0").weight.data[1] = 1e-12
+    weight = graph.get_submodule("2").weight.detach()[:, 1].clone()
+    equalize(graph, norms)
+    assert torch.equal(graph.get_submodule("2").weight[:, 1], weight)

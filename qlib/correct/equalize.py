@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,6 +17,7 @@ from qlib.lower.ops.weighted import swap_channels
 __all__ = ["equalize", "equalizing_factors"]
 
 _MOST_ROUNDS = 200
+_VANISHING = 2.0**-16
 _CONVERGED = 1e-4
 _DEVIATIONS = 6.0
 """How many standard deviations above the mean a channel is taken to reach: as far as data-free ranges go."""
@@ -30,8 +33,10 @@ def equalize(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> list[s
     pair, again and again until no factor changes. Grouped convolutions have a range for each of their input channels
     as well; in a depthwise one it is that of the one filter.
 
-    A ReLU6 lets only those factors through that keep the channel below 6, where it does not clamp, before and after:
-    it is taken to reach its mean + 6 standard deviations by its batch-norm. Other channels keep their scale.
+    Where `norms` knows the layer, channel i is taken to reach ``x_i``, its mean + 6 standard deviations, and s_i is at
+    least ``x_i / max_j x_j``: no channel's values grow beyond what the tensor holds before, as those of a channel with
+    a high bias and hardly any weights would. A ReLU6 lets only those channels through that stay below 6, where it does
+    not clamp, before and after; others keep their scale.
 
     References: Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019, sec. 4.1.
 
@@ -52,8 +57,10 @@ def equalize(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> list[s
             pairs.append(pair)
     weights = {node: _Weights(graph.get_submodule(str(node.target))) for p in pairs for node in (p.first, p.second)}
     before = [_imbalance(weights[pair.first].per_output()) for pair in pairs]
+    limits = [_limit(graph, pair, norms) for pair in pairs]
     for _ in range(_MOST_ROUNDS):
-        if max((_equalize_pair(graph, pair, weights, norms) for pair in pairs), default=0.0) < _CONVERGED:
+        moved = [_equalize_pair(pair, weights, norms, limit) for pair, limit in zip(pairs, limits, strict=True)]
+        if max(moved, default=0.0) < _CONVERGED:
             break
     for each in weights.values():
         each.write()
@@ -65,8 +72,32 @@ def equalize(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> list[s
     return lines
 
 
+@dataclass(frozen=True)
+class Limit:
+    """How far values may reach: to `most`; a channel that reaches `free` or more keeps its scale."""
+
+    most: float
+    free: float = math.inf
+
+
+def _limit(graph: Graph, pair: Pair, norms: Mapping[str, NormStatistics]) -> Limit | None:
+    norm = norms.get(name_of(pair.first))
+    if norm is None:
+        return None
+    if pair.relu6(graph):
+        return Limit(6.0, 6.0)
+    most = float(_reach(pair, norm).max())
+    return Limit(most) if most > 0 else None
+
+
+def _reach(pair: Pair, norm: NormStatistics) -> Tensor:
+    """How far from 0 each channel goes; above it only, where a ReLU follows."""
+    high = norm.bound(_DEVIATIONS).clamp(min=0.0)
+    return high if pair.activated else torch.maximum(high, -norm.bound(-_DEVIATIONS))
+
+
 def _equalize_pair(
-    graph: Graph, pair: Pair, weights: Mapping[fx.Node, _Weights], norms: MutableMapping[str, NormStatistics]
+    pair: Pair, weights: Mapping[fx.Node, _Weights], norms: MutableMapping[str, NormStatistics], limit: Limit | None
 ) -> float:
     """Moves the factors of one pair; the largest ``|log s|``."""
     first, second = weights[pair.first], weights[pair.second]
@@ -74,8 +105,8 @@ def _equalize_pair(
     channels = pair.channels.to(r1.device)
     read = channels >= 0
     r2 = torch.zeros_like(r1).scatter_reduce_(0, channels[read], second.per_input()[read], "amax")
-    reach = norms[name_of(pair.first)].bound(_DEVIATIONS).to(r1.device) if pair.relu6(graph) else None
-    factors = equalizing_factors(r1, r2, reach)
+    reach = None if limit is None else _reach(pair, norms[name_of(pair.first)]).to(r1.device)
+    factors = equalizing_factors(r1, r2, reach, limit)
     first.scale_outputs(1 / factors)
     second.scale_inputs(pair.per_input(factors, 1.0))
     for name in pair.names:
@@ -84,18 +115,22 @@ def _equalize_pair(
     return float(factors.log().abs().max())
 
 
-def equalizing_factors(r1: Tensor, r2: Tensor, reach: Tensor | None = None) -> Tensor:
-    """``s = sqrt(r1 * r2) / r2``, 1 for channels without weights; where `reach` is given, it stays below 6.
+def equalizing_factors(r1: Tensor, r2: Tensor, reach: Tensor | None = None, limit: Limit | None = None) -> Tensor:
+    """``s = sqrt(r1 * r2) / r2``; 1 for channels without weights, or with such that round to 0 on any grid.
+
+    Where `reach` and `limit` are given, ``s >= reach / limit``.
 
     >>> equalizing_factors(torch.tensor([8.0, 0.5, 0.0]), torch.tensor([0.5, 8.0, 1.0]))
     tensor([4.0000, 0.2500, 1.0000])
-    >>> equalizing_factors(torch.tensor([0.5, 0.5]), torch.tensor([8.0, 8.0]), reach=torch.tensor([3.0, 7.0]))
+    >>> r1, r2 = torch.tensor([0.5, 0.5]), torch.tensor([8.0, 8.0])
+    >>> equalizing_factors(r1, r2, torch.tensor([3.0, 7.0]), Limit(6.0, 6.0))
     tensor([0.5000, 1.0000])
     """
-    factors = torch.where((r1 > 0) & (r2 > 0), (r1 / r2).sqrt(), 1.0)
-    if reach is None:
+    alive = (r1 > r1.max() * _VANISHING) & (r2 > 0)
+    factors = torch.where(alive, (r1 / r2).sqrt(), 1.0)
+    if reach is None or limit is None:
         return factors
-    return torch.where(reach < 6, torch.maximum(factors, reach / 6), 1.0)
+    return torch.where(reach < limit.free, torch.maximum(factors, reach / limit.most), 1.0)
 
 
 class _Weights:

@@ -24,7 +24,7 @@ class Pair:
     """Two layers; all that `first` computes goes, through the nodes `between`, to `second` alone.
 
     `channels[j]` is the output channel of `first` that input channel j of `second` holds, -1 for none; `padded`: zeros
-    are put beside its values on the way.
+    are put beside its values on the way; `activated`: a ReLU or ReLU6 is on the way.
     """
 
     first: fx.Node
@@ -32,6 +32,7 @@ class Pair:
     between: tuple[fx.Node, ...]
     channels: Tensor
     padded: bool
+    activated: bool
 
     def __str__(self) -> str:
         return f"{name_of(self.first)} -> {name_of(self.second)}"
@@ -64,7 +65,9 @@ def find_pairs(graph: Graph) -> list[Pair]:
             between.append(last)
         if len(users) == 1 and users[0] in single and users[0] in origins:
             origin = origins[users[0]]
-            pairs.append(Pair(first, users[0], tuple(between), origin.channels, origin.padded))
+            modules = [graph.get_submodule(str(node.target)) for node in between if node.op == "call_module"]
+            activated = any(kind_of(module) == "relu" for module in modules)
+            pairs.append(Pair(first, users[0], tuple(between), origin.channels, origin.padded, activated))
     return pairs
 
 

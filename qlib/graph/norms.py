@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.graph.ir import Graph, is_layer, layer_inputs, name_of
+from qlib.graph.ops import Concat
 
 __all__ = ["BATCH_NORMS", "NormStatistics", "after_folding", "norm_statistics"]
 
@@ -51,7 +52,8 @@ class NormStatistics:
 def norm_statistics(graph: Graph) -> dict[str, NormStatistics]:
     """Node name -> statistics, of a graph whose batch-norms are not folded yet.
 
-    A batch-norm tells those of its output and, from its running mean and variance, those of the layer before it.
+    A batch-norm tells those of its output and, from its running mean and variance, those of the layer before it, and
+    of the layers that this one, if it does so, concatenates.
     """
     inputs: dict[str, NormStatistics] = {}
     outputs: dict[str, NormStatistics] = {}
@@ -61,12 +63,25 @@ def norm_statistics(graph: Graph) -> dict[str, NormStatistics]:
             continue
         (source,) = layer_inputs(node)
         outputs[name_of(node)] = _output(norm)
-        if is_layer(graph, source) and len(source.meta.get("shape", ())) in (2, 4):
-            assert isinstance(norm.running_mean, Tensor)
-            inputs[name_of(source)] = NormStatistics(
-                norm.running_mean.detach().double(), norm.running_var.detach().double().sqrt()
-            )
+        assert isinstance(norm.running_mean, Tensor)
+        seen = NormStatistics(norm.running_mean.detach().double(), norm.running_var.detach().double().sqrt())
+        inputs |= _of_sources(graph, source, seen)
     return {**inputs, **outputs}
+
+
+def _of_sources(graph: Graph, source: fx.Node, seen: NormStatistics) -> dict[str, NormStatistics]:
+    """The statistics of a layer that a batch-norm reads; of a concatenation, those of its parts too."""
+    if not is_layer(graph, source) or len(source.meta.get("shape", ())) not in (2, 4):
+        return {}
+    found = {name_of(source): seen}
+    module = graph.get_submodule(str(source.target))
+    if isinstance(module, Concat) and module.dim == 1:
+        parts = layer_inputs(source)
+        sizes = [part.meta["shape"][1] for part in parts]
+        means, stds = torch.split(seen.mean, sizes), torch.split(seen.std, sizes)
+        for part, mean, std in zip(parts, means, stds, strict=True):
+            found |= _of_sources(graph, part, NormStatistics(mean, std))
+    return found
 
 
 def after_folding(norms: Mapping[str, NormStatistics], folded: Mapping[str, str]) -> dict[str, NormStatistics]:

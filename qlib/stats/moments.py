@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qlib.graph import Graph, NormStatistics, activation_bounds, kind_of
@@ -23,6 +22,7 @@ DEVIATIONS = 6.0
 _POINTS = 33
 """At how many points of a normal distribution, and of an interval, a function of one value is looked at."""
 
+_POOLS = ("max_pool", "avg_pool", "global_avg_pool")
 _ELEMENTWISE = (
     nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Mish, nn.Hardtanh,
 )  # fmt: skip
@@ -179,12 +179,23 @@ class _Propagation(fx.Interpreter):
             axes = [1, -1, *[1] * (len(shape) - 2)]
             mean, std = (each.float().cpu().view(axes[: len(shape)]) for each in (norm.mean, norm.std))
             channels = Moments.normal(mean, std.square(), -math.inf, math.inf)
-            return Moments(*(part.expand(shape) for part in channels.parts))
-        kind = kind_of(module)
+            known = Moments(*(part.expand(shape) for part in channels.parts))
+            return self._bounded(n, module, known, inputs)
+        return self._unnormed(n, module, inputs)
+
+    def _bounded(self, n: fx.Node, module: nn.Module, known: Moments, inputs: list[Moments]) -> Moments:
+        """What a batch-norm tells of an activation or a pool stays within what they can give."""
+        if kind_of(module) not in ("relu", *_POOLS):
+            return known
+        own = self._unnormed(n, module, inputs)
+        return Moments(known.mean, known.variance, torch.fmax(known.low, own.low), torch.fmin(known.high, own.high))
+
+    def _unnormed(self, n: fx.Node, module: nn.Module, inputs: list[Moments]) -> Moments:
+        kind, shape = kind_of(module), (1, *n.meta["shape"][1:])
         if kind == "relu":
             low, high = activation_bounds(self.graph_module, n)
             return _compactly(lambda x: _cut(x, low, high), inputs[0])
-        if kind in ("max_pool", "avg_pool", "global_avg_pool"):
+        if kind in _POOLS:
             return Moments(*(module(part) for part in inputs[0].parts))
         if isinstance(module, Concat):
             return Moments(*(module(*parts) for parts in zip(*(x.parts for x in inputs), strict=True)))
@@ -195,7 +206,7 @@ class _Propagation(fx.Interpreter):
         if isinstance(module, _ELEMENTWISE):
             return _compactly(lambda x: _function(module, x), inputs[0])
         grounded = any(source in self.grounded for source in n.all_input_nodes)
-        if grounded and _is_matrix(module, inputs[0] if inputs else None):
+        if grounded and _is_matrix(module):
             return _weighted(module, inputs[0])
         return Moments(*[torch.full(shape, torch.nan)] * 4)
 
@@ -243,24 +254,22 @@ def _multiply(a: Moments, b: Moments) -> Moments:
     return Moments(mean, (second - mean.square()).clamp(min=0.0), ends.amin(0), ends.amax(0))
 
 
-def _is_matrix(module: nn.Module, x: Moments | None) -> bool:
-    """Whether a layer is a matrix for each position: linear, or a convolution of single pixels."""
-    if isinstance(module, nn.Linear):
-        return True
-    single = isinstance(module, nn.modules.conv._ConvNd) and set(module.kernel_size) == {1}
-    return single and x is not None and set(x.mean.shape[2:]) == {1}
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether a layer is a matrix at each position: linear, or a convolution of single pixels."""
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}
+    )
 
 
 def _weighted(module: nn.Module, x: Moments) -> Moments:
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    weight = weight.detach().float().cpu()
-    offset = bias.detach().float().cpu() if isinstance(bias, Tensor) else None
-    if isinstance(module, nn.Linear):
-        mean, variance = F.linear(x.mean, weight, offset), F.linear(x.variance, weight.square())
-    else:
-        groups = module.groups
-        assert isinstance(groups, int)
-        mean = F.conv2d(x.mean, weight, offset, groups=groups)
-        variance = F.conv2d(x.variance, weight.square(), groups=groups)
+    """``E[y] = W E[x] + b``, ``Var[y] = W^2 Var[x]``."""
+    assert isinstance(module.weight, Tensor)
+    weight = module.weight.detach().float().cpu()
+    bias = module.bias.detach().float().cpu() if isinstance(module.bias, Tensor) else torch.zeros(len(weight))
+
+    def apply(weight: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(module, {"weight": weight, "bias": bias}, (values,))
+        return y
+
+    mean, variance = apply(weight, bias, x.mean), apply(weight.square(), torch.zeros_like(bias), x.variance)
     return Moments.normal(mean, variance, -math.inf, math.inf)
