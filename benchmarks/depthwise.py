@@ -130,27 +130,39 @@ def extremes() -> tuple[object, object]:
     return Image.new("RGB", (8, 8), (0, 0, 0)), Image.new("RGB", (8, 8), (255, 255, 255))
 
 
-def reestimate(trial: Trial) -> None:
+def reestimated(trial: Trial) -> None:
     trial.plan = bn_reestimation(trial.graph, trial.planned(), trial.images)
 
 
-Step = Callable[[Trial], object]
-EQUALIZE: Step = lambda t: equalize(t.graph, t.norms)  # noqa: E731
-ABSORB: Step = lambda t: absorb_bias(t.graph, t.norms)  # noqa: E731
-EMPIRICAL: Step = lambda t: bias_correction(t.graph, t.planned(), t.images)  # noqa: E731
-ANALYTIC: Step = lambda t: analytic_bias_correction(t.graph, t.planned(), t.norms)  # noqa: E731
+def equalized(trial: Trial) -> None:
+    equalize(trial.graph, trial.norms)
+
+
+def absorbed(trial: Trial) -> None:
+    absorb_bias(trial.graph, trial.norms)
+
+
+def empirical(trial: Trial) -> None:
+    bias_correction(trial.graph, trial.planned(), trial.images)
+
+
+def analytic(trial: Trial) -> None:
+    analytic_bias_correction(trial.graph, trial.planned(), trial.norms)
+
+
+Step = Callable[[Trial], None]
 
 ROWS: dict[str, tuple[list[Step], list[Step], bool, bool]] = {
     "nothing": ([], [], False, False),
     "a range for each channel": ([], [], True, False),
-    "bias correction": ([], [EMPIRICAL], False, False),
-    "equalization": ([EQUALIZE], [], False, False),
-    "equalization, analytic bias correction": ([EQUALIZE], [ANALYTIC], False, False),
-    "equalization, bias correction": ([EQUALIZE], [EMPIRICAL], False, False),
-    "equalization, absorption, bias correction": ([EQUALIZE, ABSORB], [EMPIRICAL], False, False),
-    "equalization, re-estimation": ([EQUALIZE], [reestimate], False, False),
+    "bias correction": ([], [empirical], False, False),
+    "equalization": ([equalized], [], False, False),
+    "equalization, analytic bias correction": ([equalized], [analytic], False, False),
+    "equalization, bias correction": ([equalized], [empirical], False, False),
+    "equalization, absorption, bias correction": ([equalized, absorbed], [empirical], False, False),
+    "equalization, re-estimation": ([equalized], [reestimated], False, False),
     "no images: nothing": ([], [], False, True),
-    "no images: equalization, absorption, analytic": ([EQUALIZE, ABSORB], [ANALYTIC], False, True),
+    "no images: equalization, absorption, analytic": ([equalized, absorbed], [analytic], False, True),
 }
 """Name -> corrections of the float graph, corrections of the plan, a range a channel, no images."""
 

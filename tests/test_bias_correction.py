@@ -222,3 +222,26 @@ def test_after_equal_weights_nothing_is_corrected(tmp_path: Path) -> None:
     bias = graph.get_submodule("3").bias.detach().clone()
     analytic_bias_correction(graph, plan, norms)
     torch.testing.assert_close(graph.get_submodule("3").bias.detach(), bias, rtol=0, atol=1e-4)
+
+
+class Twice(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(self.a(x)))
+        return out
+
+
+def test_a_layer_that_is_called_twice_is_named_and_stays(tmp_path: Path) -> None:
+    graph, norms, _ = prepared(Twice())
+    bias = graph.get_submodule("a").bias.detach().clone()
+    plan = plan_for(graph, 3)
+    line = "Not corrected, as they are called, or their weights used, more than once: a, a_1"
+    assert line in bias_correction(graph, plan, calibration(tmp_path))
+    assert line in analytic_bias_correction(graph, plan, norms)
+    bn_reestimation(graph, plan, calibration(tmp_path))
+    assert torch.equal(graph.get_submodule("a").bias, bias)

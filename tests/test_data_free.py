@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import (
+    SwinTransformer,
     densenet121,
     mobilenet_v2,
     mobilenet_v3_small,
@@ -170,6 +171,9 @@ def test_ranges_are_six_deviations_around_beta() -> None:
     ("model", "layer"),
     [
         pytest.param(lambda: squeezenet1_1(num_classes=10), "features.0", id="no batch-norm at all"),
+        pytest.param(
+            lambda: SwinTransformer([4, 4], 8, [2], [2], [7, 7], num_classes=5), "features.0.0", id="a transformer"
+        ),
         pytest.param(
             lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 4)), "1", id="a linear layer of the image"
         ),

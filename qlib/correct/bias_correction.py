@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qlib.correct.base import CalibrationImages
 from qlib.correct.bias import give_bias, over_channels
-from qlib.correct.pairs import single_layers
+from qlib.correct.pairs import shared_layers, single_layers
 from qlib.correct.walk import channel_moments, layer_outputs
 from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import layer_inputs, name_of
@@ -44,7 +44,7 @@ def bias_correction(graph: Graph, plan: Plan, images: CalibrationImages, referen
         bias.copy_(bias.double() - shift)
         shifts[each.name] = _relative(shift, exact.std)
     _copy_biases(fake, corrected)  # only now: until here `graph` may be the reference
-    return [_summary("Bias correction", shifts)]
+    return [_summary("Bias correction", shifts), *_not_corrected(graph)]
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def analytic_bias_correction(graph: Graph, plan: Plan, norms: Mapping[str, NormS
         bias.copy_(bias.double() - shift)
         std = norms[name].std.to(shift.device) if name in norms else torch.full_like(shift, torch.nan)
         shifts[name] = _relative(shift, std)
-    lines = [_summary("Analytic bias correction", shifts)]
+    lines = [_summary("Analytic bias correction", shifts), *_not_corrected(graph)]
     if skipped:
         lines.append(f"Not corrected, as no batch-norm tells the mean of their input: {', '.join(skipped)}")
     return lines
@@ -110,6 +110,11 @@ def _copy_biases(fake: torch.fx.GraphModule, corrected: Mapping[str, nn.Module])
         layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, FakeLayer) and name_of(node) in corrected:
             give_bias(corrected[name_of(node)]).copy_(give_bias(layer.module))
+
+
+def _not_corrected(graph: Graph) -> list[str]:
+    names = ", ".join(map(name_of, shared_layers(graph)))
+    return [f"Not corrected, as they are called, or their weights used, more than once: {names}"] if names else []
 
 
 def _relative(shift: Tensor, std: Tensor) -> tuple[float, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from qlib.correct.base import CalibrationImages
 from qlib.correct.bias import give_bias
-from qlib.correct.pairs import single_layers
+from qlib.correct.pairs import shared_layers, single_layers
 from qlib.correct.walk import channel_moments, layer_outputs
 from qlib.correct.write_back import write_back
 from qlib.graph import Graph
@@ -18,6 +20,8 @@ from qlib.quant.affine import QParams
 from qlib.quant.plan import Plan
 
 __all__ = ["bn_reestimation", "gain_and_bias"]
+
+_log = logging.getLogger(__name__)
 
 _LIMITS = (0.5, 2.0)
 """Of the factor: channels that hardly vary have no deviation worth restoring."""
@@ -40,6 +44,8 @@ def bn_reestimation(graph: Graph, plan: Plan, images: CalibrationImages, referen
         if plan.layers[name_of(node)].weight is not None:
             give_bias(graph.get_submodule(str(node.target)))
             names.add(name_of(node))
+    if shared := ", ".join(map(name_of, shared_layers(graph))):
+        _log.info("Not re-estimated, as they are called, or their weights used, more than once: %s", shared)
     fake = lower_fake(graph, plan)
     for each in layer_outputs(reference or graph, fake, images, "Batch-norm re-estimation"):
         weight = plan.layers[each.name].weight

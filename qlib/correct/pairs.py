@@ -13,7 +13,7 @@ from qlib.graph.channels import input_origins
 from qlib.graph.ir import is_layer, is_move, name_of, tensor_users
 from qlib.lower.ops.weighted import swap_channels
 
-__all__ = ["Pair", "find_pairs", "grouped", "passes", "single_layers"]
+__all__ = ["Pair", "find_pairs", "grouped", "passes", "shared_layers", "single_layers"]
 
 _WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 _PASSING = frozenset({"relu", "max_pool", "avg_pool", "global_avg_pool"})
@@ -71,19 +71,29 @@ def find_pairs(graph: Graph) -> list[Pair]:
     return pairs
 
 
+def shared_layers(graph: Graph) -> list[fx.Node]:
+    """The weighted layers that are called more than once, or whose weights others use too: no call can be corrected."""
+    single = set(single_layers(graph))
+    return [node for node in _weighted(graph) if node not in single]
+
+
 def single_layers(graph: Graph) -> list[fx.Node]:
     """The weighted layers that are called once, with weights that are theirs alone."""
     calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
-    weighted = [
-        node
-        for node in graph.graph.nodes
-        if is_layer(graph, node) and kind_of(graph.get_submodule(str(node.target))) in _WEIGHTED
-    ]
+    weighted = _weighted(graph)
     owners = Counter(id(graph.get_submodule(target).weight) for target in {str(node.target) for node in weighted})
     return [
         node
         for node in weighted
         if calls[str(node.target)] == 1 and owners[id(graph.get_submodule(str(node.target)).weight)] == 1
+    ]
+
+
+def _weighted(graph: Graph) -> list[fx.Node]:
+    return [
+        node
+        for node in graph.graph.nodes
+        if is_layer(graph, node) and kind_of(graph.get_submodule(str(node.target))) in _WEIGHTED
     ]
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qlib.errors import StatsError
 from qlib.graph import Graph, NormStatistics
@@ -32,13 +32,15 @@ def data_free_stats(
     """
     moments = propagate(graph, norms, image_range)
     found: dict[str, LayerStats] = {}
+    samples = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["shape"][0]
     for node, _ in layers(graph):
         if node not in moments or _unknown(moments[node]):
             raise StatsError(
                 f"layer {name_of(node)!r} has no batch-norm that tells its range, so this model needs images;"
                 " drop --ptq-data-free"
             )
-        found[name_of(node)] = LayerStats(tuple(_stats(moments, n) for n in layer_inputs(node)), _stats(moments, node))
+        inputs = tuple(_stats(moments[source], samples) for source in layer_inputs(node))
+        found[name_of(node)] = LayerStats(inputs, _stats(moments[node], samples))
     return ModelStats(found)
 
 
@@ -56,9 +58,8 @@ def _unknown(x: Moments) -> bool:
     return any(bool(part.isnan().any()) for part in x.parts)
 
 
-def _stats(moments: Mapping[fx.Node, Moments], node: fx.Node) -> TensorStats:
+def _stats(x: Moments, samples: int) -> TensorStats:
     """Those of a whole tensor, a mixture of its elements' normal distributions."""
-    x = moments[node]
     mean = float(x.mean.double().mean())
     offset = x.mean.double() - mean
     std = x.variance.double().sqrt().clamp(min=1e-30)
@@ -66,7 +67,7 @@ def _stats(moments: Mapping[fx.Node, Moments], node: fx.Node) -> TensorStats:
     deviation = std * math.sqrt(2 / math.pi) * torch.exp(-ratio.square() / 2) + offset * torch.erf(ratio / math.sqrt(2))
     return TensorStats(
         count=x.mean.numel(),
-        samples=1,
+        samples=samples,
         min=float(x.low.min()),
         max=float(x.high.max()),
         mean=mean,

@@ -30,9 +30,9 @@ _ELEMENTWISE = (
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What is known of a tensor for one image: mean and variance of each element, and the bounds it stays within.
+    """What is known of a tensor: mean and variance of each element, and the bounds it stays within.
 
-    All have the tensor's shape, with one image. NaN where nothing is known.
+    All have the tensor's shape, for the batch that the graph was captured with. NaN where nothing is known.
     """
 
     mean: Tensor
@@ -74,7 +74,7 @@ def propagate(
     propagation = _Propagation(graph, norms, image_range)
     image = next(node for node in graph.graph.nodes if node.op == "placeholder")
     with torch.no_grad():
-        propagation.run(torch.zeros(1, *image.meta["shape"][1:]))
+        propagation.run(torch.zeros(image.meta["shape"]))
     return propagation.found
 
 
@@ -171,9 +171,9 @@ class _Propagation(fx.Interpreter):
         args, _ = self.fetch_args_kwargs_from_env(n)
         inputs = [arg for arg in args if isinstance(arg, Moments)]
         module = self.graph_module.get_submodule(str(n.target))
-        shape = (1, *n.meta["shape"][1:]) if "shape" in n.meta else None
-        if shape is None:
+        if "shape" not in n.meta:
             return self._move(n)  # several tensors: only their number and shapes are known
+        shape = n.meta["shape"]
         norm = self.norms.get(name_of(n))
         if norm is not None:
             axes = [1, -1, *[1] * (len(shape) - 2)]
@@ -191,7 +191,7 @@ class _Propagation(fx.Interpreter):
         return Moments(known.mean, known.variance, torch.fmax(known.low, own.low), torch.fmin(known.high, own.high))
 
     def _unnormed(self, n: fx.Node, module: nn.Module, inputs: list[Moments]) -> Moments:
-        kind, shape = kind_of(module), (1, *n.meta["shape"][1:])
+        kind = kind_of(module)
         if kind == "relu":
             low, high = activation_bounds(self.graph_module, n)
             return _compactly(lambda x: _cut(x, low, high), inputs[0])
@@ -208,7 +208,7 @@ class _Propagation(fx.Interpreter):
         grounded = any(source in self.grounded for source in n.all_input_nodes)
         if grounded and _is_matrix(module):
             return _weighted(module, inputs[0])
-        return Moments(*[torch.full(shape, torch.nan)] * 4)
+        return Moments(*[torch.full(n.meta["shape"], torch.nan)] * 4)
 
 
 def _joined(parts: list[Any]) -> Any:
