@@ -15,8 +15,16 @@ __all__ = ["float_layers", "plan_table", "settings_table"]
 
 _PASSING = ("relu", "max_pool")
 _WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
-_OF_WEIGHTS = ("bits_weights", "mode_weights", "per_channel_wts")
-_SHOWN = ("bits_activations", "bits_weights", "mode_activations", "mode_weights", "clip_acts", "per_channel_wts", "fpq")
+_OF_WEIGHTS = ("bits_weights", "mode_weights", "per_channel_wts", "clip_wts")
+_SHOWN: tuple[str, ...] = (
+    "bits_activations",
+    "bits_weights",
+    "mode_activations",
+    "mode_weights",
+    "clip_acts",
+    "clip_wts",
+)
+_SHOWN += ("per_channel_wts", "scale", "fpq")
 
 
 def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed: Mapping[str, str]) -> str:
@@ -35,6 +43,7 @@ def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed
         weighted = kind in _WEIGHTED
         channel = " per channel" if weighted and s.per_channel_wts and s.bits_weights else ""
         mode = s.mode_activations if not weighted else f"{s.mode_weights}{channel} / {s.mode_activations}"
+        mode += " pow2" * (s.scale == "pow2")
         rows.append(
             [
                 name,
@@ -43,12 +52,20 @@ def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed
                 _bits(s.bits_weights) if weighted else "",
                 _bits(s.bits_activations) if s.fpq is None else f"float{s.fpq}",
                 mode,
-                s.clip_acts + (f" {s.clip_n_stds:g}" if s.clip_acts == "n_std" and s.clip_n_stds else ""),
+                _clip(s, weighted),
                 _origins(s, weighted),
             ]
         )
     headers = ["Name", "Kind", "Output", "W bits", "A bits", "Mode (weights / acts)", "Clip", "Set by"]
     return tabulate(rows, headers, tablefmt="psql", disable_numparse=True)
+
+
+def _clip(settings: LayerSettings, weighted: bool) -> str:
+    """How ranges are clipped, that of the weights first where it is not all of theirs."""
+    clip = settings.clip_acts
+    if clip == "n_std" and settings.clip_n_stds:
+        clip += f" {settings.clip_n_stds:g}"
+    return f"{settings.clip_wts} / {clip}" if weighted and settings.clip_wts != "none" else clip
 
 
 def _origins(settings: LayerSettings, weighted: bool) -> str:
