@@ -443,7 +443,8 @@ WARNINGS = [
     ),
     (
         "what LAPQ does not need",
-        "--qe --qe-lapq --lapq-eval-memoize-dataloader --lapq-bh-niter 3 --lapq-init-method powell --lapq-init-mode avg",
+        "--qe --qe-lapq --lapq-eval-memoize-dataloader --lapq-bh-niter 3 --lapq-init-method powell"
+        " --lapq-init-mode avg",
         [
             "--lapq-eval-memoize-dataloader is ignored: the images are always kept in memory",
             "--lapq-basinhopping-niter has no effect without --lapq-basinhopping",
