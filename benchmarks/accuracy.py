@@ -19,24 +19,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ranges import run
+from ranges import YAML, run
 from tabulate import tabulate
 
 BASE = ("--qe-mode-acts", "asym_u", "--qe-mode-wts", "sym", "--qe-per-channel")
-SETTINGS = """\
-quantizers:
-  q:
-    class: PostTrainLinearQuantizer
-    bits_activations: {bits}
-    bits_weights: {bits}
-    mode: {{activations: asym_u, weights: sym}}
-    per_channel_wts: true
-    clip_acts: {clip}
-    model_activation_stats: {stats}
-    overrides:
-      conv1: {{bits_weights: 8, bits_activations: 8}}
-      fc: {{bits_weights: 8, bits_activations: 8}}
-"""
 
 
 def uniform(acts: int, wts: int, clip: str, *more: str) -> tuple[str, ...]:
@@ -82,7 +68,7 @@ def command(case: Sequence[str], model: Sequence[str], stats: Path) -> list[str]
         given = [] if "--ptq-data-free" in case else ["--qe-stats-file", str(stats)]
         return [*model, "--quantize-eval", *given, *case]
     file = Path(f"ends8_{case[1]}_{case[2]}.yaml")
-    file.write_text(SETTINGS.format(bits=case[1], clip=case[2], stats=stats))
+    file.write_text(YAML.format(bits=case[1], acts=case[2], wts="none", stats=stats))
     return [*model, "--quantize-eval", "--qe-config-file", str(file), *case[3:]]
 
 
