@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlib.cli_flags import FLAGS, GROUPS, Flag
+from qlib.config.flag_checks import check_combination
+from qlib.config.flag_groups import GROUPS as ARGUMENT_GROUPS
 from qlib.config.flag_kinds import SWITCH, split_names
-from qlib.config.run_config import GROUPS as ARGUMENT_GROUPS
-from qlib.config.run_config import RunConfig, check_combination, needs_folder, read_run_config
+from qlib.config.run_config import RunConfig, needs_folder, read_run_config
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
 
 __all__ = ["build_parser", "main", "parse"]

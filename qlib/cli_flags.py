@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS, SCALES, WEIGHT_CLIPS
+from qlib.config.flag_groups import BIAS_CORRECTIONS, ROUNDINGS
+from qlib.config.flag_groups import GROUPS as ARGUMENT_GROUPS
 from qlib.config.flag_kinds import (
     SWITCH,
     Kind,
@@ -22,8 +24,6 @@ from qlib.config.flag_kinds import (
     run_name,
     whole,
 )
-from qlib.config.run_config import BIAS_CORRECTIONS, ROUNDINGS
-from qlib.config.run_config import GROUPS as ARGUMENT_GROUPS
 
 __all__ = ["FLAGS", "GROUPS", "Flag"]
 

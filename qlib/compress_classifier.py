@@ -19,7 +19,8 @@ from qlib.checkpoint import (
     save_quantized,
 )
 from qlib.checkpoint_file import read_checkpoint
-from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, startup_warnings
+from qlib.config.flag_checks import startup_warnings
+from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do
 from qlib.corrections import correct_float
 from qlib.errors import ModelError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together

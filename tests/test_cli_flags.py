@@ -14,7 +14,8 @@ import pytest
 import qlib
 from qlib.cli import build_parser, main, parse
 from qlib.cli_flags import FLAGS
-from qlib.config.run_config import RunConfig, ignored_flags, needs_folder, startup_warnings
+from qlib.config.flag_checks import ignored_flags, startup_warnings
+from qlib.config.run_config import RunConfig, needs_folder
 from qlib.errors import ConfigError, ModelError, UsageError
 
 IN_RUN = Path("run-folder")

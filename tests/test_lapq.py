@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from runs import finish, good, run, start
 from torch import Tensor, nn
 
-from qlib.config.search_flags import LapqArgs
+from qlib.config.flag_groups import LapqArgs
 from qlib.config.settings import LayerSettings
 from qlib.errors import UsageError
 from qlib.graph import Graph, capture, fold_batch_norm

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qlib.config.run_config import BIAS_CORRECTIONS, ROUNDINGS
+from qlib.config.flag_groups import BIAS_CORRECTIONS, ROUNDINGS
 from qlib.config.yaml_source import Node
 from qlib.errors import did_you_mean
 from qlib.quant.spec import MODES

@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from qlib.config.flag_groups import LapqArgs
+from qlib.config.run_config import RunConfig
 from qlib.errors import UsageError
 
-if TYPE_CHECKING:
-    from qlib.config.run_config import RunConfig
-
-__all__ = ["LapqArgs", "check_searches", "search_warnings", "searches"]
-
-
-@dataclass(frozen=True)
-class LapqArgs:
-    """The `--lapq-*` flags: how `--qe-lapq` searches. A field is named as its flag, without `--lapq-`."""
-
-    maxiter: int | None = None
-    maxfev: int | None = None
-    method: str = "powell"
-    basinhopping: bool = False
-    basinhopping_niter: int = 100
-    init_mode: str | None = None
-    init_method: str = "powell"
-    eval_size: float = 1.0
-    images: int = 256
-    eval_memoize_dataloader: bool = False
-    search_clipping: bool = False
+__all__ = ["check_searches", "search_warnings", "searches"]
 
 
 def searches(config: RunConfig) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qlib.config.search_flags import LapqArgs
+from qlib.config.flag_groups import LapqArgs
 from qlib.config.settings import LayerSettings, PtqConfig
 from qlib.errors import UsageError
 from qlib.graph import Graph
