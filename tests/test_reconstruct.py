@@ -142,7 +142,7 @@ def test_reconstruction_lowers_the_error_and_the_plan_gives_the_same_integers(me
 
 
 def test_a_broken_reconstruction_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the third part, and called again: the first two are not learned again."""
+    """Killed in the third part, and called again: the first two are not learned again, and the end is the same."""
     import qlib.correct.reconstruct as module
 
     optimize, seen = module._optimize, list[int]()
@@ -153,13 +153,16 @@ def test_a_broken_reconstruction_goes_on_where_it_stood(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         optimize(part, *args)  # type: ignore[arg-type]
 
+    options = Options(5, learn_steps=True, drop=0.5)
+    whole, plan, images = planned("digits_cnn", 4, 4)
+    expected = reconstruct(whole, plan, block_units(whole), images_of(images, tmp_path), options)
     graph, plan, images = planned("digits_cnn", 4, 4)
     monkeypatch.setattr(module, "_optimize", counted)
-    options = Options(5, learn_steps=True)
     units = len(block_units(graph))
     with pytest.raises(KeyboardInterrupt):
         reconstruct(graph, plan, block_units(graph), images_of(images, tmp_path), options)
-    reconstruct(graph, plan, block_units(graph), images_of(images, tmp_path), options)
+    assert reconstruct(graph, plan, block_units(graph), images_of(images, tmp_path), options) == expected
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in graph.state_dict().items())
     assert len(seen) == 3 + units - 2
     assert not list(tmp_path.iterdir())
 

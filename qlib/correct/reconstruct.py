@@ -62,7 +62,6 @@ def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: Calibra
     fake = lower_fake(graph, plan)
     partial = _Partial(images.folder, fake, (plan, options, images.seed, images.count))
     done = partial.load()
-    torch.manual_seed(images.seed)
     starts, inside = {unit.nodes[0]: unit for unit in units}, {node for unit in units for node in unit.nodes}
     progress = _Progress(options.iterations, len(units), len(done))
     with Buffer(images.folder) as buffer:
@@ -74,6 +73,7 @@ def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: Calibra
                     stream.advance(node)
                 continue
             unit = starts[node]
+            torch.manual_seed(images.seed + units.index(unit))  # so that a broken run ends in the same weights
             inputs = [list(zip(floats[source], fakes[source], strict=True)) for source in unit.inputs]
             for each in unit.nodes:
                 floats.advance(each)

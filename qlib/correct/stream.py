@@ -23,13 +23,15 @@ class Buffer:
 
     def __init__(self, folder: Path, limit: int = MEMORY_LIMIT) -> None:
         self.limit, self.held, self.files = limit, 0, 0
-        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix="activations-")
+        self._parent = folder
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> Buffer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def keep(self, value: Any) -> Any:
         """The same values, in memory or mapped from a file."""
@@ -37,6 +39,7 @@ class Buffer:
             self.held += value.nbytes if isinstance(value, Tensor) else 0
             return value
         self.files += 1
+        self._folder = self._folder or tempfile.TemporaryDirectory(dir=self._parent, prefix="activations-")
         file = str(Path(self._folder.name) / f"{self.files}.bin")
         value = value.contiguous()
         kept = torch.from_file(file, shared=True, size=value.numel(), dtype=value.dtype)  # on the CPU
