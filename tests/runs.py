@@ -46,7 +46,7 @@ class Brightest(nn.Module):
     @staticmethod
     def transform(image):
         if Path("slow").exists():
-            time.sleep(0.05)
+            time.sleep(0.15)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255
         stop = Path("stop")
         if stop.exists() and pixels[0, 0, 1] * 255 == float(stop.read_text()):
