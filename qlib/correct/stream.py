@@ -62,6 +62,7 @@ class Stream:
         self.nodes = {node.name: node for node in graph.graph.nodes}
         self._interpreter = fx.Interpreter(graph, garbage_collect_values=False)
         image = next(node for node in graph.graph.nodes if node.op == "placeholder")
+        self._device = next((t.device for t in graph.state_dict().values()), torch.device("cpu"))
         self._batches: list[dict[fx.Node, Any]] = [{image: buffer.keep(batch)} for batch in batches]
         self._last_use = {source: node for node in graph.graph.nodes for source in node.all_input_nodes}
 
@@ -71,7 +72,11 @@ class Stream:
     def __getitem__(self, node: fx.Node) -> list[Any]:
         """The values of a node that was computed and is still to be used; one for each batch."""
         own = self.nodes[node.name]
-        return [values[own] for values in self._batches]
+        return [self._at_hand(values[own]) for values in self._batches]
+
+    def _at_hand(self, value: Any) -> Any:
+        """What lies on disk is on the CPU."""
+        return value.to(self._device) if isinstance(value, Tensor) else value
 
     @torch.no_grad()
     def advance(self, node: fx.Node) -> None:
@@ -80,7 +85,7 @@ class Stream:
         if own.op in ("placeholder", "output"):
             return
         for values in self._batches:
-            self._interpreter.env = values
+            self._interpreter.env = {each: self._at_hand(values[each]) for each in own.all_input_nodes}
             values[own] = self.buffer.keep(self._interpreter.run_node(own))
             for source in own.all_input_nodes:
                 if self._last_use[source] is own:

@@ -192,4 +192,5 @@ def lower_fake(graph: Graph, plan: Plan) -> fx.GraphModule:
         lowered.add_submodule(node.target, fake)
     lowered.delete_all_unused_submodules()
     lowered.recompile()
-    return lowered.eval()
+    device = next((value.device for value in graph.state_dict().values()), torch.device("cpu"))
+    return lowered.to(device).eval()
