@@ -26,7 +26,7 @@ from qlib.correct.qdrop import qdrop
 from qlib.correct.smooth import smooth
 from qlib.errors import UsageError
 from qlib.graph import Graph
-from qlib.job import FoldedGraph, Job, calibration_images, split_size
+from qlib.job import FoldedGraph, Job, calibration_batches, split_size
 from qlib.quant.plan import Plan
 from qlib.stats.data_free import image_range_of
 
@@ -97,7 +97,7 @@ def _images(job: Job) -> CalibrationImages:
     count = min(job.config.ptq.images, split_size(job, job.config.qe.calibration_split))
 
     def batches() -> Iterator[Tensor]:
-        return calibration_images(job, count, BATCH)
+        return (images for images, _ in calibration_batches(job, count, BATCH))
 
     _SCRATCH.mkdir(exist_ok=True)
     return CalibrationImages(batches, count, job.device, _SCRATCH, job.config.seed)

@@ -22,7 +22,7 @@ from qlib.deploy.storage import choose_opset, refuse_unexportable, storage_notes
 from qlib.errors import UsageError
 from qlib.graph import Graph, capture
 from qlib.graph.cost import layer_costs
-from qlib.job import Job, calibration_images, loader_of, open_split, report_skipped
+from qlib.job import Job, calibration_batches, loader_of, open_split, report_skipped
 from qlib.lower import exact_arithmetic
 from qlib.lower.saturation import SaturationRate, emulated, pairs_at_risk, saturation_rates
 from qlib.progress import track
@@ -97,7 +97,7 @@ def measure_saturation(job: Job, lowered: fx.GraphModule) -> dict[str, Saturatio
     if not any(pairs.values()) or not job.has_images:
         return {name: SaturationRate(count, 0, 0) for name, count in pairs.items()}
     with exact_arithmetic():
-        return saturation_rates(lowered, calibration_images(job, SATURATION_IMAGES, BATCH))
+        return saturation_rates(lowered, (x for x, _ in calibration_batches(job, SATURATION_IMAGES, BATCH)))
 
 
 def _flag(config: RunConfig) -> str:

@@ -34,7 +34,7 @@ __all__ = [
     "LAYOUT",
     "FoldedGraph",
     "Job",
-    "calibration_images",
+    "calibration_batches",
     "choose_device",
     "fold",
     "load_job",
@@ -250,12 +250,18 @@ def split_size(job: Job, split: str) -> int:
     return len(open_split(job, split))
 
 
-def calibration_images(job: Job, count: int, batch_size: int) -> Iterator[Tensor]:
-    """The first `count` images of the calibration split in its fixed random order, in batches on the job's device."""
+def calibration_batches(
+    job: Job, count: int, batch_size: int, fraction: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images, on the job's device, and labels of the calibration split in its fixed random order.
+
+    They are a `fraction` of the split, but `count` at most.
+    """
     dataset = open_split(job, job.config.qe.calibration_split)
-    indices = choose_subset(len(dataset), 1.0, job.config.seed, shuffled=True)[:count]
+    indices = choose_subset(len(dataset), fraction, job.config.seed, shuffled=True)[:count]
     loader = loader_of(job, dataset, indices, batch_size)
-    yield from (images.to(job.device, memory_format=LAYOUT) for images, _ in loader)
+    for images, labels in loader:
+        yield images.to(job.device, memory_format=LAYOUT), labels.to(job.device)
     report_skipped(loader)
 
 

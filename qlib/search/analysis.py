@@ -18,7 +18,7 @@ from qlib.graph import Graph
 from qlib.job import Job
 from qlib.progress import track
 from qlib.quant.plan import Plan
-from qlib.search.images import BATCH, calibration_batches
+from qlib.search.images import BATCH, images_in_memory
 from qlib.search.plot import plot_sensitivity
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity, Study
 
@@ -75,7 +75,7 @@ def measure(
     kinds: Sequence[str],
 ) -> tuple[list[Sensitivity], tuple[float, float]]:
     """The sensitivities at all `bits` of weights, activations or both; and loss and Top1 of the float model."""
-    batches = calibration_batches(job, job.config.sense_images)
+    batches = images_in_memory(job, job.config.sense_images)
     study = Study(graph, {each: planner(with_bits(settings, each, each)) for each in bits}, kinds)
     images, began = sum(len(labels) for _, labels in batches), time.monotonic()
     _log.info(

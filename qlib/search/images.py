@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qlib.data import choose_subset
-from qlib.job import LAYOUT, Job, loader_of, open_split, report_skipped
+from qlib.job import Job, calibration_batches
 
-__all__ = ["BATCH", "calibration_batches"]
+__all__ = ["BATCH", "images_in_memory"]
 
 BATCH = 32
 """Images that are run at once: activations of more would leave the cache."""
 
 
-def calibration_batches(job: Job, count: int, fraction: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-    """Images and labels of the calibration split in its fixed random order: a `fraction`, but `count` at most."""
-    dataset = open_split(job, job.config.qe.calibration_split)
-    indices = choose_subset(len(dataset), fraction, job.config.seed, shuffled=True)[:count]
-    loader = loader_of(job, dataset, indices, BATCH)
-    batches = [(x.to(job.device, memory_format=LAYOUT), labels.to(job.device)) for x, labels in loader]
-    report_skipped(loader)
-    return batches
+def images_in_memory(job: Job, count: int, fraction: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+    """Batches of images and labels: a `fraction` of the calibration split, but `count` at most."""
+    return list(calibration_batches(job, count, BATCH, fraction))

@@ -25,7 +25,7 @@ from qlib.errors import UsageError
 from qlib.graph import Graph
 from qlib.job import Job
 from qlib.quant.plan import Plan
-from qlib.search.images import calibration_batches
+from qlib.search.images import images_in_memory
 from qlib.search.least_error import least_error
 from qlib.search.minimize import Vector, minimize, options_for
 from qlib.search.objective import Objective
@@ -66,7 +66,7 @@ def lapq(job: Job, graph: Graph, plan: Plan, given: bool) -> Plan:
             f"--lapq-init-mode {args.init_mode} needs statistics, but --qe-config-file is a plan, with its ranges;"
             " drop --lapq-init-mode to start from these, or take l1, l2 or l3"
         )
-    batches = calibration_batches(job, args.images, args.eval_size)
+    batches = images_in_memory(job, args.images, args.eval_size)
     return search_ranges(graph, plan, batches, args, job.config.seed)
 
 

@@ -21,7 +21,7 @@ from qlib.job import Job
 from qlib.search.allocate import Choice, Costs, allocate, best_uniform, cost_of, error_of, smallest_cost
 from qlib.search.analysis import Planner, measure, write_csv
 from qlib.search.bit_groups import Group, bit_operations, errors_of, groups_of, weight_bits, weight_count
-from qlib.search.images import calibration_batches
+from qlib.search.images import images_in_memory
 from qlib.search.replay import Point
 from qlib.search.score import Score, Scorer
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity
@@ -136,7 +136,7 @@ def _best(
 
     Sensitivities of single layers add up only roughly: the whole is measured on the calibration images.
     """
-    scorer = Scorer(graph, calibration_batches(job, job.config.sense_images))
+    scorer = Scorer(graph, images_in_memory(job, job.config.sense_images))
     found: dict[str, Choice | None] = {}
     for what, relative in (("divergence", False), ("squared error", True)):
         found[what] = allocate(problem.costs, errors_of(problem.groups, rows, relative), problem.left)
