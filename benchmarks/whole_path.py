@@ -231,7 +231,7 @@ def deploy(
 ) -> tuple[dict[str, float], Verification]:
     """Exports and verifies the integer model, and times it beside the float one: the fields of `Row`."""
     export_s = seconds(lambda: export_quantized(lowered, images[:2], path, opset=OPSET, metadata={}))
-    verification = verify(lowered, path, [images])
+    verification = verify(lowered, path, images.split(1))  # one at a time: all its tensors are held at once
     share = int8_share(placement(path, lowered, macs))
     session, one = open_session(path, exact=False), images[:1]
     times = [(seconds(lambda: model(one)), seconds(lambda: run_session(session, one))) for _ in range(ROUNDS)]
