@@ -22,12 +22,12 @@ from qlib.correct.stream import Buffer, Stream
 from qlib.correct.units import block_units, layer_units, unit_module
 from qlib.correct.weights_file import load_weights, save_weights
 from qlib.errors import ConfigError
-from qlib.graph import Graph
+from qlib.graph import Graph, capture
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
 from qlib.lower.fake import FakeWeight, lower_fake
 from qlib.quant.affine import qparams_from_range, range_of_grid
-from qlib.quant.plan import Plan, WeightPlan
+from qlib.quant.plan import LayerPlan, Plan, WeightPlan
 from qlib.quant.spec import QuantSpec
 from tests.planned import planned
 
@@ -165,6 +165,39 @@ def test_a_broken_reconstruction_goes_on_where_it_stood(tmp_path: Path, monkeypa
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in graph.state_dict().items())
     assert len(seen) == 3 + units - 2
     assert not list(tmp_path.iterdir())
+
+
+class _Twice(nn.Module):
+    """One layer that is called twice, and one that is called once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.once = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.once(self.again(self.again(x).relu()).relu())
+        return y
+
+
+def test_a_layer_that_is_called_twice_keeps_the_nearest_codes(tmp_path: Path) -> None:
+    """Each call would choose for itself, and the second undo what the first chose."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 6)
+    graph = capture(_Twice(), images[:2])
+    weight = WeightPlan(3, "sym")
+    plan = Plan(
+        {name: LayerPlan("linear", (None,), weight) for name in ("again", "again_1", "once")}
+        | {name: LayerPlan("relu", (None,)) for name in ("relu", "relu_1")}
+    )
+    once = graph.get_submodule("once")
+    nearest = FakeWeight(once, weight)(once.weight)
+    float_weight = graph.get_submodule("again").weight.detach().clone()
+    adaround(graph, plan, images_of(images, tmp_path), 200)
+    assert torch.equal(graph.get_submodule("again").weight, float_weight)  # rounded to nearest when it is lowered
+    assert not torch.allclose(once.weight, nearest)
+    save_weights(tmp_path / "w.safetensors", graph, "c0ffee")
+    load_weights(tmp_path / "w.safetensors", graph, "c0ffee")
+    assert torch.equal(graph.get_submodule("again").weight, float_weight)
 
 
 def test_random_masks_have_the_share_and_the_layout() -> None:

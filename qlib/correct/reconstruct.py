@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from qlib.correct.base import CalibrationImages
+from qlib.correct.pairs import shared_layers
 from qlib.correct.soft_rounding import SoftRounding
 from qlib.correct.stream import Buffer, Stream
 from qlib.correct.units import Unit, unit_module
@@ -62,6 +63,7 @@ def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: Calibra
     fake = lower_fake(graph, plan)
     partial = _Partial(images.folder, fake, (plan, options, images.seed, images.count))
     done = partial.load()
+    shared = _shared_modules(graph, fake)
     starts, inside = {unit.nodes[0]: unit for unit in units}, {node for unit in units for node in unit.nodes}
     progress = _Progress(options.iterations, len(units), len(done))
     with Buffer(images.folder) as buffer:
@@ -79,7 +81,8 @@ def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: Calibra
                 floats.advance(each)
             if unit.name not in done:
                 try:
-                    _optimize(unit_module(fake, unit), inputs, floats[unit.output], options, progress.of(unit.name))
+                    part, targets = unit_module(fake, unit), floats[unit.output]
+                    _optimize(part, inputs, targets, shared, options, progress.of(unit.name))
                 except KeyboardInterrupt:
                     raise partial.interrupted(len(units)) from None
                 partial.save(unit)
@@ -94,12 +97,16 @@ def _optimize(
     part: fx.GraphModule,
     inputs: list[list[tuple[Tensor, Tensor]]],
     targets: list[Tensor],
+    shared: Collection[int],
     options: Options,
     steps: Iterator[dict[str, float]],
 ) -> None:
-    """Learns the part's roundings and steps. `inputs` holds, for each input and batch, the float and the fake one."""
+    """Learns the part's roundings and steps. `inputs` holds, for each input and batch, the float and the fake one.
+
+    A layer that others share (`shared` holds its module's id) keeps the nearest codes: no use of it can choose alone.
+    """
     part_layers = [layer for layer in part.modules() if isinstance(layer, FakeLayer)]
-    roundings = _soften(part_layers)
+    roundings = _soften([layer for layer in part_layers if id(layer.module) not in shared])
     grids = [m for m in part.modules() if isinstance(m, FakeQuantize)] if options.learn_steps else []
     drop = RandomMask(options.drop) if options.drop else None
     for grid in (m for m in part.modules() if isinstance(m, FakeQuantize)):
@@ -126,6 +133,13 @@ def _optimize(
         schedule.step()
         shown["Error"] = float(error.detach())
     _harden(part_layers, part)
+
+
+def _shared_modules(graph: Graph, fake: fx.GraphModule) -> set[int]:
+    """The ids of the modules in `fake` that stand for layers called more than once, or with weights of others."""
+    targets = {node.name: str(node.target) for node in fake.graph.nodes}
+    fakes = [fake.get_submodule(targets[node.name]) for node in shared_layers(graph)]
+    return {id(layer.module) for layer in fakes if isinstance(layer, FakeLayer)}
 
 
 def _soften(part_layers: Sequence[FakeLayer]) -> list[SoftRounding]:
@@ -244,7 +258,9 @@ class _Partial:
         targets = {str(self._node(node.name).target) for node in unit.nodes}
         state = self.fake.state_dict()
         self.state |= {
-            key: value.contiguous() for key, value in state.items() if any(key.startswith(f"{t}.") for t in targets)
+            key: value.clone().contiguous()
+            for key, value in state.items()
+            if any(key.startswith(f"{t}.") for t in targets)
         }
         temporary = self.path.with_suffix(".tmp")
         save_file(self.state, temporary, {"key": self.key, "done": "\n".join(self.done)})

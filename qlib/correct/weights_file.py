@@ -21,7 +21,7 @@ def save_weights(path: Path, graph: Graph, fingerprint: str) -> None:
     `fingerprint` is that of the model before any correction. Raises OutputError when the file cannot be written.
     """
     state = {
-        f"{name_of(node)}.{key}": value.detach().cpu().contiguous()
+        f"{name_of(node)}.{key}": value.detach().cpu().clone().contiguous()
         for node, module in layers(graph)
         for key, value in module.named_parameters()
     }
