@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from runs import Run
+from runs import run as run_in
 
 from qlib.quant.plan_file import read_plan
-from tests.runs import Run
-from tests.runs import run as run_in
 
 MODEL = "-a digits_cnn --pretrained"
 LOW = "--qe --qe-calibration 0.2 --qebw 3 --qeba 4 --qema asym_u --ptq-images 128 --ptq-iterations 30"

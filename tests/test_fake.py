@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from planned import planned
 from torch import Tensor
 
 from qlib.lower import lower
 from qlib.lower.fake import FakeLayer, fake_quantize, lower_fake
-from tests.planned import planned
 
 CASES = [
     ("digits_cnn", 8, 8, "asym_u"),

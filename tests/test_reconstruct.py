@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned import planned
 from torch import Tensor, fx, nn
 
 from qlib.correct.adaround import adaround
@@ -29,7 +30,6 @@ from qlib.lower.fake import FakeWeight, lower_fake
 from qlib.quant.affine import qparams_from_range, range_of_grid
 from qlib.quant.plan import LayerPlan, Plan, WeightPlan
 from qlib.quant.spec import QuantSpec
-from tests.planned import planned
 
 
 def images_of(images: Tensor, folder: Path, batch: int = 4) -> CalibrationImages:
