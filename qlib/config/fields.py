@@ -21,7 +21,7 @@ __all__ = [
     "SCALES",
     "WEIGHT_CLIPS",
 ]
-__all__ += ["Field", "read_fields"]
+__all__ += ["Field", "NotAllowed", "choice", "flag", "modes", "read_fields", "setting", "unknown_key", "whole"]
 
 HISTOGRAM_CLIPS = ("percentile", "kl", "mse", "lp", "auto")
 """Those of `CLIP_NAMES` that answer from a histogram."""
@@ -62,7 +62,7 @@ class Field:
     read: Callable[[str, Node, list[str]], Settings]
 
 
-def _field(convert: Callable[[Node], object], *targets: str) -> Field:
+def setting(convert: Callable[[Node], object], *targets: str) -> Field:
     """A field whose one value, checked by `convert`, becomes that of every target."""
 
     def read(key: str, node: Node, problems: list[str]) -> Settings:
@@ -76,7 +76,7 @@ def _field(convert: Callable[[Node], object], *targets: str) -> Field:
     return Field(read)
 
 
-def _whole(low: int, high: int, null: int | None, zero: bool = False) -> Callable[[Node], int | None]:
+def whole(low: int, high: int, null: int | None, zero: bool = False) -> Callable[[Node], int | None]:
     """A whole number from `low` to `high`; YAML's null means `null`, and so does 0 where `zero` is set."""
     meaning = "null or 0 for float" if zero else f"null for {null}" if null else "null for none"
 
@@ -91,7 +91,7 @@ def _whole(low: int, high: int, null: int | None, zero: bool = False) -> Callabl
     return convert
 
 
-def _choice(names: Mapping[str, str]) -> Callable[[Node], str]:
+def choice(names: Mapping[str, str]) -> Callable[[Node], str]:
     """One of `names`, in any case."""
 
     def convert(node: Node) -> str:
@@ -103,7 +103,8 @@ def _choice(names: Mapping[str, str]) -> Callable[[Node], str]:
     return convert
 
 
-def _flag(node: Node) -> bool:
+def flag(node: Node) -> bool:
+    """True or false."""
     if not isinstance(node.value, bool):
         raise NotAllowed("true or false")
     return node.value
@@ -145,7 +146,7 @@ def _path(node: Node) -> str | None:
     return node.value
 
 
-def _modes(key: str, node: Node, problems: list[str]) -> Settings:
+def modes(key: str, node: Node, problems: list[str]) -> Settings:
     """`mode`: one name, or a mapping of one for activations and one for weights."""
     if node.mapping is None:
         return _BOTH_MODES.read(key, node, problems)
@@ -184,7 +185,7 @@ def read_fields(node: Node, fields: Mapping[str, Field], problems: list[str]) ->
     if node.mapping is None:
         problems.append(f"{node.where}: settings must be a mapping of names to values, not {node}")
         return settings, places
-    problems += [f"{node.where_key(key)}: {_unknown(key, fields)}" for key in node.mapping if key not in fields]
+    problems += [f"{node.where_key(key)}: {unknown_key(key, fields)}" for key in node.mapping if key not in fields]
     for key, field in fields.items():
         if key not in node.mapping:
             continue
@@ -194,65 +195,65 @@ def read_fields(node: Node, fields: Mapping[str, Field], problems: list[str]) ->
     return settings, places
 
 
-def _unknown(key: str, allowed: Iterable[str]) -> str:
+def unknown_key(key: str, allowed: Iterable[str]) -> str:
     if key in _RENAMED:
         return f"the key {key!r} is no longer used; write {_RENAMED[key]!r}"
     return f"unknown key {key!r}; allowed: {', '.join(allowed)}{did_you_mean(key, allowed)}"
 
 
-_mode = _choice(_MODE_NAMES)
-_clip = _choice({name: name for name in CLIP_NAMES})
-_clip_wts = _choice({name: name for name in WEIGHT_CLIPS})
+_mode = choice(_MODE_NAMES)
+_clip = choice({name: name for name in CLIP_NAMES})
+_clip_wts = choice({name: name for name in WEIGHT_CLIPS})
 _percentile = _number(50, 100, 99.99, above=True)
 _p = _number(1, 4, 2.0)
-_scale = _choice({name: name for name in SCALES})
-_bits = _whole(2, 16, null=0, zero=True)
-_BOTH_MODES = _field(_mode, "mode_activations", "mode_weights")
-_MODE_PARTS = {"activations": _field(_mode, "mode_activations"), "weights": _field(_mode, "mode_weights")}
+_scale = choice({name: name for name in SCALES})
+_bits = whole(2, 16, null=0, zero=True)
+_BOTH_MODES = setting(_mode, "mode_activations", "mode_weights")
+_MODE_PARTS = {"activations": setting(_mode, "mode_activations"), "weights": setting(_mode, "mode_weights")}
 _INPUT_FIELDS = {
-    "from_output": _field(_only_true, "from_output"),
-    "bits_activations": _field(_bits, "bits_activations"),
-    "mode": _field(_mode, "mode_activations"),
-    "clip_acts": _field(_clip, "clip_acts"),
-    "clip_n_stds": _field(_positive, "clip_n_stds"),
-    "clip_percentile": _field(_percentile, "clip_percentile"),
-    "clip_p": _field(_p, "clip_p"),
+    "from_output": setting(_only_true, "from_output"),
+    "bits_activations": setting(_bits, "bits_activations"),
+    "mode": setting(_mode, "mode_activations"),
+    "clip_acts": setting(_clip, "clip_acts"),
+    "clip_n_stds": setting(_positive, "clip_n_stds"),
+    "clip_percentile": setting(_percentile, "clip_percentile"),
+    "clip_p": setting(_p, "clip_p"),
 }
 _COMMON = {
-    "bits_activations": _field(_bits, "bits_activations"),
-    "bits_weights": _field(_bits, "bits_weights"),
-    "bits_bias": _field(_whole(2, 32, null=32), "bits_bias"),
-    "mode": Field(_modes),
-    "clip_acts": _field(_clip, "clip_acts"),
-    "clip_n_stds": _field(_positive, "clip_n_stds"),
-    "clip_percentile": _field(_percentile, "clip_percentile"),
-    "clip_p": _field(_p, "clip_p"),
-    "clip_wts": _field(_clip_wts, "clip_wts"),
-    "scale": _field(_scale, "scale"),
-    "clip_half_range": _field(_flag, "clip_half_range"),
-    "per_channel_wts": _field(_flag, "per_channel_wts"),
-    "scale_approx_mult_bits": _field(_whole(1, 31, null=None), "scale_approx_mult_bits"),
-    "fp16": _field(lambda node: 16 if _flag(node) else None, "fpq"),
-    "fpq_module": _field(_float_bits, "fpq"),
-    "inputs_quant_auto_fallback": _field(_flag, "inputs_quant_auto_fallback"),
+    "bits_activations": setting(_bits, "bits_activations"),
+    "bits_weights": setting(_bits, "bits_weights"),
+    "bits_bias": setting(whole(2, 32, null=32), "bits_bias"),
+    "mode": Field(modes),
+    "clip_acts": setting(_clip, "clip_acts"),
+    "clip_n_stds": setting(_positive, "clip_n_stds"),
+    "clip_percentile": setting(_percentile, "clip_percentile"),
+    "clip_p": setting(_p, "clip_p"),
+    "clip_wts": setting(_clip_wts, "clip_wts"),
+    "scale": setting(_scale, "scale"),
+    "clip_half_range": setting(flag, "clip_half_range"),
+    "per_channel_wts": setting(flag, "per_channel_wts"),
+    "scale_approx_mult_bits": setting(whole(1, 31, null=None), "scale_approx_mult_bits"),
+    "fp16": setting(lambda node: 16 if flag(node) else None, "fpq"),
+    "fpq_module": setting(_float_bits, "fpq"),
+    "inputs_quant_auto_fallback": setting(flag, "inputs_quant_auto_fallback"),
 }
 
 LAYER_FIELDS: Mapping[str, Field] = {
     **_COMMON,
-    "fake": _field(_flag, "fake"),
-    "make_identity": _field(_flag, "make_identity"),
-    "quantize_inputs": _field(_flag, "quantize_inputs"),
+    "fake": setting(flag, "fake"),
+    "make_identity": setting(flag, "make_identity"),
+    "quantize_inputs": setting(flag, "quantize_inputs"),
     "input_overrides": Field(_inputs),
 }
 """The keys of one override."""
 
 QUANTIZER_FIELDS: Mapping[str, Field] = {
-    "bits_parameters": _field(_bits, "bits_weights"),
+    "bits_parameters": setting(_bits, "bits_weights"),
     **_COMMON,
-    "bits_accum": _field(_whole(2, 32, null=32), "bits_accum"),
-    "model_activation_stats": _field(_path, "model_activation_stats"),
-    "save_fp_weights": _field(_flag, "save_fp_weights"),
-    "also_clip_weights": _field(_flag, "also_clip_weights"),
+    "bits_accum": setting(whole(2, 32, null=32), "bits_accum"),
+    "model_activation_stats": setting(_path, "model_activation_stats"),
+    "save_fp_weights": setting(flag, "save_fp_weights"),
+    "also_clip_weights": setting(flag, "also_clip_weights"),
 }
 """The arguments of the quantizer itself, besides its overrides."""
 
@@ -266,17 +267,17 @@ def _share(node: Node) -> float | None:
     return float(value)
 
 
-_COUNT = _whole(1, 10**9, null=None)
+_COUNT = whole(1, 10**9, null=None)
 
 CORRECTION_FIELDS: Mapping[str, Field] = {
-    "equalize": _field(_flag, "equalize"),
-    "absorb_bias": _field(_flag, "absorb_bias"),
-    "smooth": _field(_share, "smooth"),
-    "data_free": _field(_flag, "data_free"),
-    "rounding": _field(_choice({name: name for name in ROUNDINGS}), "rounding"),
-    "bn_reestimation": _field(_flag, "bn_reestimation"),
-    "bias_correction": _field(_choice({name: name for name in BIAS_CORRECTIONS}), "bias_correction"),
-    "images": _field(_COUNT, "images"),
-    "iterations": _field(_COUNT, "iterations"),
+    "equalize": setting(flag, "equalize"),
+    "absorb_bias": setting(flag, "absorb_bias"),
+    "smooth": setting(_share, "smooth"),
+    "data_free": setting(flag, "data_free"),
+    "rounding": setting(choice({name: name for name in ROUNDINGS}), "rounding"),
+    "bn_reestimation": setting(flag, "bn_reestimation"),
+    "bias_correction": setting(choice({name: name for name in BIAS_CORRECTIONS}), "bias_correction"),
+    "images": setting(_COUNT, "images"),
+    "iterations": setting(_COUNT, "iterations"),
 }
 """The keys of the section `corrections`: the fields of `PtqArgs`, each with the values of its flag."""
