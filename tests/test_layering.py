@@ -22,6 +22,7 @@ LINES = (
     ("checkpoint", "runlog", "report", "summary", "deploy"),
     ("job",),
     ("calibrate", "corrections", "handover", "search"),
+    ("train",),
     ("planning",),
     ("compress_classifier",),
     ("cli", "cli_flags"),

@@ -70,7 +70,7 @@ _FLAG = _Value(lambda value: isinstance(value, bool), "true or false")
 _BITS, _MODE = _whole(2, 16), _one_of(MODES)
 _NODE = _Value(lambda value: True, "")
 
-_CLIP = _one_of((*CLIP_NAMES, "lapq"))
+_CLIP = _one_of((*CLIP_NAMES, "lapq", "learned"))
 _TENSOR = {
     "bits": _BITS,
     "mode": _MODE,

@@ -1,0 +1,106 @@
+"""LSQ: the step of each grid is a parameter that is learned with the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlib.lower.fake import fake_quantize
+from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
+from qlib.quant.affine import QParams
+from qlib.quantizers.training import TRAINING_QUANTIZERS, ActivationSite, WeightSite
+
+__all__ = ["Lsq", "LsqActivation", "LsqWeight", "scaled_gradient"]
+
+
+@TRAINING_QUANTIZERS.register("LSQQuantizer")
+@dataclass(frozen=True)
+class Lsq:
+    """Steps of weights, per tensor or per output channel, and of activations are learned.
+
+    They start from the ranges of least squared error instead of the paper's ``2 mean|v| / sqrt(q)``, which assumes that
+    training is long.
+    """
+
+    per_channel_wts: bool = True
+
+    @property
+    def planning(self) -> Mapping[str, object]:
+        clips = {"clip_acts": "mse", "clip_wts": "mse"}
+        return {"mode_activations": "asym_u", "mode_weights": "sym_restr", **clips}
+
+    def weight(self, site: WeightSite) -> WeightQuantizer:
+        return LsqWeight(site.start)
+
+    def activation(self, site: ActivationSite) -> ActivationQuantizer:
+        return LsqActivation(site.start, site.relu)
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """`x`, whose gradient is multiplied by `factor`.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> scaled_gradient(x, 0.5).backward()
+    >>> x.grad
+    tensor(0.5000)
+    """
+    return (x - x * factor).detach() + x * factor
+
+
+class LsqWeight(WeightQuantizer):
+    """``clamp(round(w / s), -q, q) * s`` with a learned s, per tensor or per output channel.
+
+    The gradient of s, ``round(w / s) - w / s`` or the bound, is multiplied by ``1 / sqrt(N q)`` for the N weights that
+    share s, so that steps and weights learn at the same pace.
+
+    References: Esser et al., "Learned step size quantization", 2020, sections 2.1 and 2.2.
+    """
+
+    def __init__(self, start: QParams) -> None:
+        super().__init__()
+        assert start.spec.symmetric
+        assert start.spec.restricted
+        self.spec = start.spec
+        self.scale = nn.Parameter(start.scale.clone())
+
+    def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        shape = [-1 if self.scale.ndim and not axis else 1 for axis in range(weight.ndim)]
+        factor = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.spec.qmax)
+        scale = scaled_gradient(_positive(self.scale), factor)
+        rounded = fake_quantize(weight, scale.view(shape), self.spec.qmin, self.spec.qmax)
+        return rounded, scale.detach()
+
+    def grid(self, weight: Tensor) -> QParams:
+        scale = _positive(self.scale.detach())
+        return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), self.spec)
+
+
+class LsqActivation(ActivationQuantizer):
+    """``clamp(round(x / s), low, high) * s`` with a learned s; the zero point is that of the range it starts with.
+
+    References: Esser et al., "Learned step size quantization", 2020, sections 2.1 and 2.2.
+    """
+
+    def __init__(self, start: QParams, relu: bool) -> None:
+        super().__init__()
+        self.spec, self.zero_point = start.spec, start.zero_point
+        self.low, self.high = max(int(start.low), 0) if relu else int(start.low), int(start.high)
+        self.scale = nn.Parameter(start.scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 1 / math.sqrt(x[0].numel() * max(self.high, 1))
+        scale = scaled_gradient(_positive(self.scale), factor)
+        return fake_quantize(x, scale, self.low, self.high)
+
+    @property
+    def params(self) -> QParams:
+        return QParams(_positive(self.scale.detach()), self.zero_point, self.spec)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """A large step of the optimizer must not turn the grid around."""
+    return scale.clamp(min=1e-8)
