@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -38,3 +40,14 @@ def split_train(n: int, validation_split: float, seed: int) -> tuple[list[int], 
     order = _permutation(n, seed)
     held_out = int(n * validation_split)
     return sorted(order[held_out:]), sorted(order[:held_out])
+
+
+def epoch_order(indices: Sequence[int], fraction: float, seed: int, epoch: int) -> list[int]:
+    """The `indices` in the random order of an epoch, or a `fraction` of them, drawn anew in each; at least one.
+
+    >>> epoch_order([10, 11, 12, 13], 0.5, seed=0, epoch=0), epoch_order([10, 11, 12, 13], 0.5, seed=0, epoch=1)
+    ([10, 12], [11, 12])
+    """
+    assert 0 < fraction <= 1
+    order = np.random.RandomState([seed, epoch]).permutation(len(indices))
+    return [indices[place] for place in order[: max(1, round(len(indices) * fraction))]]

@@ -7,7 +7,7 @@ tell which one that is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -114,16 +114,14 @@ class TrainableLayer(nn.Module):
         y = torch.func.functional_call(self.module, parameters, values)
         shift = self.norm.bias
         if arriving is None or not isinstance(shift, Tensor):
-            z: Tensor = self.norm(y)
-            return z
+            return self.norm(y)  # type: ignore[no-any-return]
         with torch.no_grad():
             gain, mean = self.gain(), self.norm.running_mean
             assert gain is not None
             assert isinstance(mean, Tensor)
             bias = shift + ((own if isinstance(own, Tensor) else 0.0) - mean) * gain
             error = _rounding_error(bias, arriving.scale * scale * gain.abs())
-        z = torch.func.functional_call(self.norm, {"bias": shift + error}, (y,))
-        return z
+        return torch.func.functional_call(self.norm, {"bias": shift + error}, (y,))  # type: ignore[no-any-return]
 
     @property
     def arriving(self) -> ActivationQuantizer | None:
@@ -262,7 +260,7 @@ def connect(lowered: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def deployed(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, Plan]:
-    """The folded graph and the plan that give, lowered exactly, the integers that `lowered` (made of `graph`) stands for.
+    """The folded graph and the plan whose exact lowering gives the integers that `lowered`, made of `graph`, stands for.
 
     `plan` is that from which the quantizers were made; what they have learned since replaces its grids.
     """

@@ -20,7 +20,8 @@ class ModelSpec:
 
     Laws: `build(num_classes)` gives a new model each time, with random weights; `transform` turns any RGB image into a
     tensor of `input_shape` (channels, height, width), as evaluation needs it; `weights()`, where there are any, gives
-    the state dict of the pretrained model, which has `num_classes` classes.
+    the state dict of the pretrained model, which has `num_classes` classes. `train_transform` is that of a model which
+    brings its own.
     """
 
     arch: str
@@ -30,3 +31,4 @@ class ModelSpec:
     transform: Transform
     build: Callable[[int], nn.Module]
     weights: Callable[[], StateDict] | None = None
+    train_transform: Transform | None = None

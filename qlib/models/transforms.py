@@ -1,12 +1,14 @@
-"""Evaluation transforms: an RGB image of any size -> a normalized tensor (channels, height, width)."""
+"""Transforms for evaluation and for training: an RGB image of any size -> a normalized tensor (channels, height, width)."""
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from torchvision import transforms as T
 
-from qlib.models.spec import Transform
+from qlib.errors import ModelError
+from qlib.models.spec import ModelSpec, Transform
 
 # dataset -> (input shape, mean, std, shorter side before the crop)
 _STANDARD: dict[str, tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...], int]] = {
@@ -67,3 +69,40 @@ def evaluation_transform(dataset: str, input_shape: tuple[int, int, int] | None 
     gray = [T.Grayscale()] if channels == 1 else []
     steps = [*gray, T.Resize(side), T.CenterCrop((height, width)), T.ToTensor(), T.Normalize(mean, std)]
     return cast(Transform, T.Compose(steps))
+
+
+def training_transform(spec: ModelSpec, dataset: str) -> Transform:
+    """What training sees of an image of `dataset`: a random crop of it, mirrored half of the time where that is usual.
+
+    cifar: 4 black pixels around it, then a crop of the model's size; imagenet: a part of 8 to 100 % of the area;
+    mnist and digits: as for evaluation. The normalization is that of the model's evaluation transform. Random numbers
+    are those of torch. A model with a `train_transform` of its own keeps that.
+
+    Raises ModelError where the evaluation transform is the user's own, so that its normalization is not known.
+    """
+    if spec.train_transform is not None:
+        return spec.train_transform
+    family = _DATASETS[dataset][0]
+    if family in ("mnist", "digits"):
+        return spec.transform
+    channels, height, width = spec.input_shape
+    crops: list[Callable[[Any], Any]]
+    if family == "cifar":
+        crops = [T.Resize(min(height, width)), T.RandomCrop((height, width), padding=4)]
+    else:
+        crops = [T.RandomResizedCrop((height, width))]
+    gray = [T.Grayscale()] if channels == 1 else []
+    steps = [*gray, *crops, T.RandomHorizontalFlip(), T.ToTensor(), _normalization(spec)]
+    return cast(Transform, T.Compose(steps))
+
+
+def _normalization(spec: ModelSpec) -> T.Normalize:
+    """That of the evaluation transform: the last step of ours; torchvision's own tell mean and std."""
+    transform: Any = spec.transform
+    last = transform.transforms[-1] if isinstance(transform, T.Compose) else transform
+    if not hasattr(last, "mean") or not hasattr(last, "std"):
+        raise ModelError(
+            f"{spec.arch!r} has a transform of its own, so how to train it is not known; give the model an attribute"
+            " train_transform, a function of an RGB image as well"
+        )
+    return T.Normalize(last.mean, last.std)

@@ -1,8 +1,8 @@
 """A user's own model: `path/to/file.py:function`, a function that returns an `nn.Module`.
 
 The function is called with `num_classes=` if it takes that. The module that it returns may say what it was made for,
-by attributes: `dataset` (a name), `input_shape` (channels, height, width), `transform` (RGB image -> tensor) and
-`num_classes`. Without them it is taken for an ImageNet model.
+by attributes: `dataset` (a name), `input_shape` (channels, height, width), `transform` and `train_transform` (RGB image
+-> tensor) and `num_classes`. Without them it is taken for an ImageNet model.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ def model_spec(arch: str) -> ModelSpec:
         raise ModelError(f"{arch!r} has the attribute dataset = {dataset!r}; make it one of {allowed}")
     shape = _input_shape(getattr(model, "input_shape", standard_input_shape(dataset)), arch)
     transform = getattr(model, "transform", None) or evaluation_transform(dataset, shape)
-    if not callable(transform):
-        raise ModelError(f"{arch!r} has the attribute transform = {transform!r}; make it a function of an image")
+    training = getattr(model, "train_transform", None)
+    for attribute, value in (("transform", transform), ("train_transform", training)):
+        if value is not None and not callable(value):
+            raise ModelError(f"{arch!r} has the attribute {attribute} = {value!r}; make it a function of an image")
     classes = getattr(model, "num_classes", standard_classes(dataset))
     if type(classes) is not int or classes < 1:
         raise ModelError(f"{arch!r} has the attribute num_classes = {classes!r}; make it a number from 1")
-    return ModelSpec(arch, dataset, classes, shape, transform, partial(_call, function, arch))
+    build = partial(_call, function, arch)
+    return ModelSpec(arch, dataset, classes, shape, transform, build, train_transform=training)
 
 
 def _input_shape(shape: Any, arch: str) -> tuple[int, int, int]:
