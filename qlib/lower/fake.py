@@ -32,6 +32,7 @@ class _RoundToGrid(torch.autograd.Function):
         steps = x / scale
         codes = steps.round().clamp_(low, high)  # type: ignore[arg-type]
         ctx.save_for_backward(steps, codes, scale, spared)
+        ctx.shapes = [bound.shape if isinstance(bound, Tensor) else None for bound in (low, high)]
         y = codes * scale
         return y if spared is None else torch.where(spared, x, y)
 
@@ -48,16 +49,21 @@ class _RoundToGrid(torch.autograd.Function):
             slope = torch.where(beyond, codes, error)
             slope = slope if spared is None else slope.masked_fill_(spared, 0.0)
             of_scale = slope.mul_(grad).sum_to_size(scale.shape)
-        return grad.masked_fill(beyond, 0.0), of_scale, None, None, None
+        of_bounds: list[Tensor | None] = [None, None]
+        for index, (beyond_it, shape) in enumerate(zip((error > 0, error < 0), ctx.shapes, strict=True)):
+            if ctx.needs_input_grad[2 + index]:
+                of_bounds[index] = torch.where(beyond & beyond_it, grad * scale, 0.0).sum_to_size(shape)
+        return grad.masked_fill(beyond, 0.0), of_scale, *of_bounds, None
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, spared: Tensor | None = None
 ) -> Tensor:
-    """``clamp(round(x / s), low, high) * s`` with bounds of the centered codes, differentiable in x and in s.
+    """``clamp(round(x / s), low, high) * s`` with bounds of the centered codes, differentiable in x, s and the bounds.
 
     The gradient of x passes straight through the rounding and is 0 beyond the bounds; that of s is
-    ``round(x / s) - x / s`` inside, the bound beyond. Where the mask `spared` is set, x stays as it is.
+    ``round(x / s) - x / s`` inside, the bound beyond; that of a bound is s beyond it.
+    Where the mask `spared` is set, x stays as it is.
 
     References: Esser et al., "Learned step size quantization", 2020, section 2.1.
 

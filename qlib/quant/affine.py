@@ -16,6 +16,7 @@ __all__ = [
     "QParams",
     "approximate_factor",
     "dequantize",
+    "grid_of_range",
     "qparams_from_range",
     "quantize",
     "range_of_grid",
@@ -87,23 +88,30 @@ def qparams_from_range(low: Tensor | float, high: Tensor | float, spec: QuantSpe
         raise ValueError("range is not finite")
     if bool((lo > hi).any()):
         raise ValueError("minimum is above maximum")
+    return QParams(*grid_of_range(lo, hi, spec), spec)
+
+
+def grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as `qparams_from_range` gives them, of a float64 range that is not checked.
+
+    It reads no value, so that it does not wait for the device.
+    """
     steps = 2**spec.bits - 1
     if spec.symmetric:
-        sat = torch.maximum(lo.abs(), hi.abs())
+        sat = torch.maximum(low.abs(), high.abs())
         scale = sat / ((steps - 1) / 2 if spec.restricted else steps / 2)
     else:
-        lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
-        scale = (hi - lo) / steps
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        scale = (high - low) / steps
     scale = scale.float()
     if spec.pow2:
         scale = _next_power_of_two(scale)
     tiny = torch.finfo(torch.float32).tiny  # below it, dividing by the scale overflows
     scale = torch.where(scale >= tiny, scale, torch.ones_like(scale))
     if spec.symmetric:
-        zero_point = torch.zeros_like(scale, dtype=torch.int32)
-    else:
-        zero_point = (spec.qmin - torch.round(lo / scale.double())).clamp(spec.qmin, spec.qmax).to(torch.int32)
-    return QParams(scale, zero_point, spec)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    zero_point = (spec.qmin - torch.round(low / scale.double())).clamp(spec.qmin, spec.qmax)
+    return scale, zero_point.to(torch.int32)
 
 
 def _next_power_of_two(scale: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ class QuantSpec:
     """An integer grid: `bits`, signedness, whether zero is in the middle, and the channel axis (None: per tensor).
 
     Laws: `qmin` and `qmax` are computed here and nowhere else; a symmetric spec is signed and has zero point 0;
-    `restricted` drops the most negative code so that the codes are symmetric; `pow2` allows only scales 2^k.
+    `restricted` drops the most negative code so that the codes are symmetric; `pow2` allows only scales 2^k; one bit is
+    unsigned: the codes 0 and 1.
 
     >>> QuantSpec.of_mode("sym", 8).qmin, QuantSpec.of_mode("sym_restr", 8).qmin, QuantSpec.of_mode("asym_u", 8).qmax
     (-128, -127, 255)
@@ -28,7 +29,7 @@ class QuantSpec:
     pow2: bool = False
 
     def __post_init__(self) -> None:
-        assert 1 < self.bits <= 32, self.bits
+        assert (2 if self.signed else 1) <= self.bits <= 32, self.bits
         assert self.signed or not self.symmetric
 
     @classmethod

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from qlib.lower.fake import fake_quantize
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.quant.affine import QParams
-from qlib.quantizers.training import TRAINING_QUANTIZERS, ActivationSite, WeightSite
+from qlib.quantizers.grids import along_outputs, positive
+from qlib.quantizers.straight_through import identity
+from qlib.quantizers.training import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
 
 __all__ = ["Lsq", "LsqActivation", "LsqWeight", "scaled_gradient"]
 
 
 @TRAINING_QUANTIZERS.register("LSQQuantizer")
 @dataclass(frozen=True)
-class Lsq:
+class Lsq(TrainingQuantizer):
     """Steps of weights, per tensor or per output channel, and of activations are learned.
 
     They start from the ranges of least squared error instead of the paper's ``2 mean|v| / sqrt(q)``, which assumes that
@@ -34,7 +36,7 @@ class Lsq:
         return {"mode_activations": "asym_u", "mode_weights": "sym_restr", **clips}
 
     def weight(self, site: WeightSite) -> WeightQuantizer:
-        return LsqWeight(site.start)
+        return LsqWeight(site.start, stochastic=site.stochastic)
 
     def activation(self, site: ActivationSite) -> ActivationQuantizer:
         return LsqActivation(site.start, site.relu)
@@ -48,7 +50,7 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
     >>> x.grad
     tensor(0.5000)
     """
-    return (x - x * factor).detach() + x * factor
+    return identity(x * factor, x.detach())
 
 
 class LsqWeight(WeightQuantizer):
@@ -60,22 +62,23 @@ class LsqWeight(WeightQuantizer):
     References: Esser et al., "Learned step size quantization", 2020, sections 2.1 and 2.2.
     """
 
-    def __init__(self, start: QParams) -> None:
+    def __init__(self, start: QParams, *, stochastic: bool = False) -> None:
         super().__init__()
         assert start.spec.symmetric
         assert start.spec.restricted
-        self.spec = start.spec
+        self.spec, self.stochastic = start.spec, stochastic
         self.scale = nn.Parameter(start.scale.clone())
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        shape = [-1 if self.scale.ndim and not axis else 1 for axis in range(weight.ndim)]
         factor = 1 / math.sqrt(weight.numel() / self.scale.numel() * self.spec.qmax)
-        scale = scaled_gradient(_positive(self.scale), factor)
-        rounded = fake_quantize(weight, scale.view(shape), self.spec.qmin, self.spec.qmax)
-        return rounded, scale.detach()
+        scale = scaled_gradient(positive(self.scale), factor)
+        wide = along_outputs(scale, weight)
+        if self.stochastic and self.training:
+            weight = weight + (torch.rand_like(weight) - 0.5) * wide.detach()
+        return fake_quantize(weight, wide, self.spec.qmin, self.spec.qmax), scale.detach()
 
     def grid(self, weight: Tensor) -> QParams:
-        scale = _positive(self.scale.detach())
+        scale = positive(self.scale.detach())
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), self.spec)
 
 
@@ -93,14 +96,9 @@ class LsqActivation(ActivationQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         factor = 1 / math.sqrt(x[0].numel() * max(self.high, 1))
-        scale = scaled_gradient(_positive(self.scale), factor)
+        scale = scaled_gradient(positive(self.scale), factor)
         return fake_quantize(x, scale, self.low, self.high)
 
     @property
     def params(self) -> QParams:
-        return QParams(_positive(self.scale.detach()), self.zero_point, self.spec)
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """A large step of the optimizer must not turn the grid around."""
-    return scale.clamp(min=1e-8)
+        return QParams(positive(self.scale.detach()), self.zero_point, self.spec)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["clipped", "identity", "round_stochastic", "rounded"]
+__all__ = ["clipped", "held", "identity", "round_stochastic", "rounded"]
+
+
+class _Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def identity(x: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `x`.
+    """`rounded`, exactly, with the gradient of `x`.
 
     References: Bengio et al., "Estimating or propagating gradients through stochastic neurons", 2013.
 
@@ -18,11 +30,12 @@ def identity(x: Tensor, rounded: Tensor) -> Tensor:
     >>> x.grad
     tensor([1., 1.])
     """
-    return x + (rounded - x).detach()
+    y: Tensor = _Identity.apply(x, rounded)
+    return y
 
 
 def clipped(x: Tensor, rounded: Tensor, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """`rounded`, with the gradient of `x` within the bounds and none beyond: that of a hard tanh.
+    """`rounded`, exactly, with the gradient of `x` within the bounds and none beyond: that of a hard tanh.
 
     References: Hubara et al., "Binarized neural networks", 2016, section 2.3.
 
@@ -31,8 +44,34 @@ def clipped(x: Tensor, rounded: Tensor, low: float = -1.0, high: float = 1.0) ->
     >>> x.grad
     tensor([1., 0.])
     """
-    bounded = x.clamp(low, high)
-    return bounded + (rounded - bounded).detach()
+    return identity(x.clamp(low, high), rounded)
+
+
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bound)
+        return torch.minimum(torch.maximum(x, -bound), bound)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), (x, bound) = grads, ctx.saved_tensors
+        outwards = (x.abs() >= bound) & (x * grad < 0)
+        return grad.masked_fill(outwards, 0.0), None
+
+
+def held(x: Tensor, bound: Tensor) -> Tensor:
+    """`x` clipped to ``[-bound, bound]``; beyond, the gradient passes that makes a step of descent lead back.
+
+    It stands for clipping a parameter after each step: unlike with `clipped`, one that has left the bounds can return.
+
+    >>> x = torch.tensor([-3.0, 0.5, 3.0, 3.0], requires_grad=True)
+    >>> (held(x, torch.tensor(1.0)) * torch.tensor([1.0, 1.0, 1.0, -1.0])).sum().backward()
+    >>> x.grad
+    tensor([0., 1., 1., 0.])
+    """
+    y: Tensor = _Held.apply(x, bound)
+    return y
 
 
 def rounded(x: Tensor) -> Tensor:
