@@ -73,6 +73,29 @@ def test_sizes(arch: str, weights: int) -> None:
     assert sum(value.numel() for value in model.parameters() if value.dim() > 1) == weights
 
 
+# Convolutions and linear layers of 1,000 classes as the papers' tables give them: those of the networks of the same
+# depth without pre-activation, and the products of channels and kernels.
+@pytest.mark.parametrize(
+    ("arch", "weights"),
+    [
+        ("alexnet_bn", 60_961_280),
+        ("preact_resnet18", 11_678_912),
+        ("preact_resnet34", 21_779_648),
+        ("preact_resnet50", 25_502_912),
+        ("preact_resnet101", 44_442_816),
+        ("preact_resnet152", 60_040_384),
+        ("mobilenet", 4_209_088),
+        ("mobilenet_075", 2_568_144),
+        ("mobilenet_050", 1_319_648),
+        ("mobilenet_025", 463_600),
+    ],
+)
+def test_sizes_for_imagenet(arch: str, weights: int) -> None:
+    with torch.device("meta"):
+        model = find_model(arch).build(1000)
+    assert sum(value.numel() for value in model.parameters() if value.dim() > 1) == weights
+
+
 @pytest.mark.parametrize(
     ("arch", "names"),
     [
@@ -87,6 +110,14 @@ def test_sizes(arch: str, weights: int) -> None:
         ("simplenet_cifar", "relu_conv1 pool1 relu_fc2 fc3"),
         ("simplenet_mnist", "relu1 pool2 relu3 fc2"),
         ("digits_cnn", "depthwise.conv pointwise.bn residual_eltwiseadd maxpool avgpool fc"),
+        ("alexnet_bn", "features.0 features.1 features.3 features.16 classifier.1 classifier.5 classifier.6"),
+        (
+            "preact_resnet18",
+            "conv1 bn1 relu1 layer1.0.conv1 layer1.0.bn2 layer1.0.relu2 layer1.0.conv2 layer1.0.residual_eltwiseadd "
+            "layer1.1.pre_bn layer1.1.pre_relu layer2.0.downsample.0 final_bn final_relu avgpool fc",
+        ),
+        ("preact_resnet50", "layer1.0.downsample.0 layer1.0.relu3 layer4.2.conv3"),
+        ("mobilenet", "model.0.0 model.0.2 model.1.0 model.1.1 model.1.2 model.1.3 model.13.5 model.14 fc"),
     ],
 )
 def test_layer_names(arch: str, names: str) -> None:

@@ -29,7 +29,7 @@ def find_model(arch: str) -> ModelSpec:
     ('cifar10', 10, (3, 32, 32))
     >>> find_model("resnet8")
     Traceback (most recent call last):
-    qlib.errors.ModelError: unknown model 'resnet8'; give one of 111 names, or your own as path/to/file.py:function; \
+    qlib.errors.ModelError: unknown model 'resnet8'; give one of 121 names, or your own as path/to/file.py:function; \
 did you mean resnet18 or resnet50 or resnet34?
     """
     if ".py" in arch:

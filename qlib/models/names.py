@@ -35,6 +35,9 @@ FAMILIES: dict[str, str] = {
     """,
     "simplenet": "simplenet_cifar simplenet_mnist simplenet_v2_mnist",
     "digits_cnn": "digits_cnn",
+    "alexnet_bn": "alexnet_bn",
+    "preact_resnet": "preact_resnet18 preact_resnet34 preact_resnet50 preact_resnet101 preact_resnet152",
+    "mobilenet_v1": "mobilenet mobilenet_025 mobilenet_050 mobilenet_075",
 }
 
 
@@ -42,7 +45,7 @@ def model_names() -> list[str]:
     """Every model name, family after family.
 
     >>> len(model_names()), model_names()[0], "resnet20_cifar" in model_names()
-    (111, 'alexnet', True)
+    (121, 'alexnet', True)
     """
     return [name for names in FAMILIES.values() for name in names.split()]
 
