@@ -24,6 +24,7 @@ __all__ = [
     "QuantizedHeader",
     "float_weights",
     "is_quantized",
+    "quantized_checkpoint",
     "read_header",
     "restore_quantized",
     "save_quantized",
@@ -65,7 +66,15 @@ def save_quantized(
 
     Raises OutputError when the file cannot be written.
     """
-    checkpoint = {
+    checkpoint = quantized_checkpoint(header, lowered, extras)
+    write_checkpoint(path, checkpoint if original is None else {**checkpoint, _FLOAT_WEIGHTS: _on_cpu(original)})
+
+
+def quantized_checkpoint(
+    header: QuantizedHeader, lowered: nn.Module, extras: Mapping[str, float | int | str]
+) -> dict[str, Any]:
+    """What `save_quantized` writes, for a checkpoint that holds it."""
+    return {
         "format": _FORMAT,
         "version": _VERSION,
         "arch": header.arch,
@@ -75,7 +84,6 @@ def save_quantized(
         "state_dict": _on_cpu(lowered),
         "extras": dict(extras),
     }
-    write_checkpoint(path, checkpoint if original is None else {**checkpoint, _FLOAT_WEIGHTS: _on_cpu(original)})
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS, SCALES, WEIGHT_CLIPS
-from qlib.config.flag_groups import BIAS_CORRECTIONS, ROUNDINGS
+from qlib.config.flag_groups import BEST_BY, BIAS_CORRECTIONS, OPTIMIZERS, ROUNDINGS
 from qlib.config.flag_groups import GROUPS as ARGUMENT_GROUPS
 from qlib.config.flag_kinds import (
     SWITCH,
@@ -32,6 +32,8 @@ DATASETS = ("imagenet", "imagefolder", "cifar10", "cifar100", "mnist", "fashion-
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
 IN_RUN_FOLDER = "run-folder"
 SEARCHES = ("powell", "nelder-mead", "cobyla")
+_POSITIVE = real(lambda number: number > 0, "a number above 0")
+_FROM_0 = real(lambda number: number >= 0, "a number from 0")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,52 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--evaluate -e", SWITCH, "evaluate on the test split"),
         Flag("--confusion", SWITCH, "print the confusion matrix"),
         Flag("--engine", choice(ENGINES), "what computes the model: torch, or ONNX Runtime on the exported file"),
+    ),
+    "Training": (
+        Flag("--compress", existing_file(), "train under this schedule, a YAML file", "train.compress"),
+        Flag("--epochs", whole(1), "train until so many epochs are done", "train.epochs"),
+        Flag("--optimizer", choice(OPTIMIZERS), "what moves the weights", "train.optimizer"),
+        Flag("--lr --learning-rate", _POSITIVE, "learning rate to begin with", "train.lr"),
+        Flag(
+            "--momentum",
+            real(lambda number: 0 <= number < 1, "a number from 0 to below 1"),
+            "momentum of sgd",
+            "train.momentum",
+        ),
+        Flag("--weight-decay --wd", _FROM_0, "weight decay", "train.weight_decay"),
+        Flag(
+            "--label-smoothing",
+            real(lambda number: 0 <= number < 1, "a number from 0 to below 1"),
+            "share of the label that is spread over all classes",
+            "train.label_smoothing",
+        ),
+        Flag("--grad-clip", _POSITIVE, "largest norm of all gradients together", "train.grad_clip"),
+        Flag("--amp", SWITCH, "mixed precision, on a GPU", "train.amp"),
+        Flag(
+            "--reset-optimizer",
+            SWITCH,
+            "with --resume-from: begin again at epoch 0 with a new optimizer",
+            "train.reset_optimizer",
+        ),
+        Flag(
+            "--best-by", choice(BEST_BY), "what makes an epoch the best: Top1, or sparsity before it", "train.best_by"
+        ),
+        Flag("--num-best-scores", whole(1), "how many of the best epochs to list", "train.num_best_scores"),
+        Flag("--save-every", _FROM_0, "seconds between two checkpoints within an epoch", "train.save_every"),
+    ),
+    "Knowledge distillation (with training)": (
+        Flag(
+            "--kd-teacher",
+            Kind(lambda text: text if ".py:" in text else text.lower(), "a model's name, or self", "ARCH"),
+            "model to learn from; self is the student as it was in float",
+        ),
+        Flag("--kd-pretrained", SWITCH, "give the teacher its published weights"),
+        Flag("--kd-resume", existing_file(), "checkpoint of the teacher"),
+        Flag("--kd-temperature --kd-temp", _POSITIVE, "temperature that softens both outputs"),
+        Flag("--kd-distill-wt --kd-dw", _FROM_0, "weight of the loss against the teacher"),
+        Flag("--kd-student-wt --kd-sw", _FROM_0, "weight of the loss against the labels"),
+        Flag("--kd-teacher-wt --kd-tw", _FROM_0, "accepted where it is 0: the teacher does not learn"),
+        Flag("--kd-start-epoch", whole(0), "first epoch with the teacher"),
     ),
     "Post-training quantization": (
         Flag("--quantize-eval --qe", SWITCH, "quantize the model, then evaluate it; implies --evaluate"),

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from qlib.checkpoint import (
 )
 from qlib.checkpoint_file import read_checkpoint
 from qlib.config.flag_checks import startup_warnings
-from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do
+from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, trains
+from qlib.config.schedule import load_schedule
+from qlib.config.timeline import timeline
 from qlib.corrections import correct_float
 from qlib.errors import ModelError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together
@@ -35,6 +38,8 @@ from qlib.report import float_layers, plan_table, settings_table
 from qlib.runlog import RunLog, append_metrics, open_run
 from qlib.search.analysis import analyse
 from qlib.summary import summary
+from qlib.train.run import make_quantization, train
+from qlib.train.state import is_training
 
 __all__ = ["run"]
 
@@ -52,7 +57,10 @@ def run(config: RunConfig) -> int:
         device = choose_device(config)
         checkpoint = read_checkpoint(config.resume_from) if config.resume_from is not None else {}
         if is_quantized(checkpoint):
+            _refuse_flags(config)
             return _use_checkpoint(config, run_log, device, checkpoint)
+        if is_training(checkpoint) and config.quantize_eval and not _names_settings(config):
+            return _use_checkpoint(config, run_log, device, _integers_of(config, checkpoint))
         if not asks_for_something(config):
             raise nothing_to_do()
         job = load_job(with_corrections(config), run_log, device, checkpoint)
@@ -68,6 +76,8 @@ def run(config: RunConfig) -> int:
             folded = fold(job)
             correct_float(job, folded)
             calibrate(job, folded.graph, config.qe.calibration)
+        elif trains(config) and not (config.evaluate or exports(config)):
+            return train(job, checkpoint)
         else:
             _use_float(job)
     return 0
@@ -90,6 +100,9 @@ def _analyse(job: Job) -> None:
 
 
 def _check(job: Job) -> None:
+    if job.config.train.compress is not None:
+        _check_schedule(job, job.config.train.compress)
+        return
     folded = fold(job)
     plan = given_plan(job, folded)
     if plan is not None:
@@ -99,6 +112,16 @@ def _check(job: Job) -> None:
     if ptq.stats_file is not None:
         plan_of(folded, stats_for(job, folded, ptq, settings), settings)
     _log.info("%s", settings_table(folded.graph, settings, folded.absorbed))
+
+
+def _check_schedule(job: Job, path: Path) -> None:
+    """Prints when each policy of a schedule acts, and what its quantizers do with each layer."""
+    schedule = load_schedule(path, job.config.train.epochs)
+    _log.info("%s", timeline(schedule, job.config.train.epochs))
+    folded, quantization = fold(job), make_quantization(job, schedule)
+    for spec, settings in quantization.settings if quantization else []:
+        table = settings_table(folded.graph, settings, folded.absorbed)
+        _log.info("%s (%s), from epoch %d on:\n%s", spec.component.name, spec.component.cls, spec.start, table)
 
 
 def _quantize_and_evaluate(job: Job) -> int:
@@ -138,7 +161,8 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     """Exports, verifies and evaluates a quantized checkpoint, which knows its architecture and plan."""
     file = str(config.resume_from)
     header = read_header(checkpoint, f"checkpoint {file!r}")
-    _refuse_flags(config, file, header.arch)
+    if "--arch" in config.given and config.arch != header.arch:
+        raise UsageError(f"{file} is a quantized {header.arch}, not {config.arch}; drop --arch, as the file knows it")
     spec = find_model(header.arch)
     model = create_model(spec, num_classes=header.num_classes).to(device)
     job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)
@@ -157,16 +181,33 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     return deployed.exit_code
 
 
-def _refuse_flags(config: RunConfig, file: str, arch: str) -> None:
+def _names_settings(config: RunConfig) -> bool:
+    """Whether flags say how to quantize: what a checkpoint of training has learned then does not count."""
+    return any(flag.startswith(("--qe-", "--ptq-")) for flag in config.given)
+
+
+def _integers_of(config: RunConfig, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The integer model in a checkpoint of training. Raises UsageError where it holds none."""
+    found = checkpoint.get("quantized")
+    if isinstance(found, dict) and is_quantized(found):
+        return found
+    raise UsageError(
+        f"{config.resume_from} was not trained in integers, or saved within an epoch; quantize it with --qe-calibration"
+        " or --qe-stats-file, or give best.pth.tar of a run whose schedule has quantizers"
+    )
+
+
+def _refuse_flags(config: RunConfig) -> None:
     """Raises UsageError for what cannot be done with a quantized checkpoint."""
+    file = config.resume_from
+    if trains(config):
+        raise UsageError(f"{file} holds integers, which cannot be trained; give the checkpoint of the float model")
     if config.quantize_eval or config.qe.calibration is not None:
         raise UsageError(f"{file} is quantized already; drop --quantize-eval and --qe-calibration to evaluate it")
     if config.sense is not None:
         raise UsageError(f"--sense needs a float model, but {file} is quantized; give the original")
     if config.summary:
         raise UsageError(f"--summary needs a float model, but {file} is quantized; give the original")
-    if "--arch" in config.given and config.arch != arch:
-        raise UsageError(f"{file} is a quantized {arch}, not {config.arch}; drop --arch, as the file knows it")
 
 
 def _test(job: Job, *models: Model) -> list[Evaluation]:

@@ -34,8 +34,10 @@ def progress_line(description: str, step: int, steps: int, fields: Mapping[str, 
     'Test: [   10/   40]    Loss 0.500000    Top1 92.000000    '
     >>> progress_line("Calibration", 3, 4, {"Images": 12800})
     'Calibration: [    3/    4]    Images 12,800    '
+    >>> progress_line("Epoch: [3]", 10, 40, {"LR": 0.1})
+    'Epoch: [3][   10/   40]    LR 0.100000    '
     """
-    parts = [f"{description}: [{step:5d}/{steps:5d}]"]
+    parts = [f"{description}{'' if description.endswith(']') else ': '}[{step:5d}/{steps:5d}]"]
     parts += [
         f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.6f}" for name, value in fields.items()
     ]

@@ -118,7 +118,7 @@ def _make_folder(config: RunConfig) -> RunLog:
 def _save_configs(config: RunConfig, folder: Path) -> None:
     folder.mkdir()
     (folder / "run_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    for source in (config.qe.stats_file, config.qe.config_file):
+    for source in (config.train.compress, config.qe.stats_file, config.qe.config_file):
         if source is not None and source.is_file():
             taken = (folder / source.name).exists()
             shutil.copyfile(source, folder / (f"copy_of_{source.name}" if taken else source.name))

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BIAS_CORRECTIONS", "GROUPS", "LapqArgs", "PtqArgs", "QuantArgs", "ROUNDINGS"]
+__all__ = [
+    "BEST_BY",
+    "BIAS_CORRECTIONS",
+    "GROUPS",
+    "OPTIMIZERS",
+    "ROUNDINGS",
+    "KdArgs",
+    "LapqArgs",
+    "PtqArgs",
+    "QuantArgs",
+    "TrainArgs",
+]
 
 
 @dataclass(frozen=True)
@@ -95,5 +106,49 @@ class LapqArgs:
     search_clipping: bool = False
 
 
-GROUPS: Mapping[str, type] = {"qe": QuantArgs, "ptq": PtqArgs, "lapq": LapqArgs}
+OPTIMIZERS = ("sgd", "adam", "adamw")
+BEST_BY = ("top1", "sparsity")
+
+
+@dataclass(frozen=True)
+class TrainArgs:
+    """The flags of training; a field is named as its flag.
+
+    `epochs` is where the run ends, whatever epoch it is resumed at. `save_every`: seconds between two checkpoints
+    within an epoch.
+    """
+
+    compress: Path | None = None
+    epochs: int = 90
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    grad_clip: float | None = None
+    amp: bool = False
+    reset_optimizer: bool = False
+    best_by: str = "top1"
+    num_best_scores: int = 1
+    save_every: float = 300.0
+
+
+@dataclass(frozen=True)
+class KdArgs:
+    """The `--kd-*` flags: how a teacher helps. A field is named as its flag, without `--kd-`.
+
+    `teacher` is a model's name, or `self` for the float original of the student.
+    """
+
+    teacher: str | None = None
+    pretrained: bool = False
+    resume: Path | None = None
+    temperature: float = 1.0
+    distill_wt: float = 0.5
+    student_wt: float = 0.5
+    teacher_wt: float = 0.0
+    start_epoch: int = 0
+
+
+GROUPS: Mapping[str, type] = {"qe": QuantArgs, "ptq": PtqArgs, "lapq": LapqArgs, "train": TrainArgs, "kd": KdArgs}
 """The fields of `RunConfig` that hold a group of flags: `--qe-mode` is the field `mode` of `qe`."""

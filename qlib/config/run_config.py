@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qlib.config.flag_groups import GROUPS, LapqArgs, PtqArgs, QuantArgs
+from qlib.config.flag_groups import GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError, UsageError, did_you_mean
 
@@ -21,6 +21,7 @@ __all__ = [
     "needs_folder",
     "nothing_to_do",
     "read_run_config",
+    "trains",
     "wants_onnx",
 ]
 
@@ -62,6 +63,8 @@ class RunConfig:
     qe: QuantArgs = field(default_factory=QuantArgs)
     ptq: PtqArgs = field(default_factory=PtqArgs)
     lapq: LapqArgs = field(default_factory=LapqArgs)
+    train: TrainArgs = field(default_factory=TrainArgs)
+    kd: KdArgs = field(default_factory=KdArgs)
     sense: str | None = None
     sense_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
     sense_images: int = 256
@@ -141,7 +144,7 @@ def needs_folder(config: RunConfig) -> bool:
     loads = config.resume_from is not None or config.exp_load_weights_from is not None
     unknown = loads or ".py:" in config.arch
     asks = (config.qe.calibration, config.verify, config.sense)
-    looks_at_images = config.evaluate or any(each is not None for each in asks)
+    looks_at_images = config.evaluate or trains(config) or any(each is not None for each in asks)
     only_exports = exports(config) and not looks_at_images
     return not (digits or unknown or config.summary or config.check or only_exports)
 
@@ -149,11 +152,17 @@ def needs_folder(config: RunConfig) -> bool:
 def asks_for_something(config: RunConfig) -> bool:
     """Whether a flag says what to do."""
     verbs = (config.evaluate, config.quantize_eval, config.summary, config.check, config.qe.calibration is not None)
-    return any(verbs) or config.sense is not None or exports(config)
+    return any(verbs) or config.sense is not None or exports(config) or trains(config)
+
+
+def trains(config: RunConfig) -> bool:
+    """Whether the flags ask for training: by a schedule, or by how long it shall go on."""
+    return config.train.compress is not None or "--epochs" in config.given
 
 
 def nothing_to_do() -> UsageError:
     """The error of a command line that asks for nothing."""
     return UsageError(
-        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --export-onnx, --sense, --summary or --check"
+        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress or --epochs to train,"
+        " --export-onnx, --sense, --summary or --check"
     )

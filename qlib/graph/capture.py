@@ -32,8 +32,10 @@ _LEAVES = (ops.Op, StochasticDepth, FrozenBatchNorm2d)
 _IDENTITY_FUNCTIONS = frozenset({"dropout", "stochastic_depth", "alpha_dropout", "feature_dropout"})
 
 
-def capture(model: nn.Module, example: Tensor) -> Graph:
+def capture(model: nn.Module, example: Tensor, *, share: bool = False) -> Graph:
     """The graph of `model` in evaluation mode, on a copy of it: the model itself stays as it is.
+
+    With `share` the copy's weights and batch-norm statistics are those of the model: training one trains the other.
 
     `example` is one batch ``[N, ...]`` of the size that the graph will see; its values do not matter. Every node has
     ``meta["name"]`` (the module path, or the name that torchvision's feature extraction gives), ``meta["tensor"]``
@@ -42,7 +44,8 @@ def capture(model: nn.Module, example: Tensor) -> Graph:
 
     Raises ModelError, naming the place, where the model cannot be traced or run.
     """
-    model = copy.deepcopy(model).eval()
+    own = [*model.parameters(), *model.buffers()] if share else []
+    model = copy.deepcopy(model, {id(tensor): tensor for tensor in own}).eval()
     expand_attention(model)
     tracer = _Tracer()
     try:

@@ -16,12 +16,14 @@ from torch import Tensor, fx, nn
 
 from qlib.graph import Graph, fold_batch_norm, fused_activations, kind_of
 from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
+from qlib.lower.fake import fake_quantize
 from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import QParams, range_of_grid
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 
 __all__ = [
     "ActivationQuantizer",
+    "FixedActivation",
     "TrainableLayer",
     "WeightQuantizer",
     "connect",
@@ -69,6 +71,25 @@ class ActivationQuantizer(nn.Module):
     def params(self) -> QParams:
         """The grid, per tensor."""
         raise NotImplementedError
+
+
+class FixedActivation(ActivationQuantizer):
+    """Rounds to a grid that does not change: that of a softmax, or of an operand that the model holds."""
+
+    def __init__(self, params: QParams) -> None:
+        super().__init__()
+        self.spec, self.low, self.high = params.spec, int(params.low), int(params.high)
+        self.register_buffer("scale", params.scale.clone())
+        self.register_buffer("zero_point", params.zero_point.clone())
+
+    zero_point: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.scale, self.low, self.high)
+
+    @property
+    def params(self) -> QParams:
+        return QParams(self.scale, self.zero_point, self.spec)
 
 
 class TrainableLayer(nn.Module):
@@ -260,7 +281,7 @@ def connect(lowered: fx.GraphModule) -> None:
 
 @torch.no_grad()
 def deployed(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, Plan]:
-    """The folded graph and the plan whose exact lowering gives the integers that `lowered`, made of `graph`, stands for.
+    """The folded graph and the plan whose exact lowering gives the integers that `lowered` (of `graph`) stands for.
 
     `plan` is that from which the quantizers were made; what they have learned since replaces its grids.
     """

@@ -72,7 +72,7 @@ _NODE = _Value(lambda value: True, "")
 
 _CLIP = _one_of((*CLIP_NAMES, "lapq", "learned"))
 _TENSOR = {
-    "bits": _BITS,
+    "bits": _whole(1, 16),
     "mode": _MODE,
     "clip": _CLIP,
     "min": _NUMBER,
@@ -178,6 +178,9 @@ class _Reader:
             return None
         required = ("bits", "mode") if self.dynamic else ("bits", "mode", "min", "max")
         values = self._values(node, what, _TENSOR, required)
+        if values.get("bits") == 1 and values.get("mode") != "asym_u":
+            allowed = f"{_BITS.allowed}, or 1 with mode asym_u"
+            self._problem(node.where_key("bits"), f"bits of {what} is 1; allowed: {allowed}")
         for key in ("min", "max"):
             if self.dynamic and key in values:
                 self._problem(node.where_key(key), f"{what}: a dynamic plan has no ranges; remove {key}")

@@ -1,0 +1,164 @@
+"""Training: epochs of steps, with the policies of a schedule called at their moments."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qlib.data import Loader
+from qlib.progress import track
+from qlib.train.policy import Batch, Losses, Policy
+
+__all__ = ["Diverged", "Progress", "Running", "Settings", "run_epoch"]
+
+_log = logging.getLogger(__name__)
+
+
+class Diverged(Exception):
+    """The loss is no longer a number; says where."""
+
+
+@dataclass
+class Running:
+    """Sums over the images of an epoch so far: losses by name, hits of Top1 and Top5, images."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    images: int = 0
+
+    def add(self, losses: Losses, logits: Tensor, labels: Tensor) -> None:
+        """Adds a batch."""
+        count = len(labels)
+        best = logits.detach().topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+        values = {
+            "Overall Loss": losses.overall.detach() * count,
+            "Objective Loss": losses.objective.detach() * count,
+            **{name: loss.detach() * count for name, loss in losses.others.items()},
+            "Top1": 100 * best[:, 0].sum(),
+            "Top5": 100 * best.sum(),
+        }
+        stacked = torch.stack([value.double() for value in values.values()]).tolist()  # one wait for the device
+        for name, value in zip(values, stacked, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.images += count
+
+    @property
+    def means(self) -> dict[str, float]:
+        """The mean of each."""
+        return {name: value / max(self.images, 1) for name, value in self.sums.items()}
+
+
+@dataclass
+class Progress:
+    """How far a run has come: `epoch` is under way, `steps` of it are done; what they summed up to."""
+
+    epoch: int = 0
+    steps: int = 0
+    running: Running = field(default_factory=Running)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step needs to know besides the model."""
+
+    epochs: int
+    batch_size: int
+    seed: int
+    print_freq: int
+    label_smoothing: float = 0.0
+    grad_clip: float | None = None
+    amp: bool = False
+
+
+def run_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    policies: Sequence[Policy],
+    loader: Loader,
+    progress: Progress,
+    settings: Settings,
+    device: torch.device,
+    after_step: Callable[[], None],
+) -> None:
+    """The steps of the epoch that `progress` tells, from the one it stands at on.
+
+    Law: what a step does depends on the weights, the optimizer, the policies and (seed, epoch, step), and on nothing
+    that was computed before: a run that is resumed at a step goes on as if it had not been broken.
+
+    Raises Diverged when the loss is NaN or infinite; the weights are then those of the step before.
+    """
+    steps = -(-len(loader.indices) // settings.batch_size)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp)
+    done, start = progress.steps, time.monotonic()
+
+    def fields() -> Mapping[str, float]:
+        elapsed = (time.monotonic() - start) / max(progress.steps - done, 1)
+        return {**progress.running.means, "LR": optimizer.param_groups[0]["lr"], "Time": elapsed}
+
+    batches = track(
+        _batches(loader, progress, settings, device),
+        total_images=len(loader.indices),
+        batch_size=settings.batch_size,
+        description=f"Epoch: [{progress.epoch}]",
+        print_freq=settings.print_freq,
+        fields=fields,
+        count=lambda batch: len(batch.labels),
+        images_done=min(progress.steps * settings.batch_size, len(loader.indices)),
+    )
+    for batch in batches:
+        torch.manual_seed(_mixed(settings.seed, batch.epoch, batch.step))
+        for policy in policies:
+            policy.on_minibatch_begin(batch)
+        with torch.autocast(device.type, enabled=settings.amp):
+            logits = model(batch.images)
+            objective = F.cross_entropy(logits.float(), batch.labels, label_smoothing=settings.label_smoothing)
+            losses = Losses(objective, objective)
+            for policy in policies:
+                losses = policy.before_backward(batch, logits, losses)
+        progress.running.add(losses, logits, batch.labels)
+        if not math.isfinite(progress.running.sums["Overall Loss"]):
+            raise Diverged(
+                f"the loss is {losses.overall.item()} in epoch {batch.epoch}, step {batch.step + 1} of {steps}"
+            )
+        optimizer.zero_grad()
+        scaler.scale(losses.overall).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+        if settings.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(_parameters(optimizer), settings.grad_clip)
+        for policy in policies:
+            policy.before_optimizer_step()
+        scaler.step(optimizer)
+        scaler.update()
+        for policy in policies:
+            policy.on_minibatch_end(batch)
+        progress.steps = batch.step + 1
+        after_step()
+
+
+def _batches(loader: Loader, progress: Progress, settings: Settings, device: torch.device) -> Iterator[Batch]:
+    """The batches that are left of an epoch; one image alone, which batch-norms cannot take, is left out."""
+    size = settings.batch_size
+    done = progress.steps
+    left = loader.indices[done * size :]
+    for step, (images, labels) in enumerate(replace(loader, indices=left) if left else (), done):
+        indices = loader.indices[step * size : (step + 1) * size]
+        if len(labels) == 1 and size > 1:
+            continue
+        images = images.to(device, memory_format=torch.channels_last, non_blocking=True)
+        yield Batch(progress.epoch, step, indices, images, labels.to(device, non_blocking=True))
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,300 @@
+"""A run of training: model, schedule and images put together, epoch by epoch, to the last test."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlib.checkpoint import QuantizedHeader, quantized_checkpoint
+from qlib.config.schedule import PolicySpec, Schedule, load_schedule
+from qlib.data import ImageDataset, Loader, augmented, choose_subset, epoch_order, split_train
+from qlib.errors import UsageError
+from qlib.evaluate import Evaluation, Meter, evaluate_together
+from qlib.graph import Graph, capture
+from qlib.job import LAYOUT, Job, fold, loader_of, open_split
+from qlib.lower import exact_arithmetic, lower
+from qlib.models.transforms import training_transform
+from qlib.progress import track
+from qlib.runlog import append_metrics
+from qlib.stats.collect import MICRO_BATCH, Collector
+from qlib.stats.tensor_stats import ModelStats
+from qlib.train.best import Score, nonzero, ranked
+from qlib.train.loop import Diverged, Progress, Settings, run_epoch
+from qlib.train.lr_schedulers import counts_steps, make_lr_scheduler
+from qlib.train.optimizers import make_optimizer
+from qlib.train.policy import Batch, Policy
+from qlib.train.quantization import Quantization
+from qlib.train.state import TrainingState, is_training
+
+__all__ = ["make_quantization", "train"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of a run: what epochs train on, and what validation and the test look at."""
+
+    job: Job
+    dataset: ImageDataset
+    training: list[int]
+    validation: Loader
+    test: Loader
+
+    @classmethod
+    def of(cls, job: Job) -> _Images:
+        config = job.config
+        dataset, test = open_split(job, "train"), open_split(job, "test")
+        training, held_out = split_train(len(dataset), config.validation_split, config.seed)
+        test_indices = choose_subset(len(test), config.effective_test_size, config.seed)
+        source, pool = (dataset, held_out) if held_out else (test, list(range(len(test))))
+        chosen = choose_subset(len(pool), config.effective_valid_size, config.seed)
+        count = max(1, round(len(training) * config.effective_train_size))
+        _log.info("Dataset sizes:\n\ttraining=%d\n\tvalidation=%d\n\ttest=%d", count, len(chosen), len(test_indices))
+        return cls(
+            job,
+            dataset,
+            training,
+            loader_of(job, source, [pool[index] for index in chosen], config.batch_size),
+            loader_of(job, test, test_indices, config.batch_size),
+        )
+
+    def epoch(self, epoch: int) -> Loader:
+        """The training images in the order of an epoch, changed at random."""
+        config = self.job.config
+        order = epoch_order(self.training, config.effective_train_size, config.seed, epoch)
+        transform = training_transform(self.job.spec, self.job.dataset_name)
+        changed = augmented(self.dataset, transform, config.seed, epoch)
+        return loader_of(self.job, changed, order, config.batch_size)
+
+    def statistics(self, graph: Graph, count: int) -> ModelStats:
+        """Statistics, with histograms, of training images as evaluation sees them."""
+        collector = Collector(graph, histograms=True)
+        order = epoch_order(self.training, 1.0, self.job.config.seed, epoch=0)[:count]
+        for images, _ in loader_of(self.job, self.dataset, order, MICRO_BATCH):
+            collector.update(images.to(self.job.device, memory_format=LAYOUT), consumed=len(images))
+        return ModelStats(collector.result(), {"samples": collector.samples})
+
+
+class _LrPolicy(Policy):
+    """Steps a learning-rate scheduler while its policy is active."""
+
+    def __init__(self, spec: PolicySpec, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
+        self._spec, self._steps_per_epoch = spec, steps_per_epoch
+        self._scheduler = make_lr_scheduler(spec.component, optimizer, steps_per_epoch=steps_per_epoch)
+
+    def on_minibatch_end(self, batch: Batch) -> None:
+        if counts_steps(self._spec) and self._spec.active(batch.epoch):
+            self._scheduler.step(batch.epoch * self._steps_per_epoch + batch.step + 1)
+
+    def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        if not counts_steps(self._spec) and self._spec.active(epoch):
+            self._scheduler.step(epoch + 1, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._scheduler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._scheduler.load_state_dict(state)
+
+
+def make_quantization(job: Job, schedule: Schedule, images: _Images | None = None) -> Quantization | None:
+    """The quantizers of a schedule over the job's model, whose weights they share; None where it has none.
+
+    Raises ConfigError where their rules do not fit the model.
+    """
+    specs = schedule.of("quantizers")
+    if not specs:
+        return None
+    graph = capture(job.model, job.example, share=True).to(memory_format=LAYOUT)
+
+    def calibrate(folded: Graph, count: int) -> ModelStats:
+        assert images is not None
+        return images.statistics(folded, count)
+
+    return Quantization(graph, fold(job), specs, calibrate)
+
+
+def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
+    """Trains as the flags and the schedule say; `checkpoint` is what `--resume-from` holds.
+
+    Answers the exit code: 1 where the loss became NaN or infinite.
+
+    Raises:
+        UsageError: there is no epoch left to train.
+        ConfigError: the schedule has mistakes, or does not fit the model.
+        CheckpointError: the checkpoint is of another run.
+    """
+    args = job.config.train
+    schedule = load_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())
+    run = _Run(job, schedule)
+    run.resume(checkpoint)
+    return run.train()
+
+
+class _Run:
+    """What the epochs of a run have in common."""
+
+    def __init__(self, job: Job, schedule: Schedule) -> None:
+        self.job, self.args, self.schedule = job, job.config.train, schedule
+        self.images = _Images.of(job)
+        self.quantization = make_quantization(job, schedule, self.images)
+        self.module: nn.Module = self.quantization.module if self.quantization else job.model
+        self.module.to(memory_format=LAYOUT)
+        weights = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+        self.optimizer = make_optimizer(self.args, weights, self.quantization.groups if self.quantization else ())
+        if self.quantization:
+            self.quantization.use(self.optimizer)
+        steps = -(-len(self.images.epoch(0).indices) // job.config.batch_size)
+        lr_policies = [_LrPolicy(spec, self.optimizer, steps) for spec in schedule.of("lr_schedulers")]
+        self.policies: list[Policy] = [*([self.quantization] if self.quantization else []), *lr_policies]
+        self.progress = Progress()
+        self.state = TrainingState(job.model, self.optimizer, self.policies, self.progress, [])
+        self._saved = time.monotonic()
+
+    def resume(self, checkpoint: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""
+        if checkpoint and not self.args.reset_optimizer:
+            if is_training(checkpoint):
+                self.state.load(checkpoint, f"checkpoint {str(self.job.config.resume_from)!r}")
+            elif isinstance(checkpoint.get("epoch"), int):
+                self.progress.epoch = checkpoint["epoch"] + 1
+                _log.warning("Warning: %s holds no optimizer of ours; a new one begins", self.job.config.resume_from)
+        if self.progress.epoch >= self.args.epochs:
+            raise UsageError(
+                f"--epochs {self.args.epochs} leaves nothing to train: {self.job.config.resume_from} has done"
+                f" {self.progress.epoch} epochs; give a higher number, or --reset-optimizer to begin at epoch 0"
+            )
+
+    def train(self) -> int:
+        """All epochs that are left, and the test."""
+        config = self.job.config
+        settings = Settings(
+            self.args.epochs,
+            config.batch_size,
+            config.seed,
+            config.print_freq,
+            self.args.label_smoothing,
+            self.args.grad_clip,
+            self.args.amp and self.job.device.type == "cuda",
+        )
+        started = False
+        while self.progress.epoch < self.args.epochs:
+            epoch, start = self.progress.epoch, time.monotonic()
+            loader = self.images.epoch(epoch)
+            _log.info("Training epoch: %d samples (%d per mini-batch)", len(loader.indices), config.batch_size)
+            self.module.train()
+            for policy in self.policies:
+                policy.on_epoch_begin(epoch)
+            if not started:  # there must be something to go back to
+                self._save("checkpoint.pth.tar", None)
+                started = True
+            try:
+                run_epoch(
+                    self.module,
+                    self.optimizer,
+                    self.policies,
+                    loader,
+                    self.progress,
+                    settings,
+                    self.job.device,
+                    self._save_now_and_then,
+                )
+            except Diverged as problem:
+                _log.error(
+                    "%s; lower --lr, or clip gradients with --grad-clip. The last good checkpoint is %s",
+                    problem,
+                    self.job.file("checkpoint.pth.tar"),
+                )
+                return 1
+            self._finish(epoch, time.monotonic() - start)
+        self._test()
+        return 0
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self._saved >= self.args.save_every:
+            self._save("checkpoint.pth.tar", None)
+
+    def _finish(self, epoch: int, seconds: float) -> None:
+        """Validation, the policies' end of the epoch, and the checkpoints."""
+        lr, means = self.optimizer.param_groups[0]["lr"], self.progress.running.means
+        model, quantized = self._evaluated()
+        _log.info("--- validate (epoch=%d)-----------", epoch)
+        result = self._evaluate(model, self.images.validation, f"Epoch: [{epoch}]")
+        metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
+        for policy in self.policies:
+            policy.on_epoch_end(epoch, metrics)
+        left, sparsity = nonzero(self.job.model)
+        score = Score(epoch, result.top1, result.top5, result.loss, sparsity, left)
+        self.state.best[:] = ranked([*self.state.best, score], self.args.best_by, max(self.args.num_best_scores, 1))
+        for best in self.state.best:
+            _log.info("%s", best)
+        row = {"epoch": epoch, "lr": lr, **{f"train {name}": value for name, value in means.items()}}
+        valid = {f"valid {name}": value for name, value in metrics.items()}
+        append_metrics(self.job.run.folder / "training.csv", {**row, **valid, "seconds": round(seconds, 1)})
+        self.progress.epoch, self.progress.steps = epoch + 1, 0
+        self.progress.running.sums, self.progress.running.images = {}, 0
+        if quantized is not None:
+            quantized["extras"] = {"quantized_top1": result.top1}
+        self._save("checkpoint.pth.tar", quantized)
+        if self.state.best[0].epoch == epoch:
+            self._save("best.pth.tar", quantized)
+
+    def _evaluated(self) -> tuple[nn.Module, dict[str, Any] | None]:
+        """The model as it would be deployed, and its checkpoint if it is in integers."""
+        learned = self.quantization.deployed() if self.quantization else None
+        if learned is None:
+            return self.module.eval(), None
+        graph, plan = learned
+        lowered = lower(graph.eval(), plan).to(self.job.device)
+        header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
+        return lowered, quantized_checkpoint(header, lowered, {})
+
+    def _evaluate(self, model: nn.Module, loader: Loader, description: str) -> Evaluation:
+        config, meter = self.job.config, Meter()
+        _log.info("%d samples (%d per mini-batch)", loader.total_images, config.batch_size)
+
+        def fields() -> dict[str, float]:
+            return dict(zip(("Loss", "Top1", "Top5"), meter.running, strict=True))
+
+        batches = track(
+            loader,
+            total_images=loader.total_images,
+            batch_size=config.batch_size,
+            description=description,
+            print_freq=config.print_freq,
+            fields=fields,
+        )
+        with exact_arithmetic():
+            (result,) = evaluate_together([_laid_out(model)], [meter], batches, self.job.device)
+        _log.info("==> Top1: %.3f    Top5: %.3f    Loss: %.3f\n", result.top1, result.top5, result.loss)
+        return result
+
+    def _save(self, name: str, quantized: Mapping[str, Any] | None) -> None:
+        path = self.job.file(name)
+        job = self.job
+        header = {"arch": job.spec.arch, "dataset": job.dataset_name, "num_classes": job.num_classes}
+        best = self.state.best[0] if self.state.best else None
+        extras = {} if best is None else {"best_top1": best.top1, "best_epoch": best.epoch}
+        self.state.save(path, {**header, "extras": extras}, quantized)
+        self._saved = time.monotonic()
+        if quantized is not None or self.progress.steps == 0:
+            _log.info("Saving checkpoint to: %s", path)
+
+    def _test(self) -> None:
+        """The last epoch's model on the test images."""
+        model, _ = self._evaluated()
+        _log.info("--- test ---------------------")
+        result = self._evaluate(model, self.images.test, "Test")
+        low, high = result.top1_interval
+        _log.info("Top1 95 %% interval: %.2f to %.2f (%d images), Loss %.5f", low, high, result.samples, result.loss)
+
+
+def _laid_out(model: nn.Module) -> Any:
+    return lambda images: model(images.contiguous(memory_format=LAYOUT))

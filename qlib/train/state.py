@@ -1,0 +1,97 @@
+"""Training checkpoints: all that a run needs to go on as if it had never stopped, and what it would deploy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from qlib.checkpoint_file import write_checkpoint
+from qlib.errors import CheckpointError
+from qlib.train.best import Score
+from qlib.train.loop import Progress, Running
+from qlib.train.policy import Policy
+
+__all__ = ["TrainingState", "is_training"]
+
+_FORMAT, _VERSION = "qlib_training", 1
+
+
+def is_training(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint that was read is one of a run of training.
+
+    >>> is_training({"state_dict": {}})
+    False
+    """
+    return checkpoint.get("format") == _FORMAT
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes while a run trains. Random numbers do not: they follow from seed, epoch and step."""
+
+    weights: nn.Module
+    optimizer: Optimizer
+    policies: Sequence[Policy]
+    progress: Progress
+    best: list[Score]
+
+    def save(self, path: Path, header: Mapping[str, Any], quantized: Mapping[str, Any] | None) -> None:
+        """Writes the checkpoint, whole or not at all.
+
+        `header` names the model; `quantized` is the checkpoint of the integer model, where there is one. Raises
+        OutputError.
+        """
+        progress = self.progress
+        checkpoint = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            **header,
+            "epoch": progress.epoch - 1,  # the last one that was finished, as people's scripts expect
+            "steps": progress.steps,
+            "running": {"sums": progress.running.sums, "images": progress.running.images},
+            "state_dict": dict(self.weights.state_dict()),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "optimizer_type": type(self.optimizer).__name__,
+            "policies": [policy.state_dict() for policy in self.policies],
+            "best": [score.plain() for score in self.best],
+            "quantized": quantized,
+        }
+        write_checkpoint(path, checkpoint)
+
+    def load(self, checkpoint: Mapping[str, Any], source: str) -> None:
+        """Takes over a checkpoint for which `is_training` holds, but for the weights, which the model has already.
+
+        Raises CheckpointError where it is of another optimizer or schedule.
+        """
+        if checkpoint.get("version") != _VERSION:
+            raise CheckpointError(f"{source} is of version {checkpoint.get('version')}, not {_VERSION}; train it again")
+        kind = type(self.optimizer).__name__
+        if checkpoint["optimizer_type"] != kind:
+            raise CheckpointError(
+                f"{source} was trained with {checkpoint['optimizer_type']}, not {kind}; give the same --optimizer, or"
+                " --reset-optimizer to begin a new run with its weights"
+            )
+        if len(checkpoint["policies"]) != len(self.policies):
+            raise CheckpointError(
+                f"{source} was trained under a schedule of {len(checkpoint['policies'])} policies, not"
+                f" {len(self.policies)}; give the same --compress and --kd flags, or --reset-optimizer to begin a new"
+                " run with its weights"
+            )
+        try:
+            for policy, saved in zip(self.policies, checkpoint["policies"], strict=True):
+                policy.load_state_dict(saved)
+            self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{source} was trained under another schedule ({reason}); give the same --compress, or"
+                " --reset-optimizer to begin a new run with its weights"
+            ) from error
+        self.progress.epoch, self.progress.steps = int(checkpoint["epoch"]) + 1, int(checkpoint["steps"])
+        self.progress.running = Running(dict(checkpoint["running"]["sums"]), int(checkpoint["running"]["images"]))
+        self.best[:] = [Score(**each) for each in checkpoint["best"]]
