@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.quantizers.dorefa import MeanSignWeight, fixed_activation
 from qlib.quantizers.grids import CodedWeight, positive
+from qlib.quantizers.straight_through import held
 from qlib.quantizers.training import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
 
 __all__ = ["Wrpn", "WrpnWeight"]
@@ -47,8 +47,11 @@ class Wrpn(TrainingQuantizer):
 class WrpnWeight(CodedWeight):
     """``round(N clip(w, -1, 1)) / N`` in a constant unit, where ``N = 2^(k-1) - 1``: k - 1 bits behind the point.
 
+    What the clip cuts off can come back, as `held` says.
+
     References: Mishra et al. 2018, section 5.
 
+    >>> import torch
     >>> quantizer = WrpnWeight(3, torch.tensor(1.0), stochastic=False)
     >>> quantizer(torch.tensor([[-2.0, -0.3, 0.1, 0.6]]))[0] * 3
     tensor([[-3., -1.,  0.,  2.]])
@@ -61,7 +64,7 @@ class WrpnWeight(CodedWeight):
         self.register_buffer("unit", positive(unit))
 
     def value(self, weight: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(weight, -self.unit), self.unit)
+        return held(weight, self.unit)
 
     def step(self, weight: Tensor) -> Tensor:
         return self.unit / self.spec.qmax
