@@ -214,8 +214,13 @@ def _own_name(name: str) -> str:
     return re.sub(r"^(features\.)?module\.", r"\1", name)
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads `state` into `model`; all names and shapes must agree. `source` begins the error's sentence.
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    remedy: str = "give the -a that it was made with, and data with as many classes",
+) -> None:
+    """Loads `state` into `model`; all names and shapes must agree. The error's sentence goes from `source` to `remedy`.
 
     What only training needs may differ: auxiliary heads, and the counter that batch-norm has had since torch 0.4.1.
 
@@ -230,21 +235,18 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         if name in wanted and value.shape != wanted[name].shape
     ]
     if misfits:
-        raise _unfit(source, [_some("of another shape", misfits)])
+        raise _unfit(source, [_some("of another shape", misfits)], remedy)
     versions = getattr(state, "_metadata", None) or {"": {"version": getattr(model, "_version", None)}}
     cast(Any, given)._metadata = versions
     result = model.load_state_dict(given, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
     problems = [("missing", missing), ("unexpected", result.unexpected_keys)]
     if any(names for _, names in problems):
-        raise _unfit(source, [_some(what, names) for what, names in problems if names])
+        raise _unfit(source, [_some(what, names) for what, names in problems if names], remedy)
 
 
-def _unfit(source: str, problems: list[str]) -> CheckpointError:
-    return CheckpointError(
-        f"{source} does not fit the model: {', '.join(problems)}; "
-        "give the -a that it was made with, and data with as many classes"
-    )
+def _unfit(source: str, problems: list[str], remedy: str) -> CheckpointError:
+    return CheckpointError(f"{source} does not fit the model: {', '.join(problems)}; {remedy}")
 
 
 def _some(what: str, names: list[str]) -> str:

@@ -97,12 +97,26 @@ def training_transform(spec: ModelSpec, dataset: str) -> Transform:
 
 
 def _normalization(spec: ModelSpec) -> T.Normalize:
-    """That of the evaluation transform: the last step of ours; torchvision's own tell mean and std."""
-    transform: Any = spec.transform
-    last = transform.transforms[-1] if isinstance(transform, T.Compose) else transform
-    if not hasattr(last, "mean") or not hasattr(last, "std"):
+    known = normalization(spec)
+    if known is None:
         raise ModelError(
             f"{spec.arch!r} has a transform of its own, so how to train it is not known; give the model an attribute"
             " train_transform, a function of an RGB image as well"
         )
-    return T.Normalize(last.mean, last.std)
+    return T.Normalize(*known)
+
+
+def normalization(spec: ModelSpec) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of each channel in the evaluation transform; None where it is the user's own.
+
+    Ours have it as their last step; torchvision's tell it.
+
+    >>> from qlib.models import find_model
+    >>> normalization(find_model("simplenet_cifar"))
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
+    transform: Any = spec.transform
+    last = transform.transforms[-1] if isinstance(transform, T.Compose) else transform
+    if not hasattr(last, "mean") or not hasattr(last, "std"):
+        return None
+    return tuple(last.mean), tuple(last.std)
