@@ -1,4 +1,4 @@
-"""Transforms for evaluation and for training: an RGB image of any size -> a normalized tensor (channels, height, width)."""
+"""What turns an RGB image of any size into a normalized tensor (channels, height, width), to evaluate and to train."""
 
 from __future__ import annotations
 
