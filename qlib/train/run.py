@@ -160,17 +160,19 @@ class _Run:
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""
-        if checkpoint and not self.args.reset_optimizer:
-            if is_training(checkpoint):
-                self.state.load(checkpoint, f"checkpoint {str(self.job.config.resume_from)!r}")
-            elif isinstance(checkpoint.get("epoch"), int):
-                self.progress.epoch = checkpoint["epoch"] + 1
-                _log.warning("Warning: %s holds no optimizer of ours; a new one begins", self.job.config.resume_from)
-        if self.progress.epoch >= self.args.epochs:
+        last = checkpoint.get("epoch")
+        if not isinstance(last, int) or self.args.reset_optimizer:
+            return
+        if last + 1 >= self.args.epochs:
             raise UsageError(
                 f"--epochs {self.args.epochs} leaves nothing to train: {self.job.config.resume_from} has done"
-                f" {self.progress.epoch} epochs; give a higher number, or --reset-optimizer to begin at epoch 0"
+                f" {last + 1} epochs; give a higher number, or --reset-optimizer to begin at epoch 0"
             )
+        if is_training(checkpoint):
+            self.state.load(checkpoint, f"checkpoint {str(self.job.config.resume_from)!r}")
+        else:
+            self.progress.epoch = last + 1
+            _log.warning("Warning: %s holds no optimizer of ours; a new one begins", self.job.config.resume_from)
 
     def train(self) -> int:
         """All epochs that are left, and the test."""

@@ -1,0 +1,244 @@
+"""Training from the command line: what it prints and leaves, exact resume, and each mistake."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import ROOT, Run, good
+from runs import run as run_in
+
+from qlib.data import epoch_order, make_loader, open_dataset, split_train
+from qlib.models import create_model, find_model
+
+MODEL = "-a digits_cnn"
+FAST = "-b 64 -p 1000 --etes 0.2"
+TWO_QUANTIZERS = """\
+quantizers:
+  linear:
+    class: QuantAwareTrainRangeLinearQuantizer
+    bits_activations: 8
+    bits_weights: 8
+    calibration_images: 64
+  lsq:
+    class: LSQQuantizer
+    bits_activations: 4
+    bits_weights: 4
+    calibration_images: 64
+    lr_factor: 0.5
+    dampening: 0.001
+    overrides:
+      fc: {bits_weights: 6, bits_activations: null}
+lr_schedulers:
+  decay: {class: StepLR, step_size: 1, gamma: 0.5}
+policies:
+  - quantizer: {instance_name: linear}
+    starting_epoch: 0
+    ending_epoch: 3
+    frequency: 1
+  - quantizer: {instance_name: lsq}
+    starting_epoch: 1
+    ending_epoch: 3
+    frequency: 1
+  - lr_scheduler: {instance_name: decay}
+    starting_epoch: 0
+    ending_epoch: 3
+    frequency: 1
+"""
+LSQ = """\
+quantizers:
+  lsq: {class: LSQQuantizer, bits_activations: 4, bits_weights: 4, calibration_images: 64, bits_first_last: 8}
+policies:
+  - quantizer: {instance_name: lsq}
+    starting_epoch: 0
+    ending_epoch: 2
+    frequency: 1
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(words: str) -> Run:
+    return run_in(words, Path.cwd())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two epochs of LSQ on the pretrained model, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "lsq.yaml").write_text(LSQ)
+    return good(f"{MODEL} --pretrained --compress lsq.yaml --epochs 2 --lr 0.001 {FAST} -p 10", folder)
+
+
+def contents(path: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    return checkpoint
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two checkpoints hold the same values, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
+
+
+def test_what_is_printed(trained: Run) -> None:
+    text = trained.out
+    assert "Dataset sizes:\n\ttraining=1168\n\tvalidation=129\n\ttest=100" in text
+    assert text.count("Training epoch: 1168 samples (64 per mini-batch)") == 2
+    (line,) = (each for each in trained.lines if each.startswith("Epoch: [1][   10/   19]    Overall Loss "))
+    assert line.endswith("    ")
+    names = [field.rsplit(" ", 1)[0] for field in line.strip().split("    ")[-6:]]
+    assert names == ["Overall Loss", "Objective Loss", "Top1", "Top5", "LR", "Time"]
+    assert text.count("--- validate (epoch=") == 2
+    assert "--- test ---------------------\n100 samples (64 per mini-batch)" in text
+    assert text.count("==> Best [Top1: ") == 2
+    assert {"checkpoint.pth.tar", "best.pth.tar", "training.csv", "configs/lsq.yaml"} <= trained.files
+
+
+def test_the_table_of_epochs(trained: Run) -> None:
+    with (trained.folder / "training.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert float(rows[1]["train Objective Loss"]) < float(rows[0]["train Objective Loss"])
+    assert float(rows[1]["valid top1"]) > 90
+
+
+def test_integers_of_the_checkpoint_give_what_validation_said(trained: Run) -> None:
+    """The test of the last epoch, evaluated again from the file through the exact lowering, and by ONNX Runtime."""
+    shown = [line for line in trained.lines if line.startswith("==> Top1: ")][-1]
+    file = trained.folder / "checkpoint.pth.tar"
+    again = good(f"--resume-from {file} --quantize-eval --verify 8 {FAST}", Path.cwd())
+    assert shown in again.lines
+    assert "verification: exact" in again.out
+    assert "predictions: 8 of 8 agree" in again.out
+
+
+def test_float_weights_of_the_checkpoint(trained: Run) -> None:
+    done = good(f"{MODEL} --exp-load-weights-from {trained.folder}/best.pth.tar --evaluate {FAST}", Path.cwd())
+    assert float(done.score("fp32")[0]) > 90
+
+
+def test_a_checkpoint_of_float_training_holds_no_integers() -> None:
+    good(f"{MODEL} --pretrained --epochs 1 --lr 0.001 {FAST}", Path.cwd())
+    file = Path("latest_log_dir").resolve() / "best.pth.tar"
+    done = run(f"--resume-from {file} --quantize-eval {FAST}")
+    assert done.code == 2
+    assert "was not trained in integers, or saved within an epoch; quantize it with --qe-calibration" in done.err
+    assert good(f"--resume-from {file} --quantize-eval --qe-calibration 0.1 {FAST}", Path.cwd()).score()[0]
+
+
+def test_float_training_is_that_of_plain_torch() -> None:
+    """The same weights, bit for bit, as a loop that anyone would write."""
+    done = good(f"{MODEL} --pretrained --epochs 2 --lr 0.05 --wd 0.001 --vs 0.2 {FAST}", Path.cwd())
+    spec = find_model("digits_cnn")
+    model = create_model(spec, num_classes=10, pretrained=True).to(memory_format=torch.channels_last).train()
+    data = open_dataset("digits", None, "train", spec.transform, num_classes=10)
+    indices, _ = split_train(len(data), 0.2, 0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.001)
+    for epoch in range(2):
+        for images, labels in make_loader(data, batch_size=64, indices=epoch_order(indices, 1.0, 0, epoch)):
+            loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+    state = contents(done.folder / "checkpoint.pth.tar")["state_dict"]
+    assert same(dict(model.state_dict()), state)
+
+
+def test_killed_at_any_step_and_resumed_gives_the_same_bytes() -> None:
+    Path("two.yaml").write_text(TWO_QUANTIZERS)
+    words = f"{MODEL} --compress two.yaml --epochs 3 --lr 0.02 {FAST} -p 1 --save-every 0"
+    whole = good(words, Path.cwd())
+    expected = contents(whole.folder / "checkpoint.pth.tar")
+    for steps in (4, 25):  # in the first epoch, and after the second quantizer has begun
+        shutil.rmtree("logs")
+        command = [sys.executable, str(ROOT / "compress.py"), *words.split(), "--cpu", "-j", "0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                steps -= line.startswith("Epoch: [") and "Overall Loss" in line
+                if steps == 0:
+                    process.send_signal(signal.SIGKILL)
+                    break
+        file = Path("latest_log_dir").resolve() / "checkpoint.pth.tar"
+        rest = good(f"{words} --resume-from {file}", Path.cwd())
+        assert same(contents(rest.folder / "checkpoint.pth.tar"), expected)
+        assert len([line for line in rest.lines if "Overall Loss" in line]) < 3 * 19
+
+
+def test_best_is_by_top1_unless_sparsity_is_asked_for(trained: Run) -> None:
+    best = contents(trained.folder / "best.pth.tar")["best"]
+    assert best[0]["top1"] == contents(trained.folder / "checkpoint.pth.tar")["extras"]["best_top1"]
+
+
+def test_a_loss_that_is_nan_stops_the_run() -> None:
+    done = run(f"{MODEL} --epochs 1 --lr 1e30 {FAST}")
+    assert done.code == 1
+    assert "the loss is nan in epoch 0, step " in done.out
+    assert "of 19; lower --lr, or clip gradients with --grad-clip. The last good checkpoint is " in done.out
+    assert contents(done.folder / "checkpoint.pth.tar")["steps"] == 0
+
+
+def test_check_prints_the_timeline_and_the_settings() -> None:
+    Path("two.yaml").write_text(TWO_QUANTIZERS)
+    done = good(f"{MODEL} --compress two.yaml --epochs 3 --check", Path.cwd())
+    assert "| lsq " in done.out
+    assert "lsq (LSQQuantizer), from epoch 1 on:" in done.out
+    assert "linear (QuantAwareTrainRangeLinearQuantizer), from epoch 0 on:" in done.out
+
+
+WRONG = {
+    "no epoch left": ("--resume-from last --epochs 2", "--epochs 2 leaves nothing to train: "),
+    "other architecture": ("-a resnet20_cifar --resume-from best --epochs 3", "does not fit the model: "),
+    "other optimizer": (
+        f"{MODEL} --resume-from best --compress lsq.yaml --epochs 3 --optimizer adam",
+        "was trained with SGD, not Adam; give the same --optimizer, or --reset-optimizer",
+    ),
+    "other schedule": (
+        f"{MODEL} --resume-from best --epochs 3",
+        "was trained under a schedule of 1 policies, not 0; give the same --compress and --kd flags",
+    ),
+    "pattern": (f"{MODEL} --compress pattern.yaml --epochs 3", "pattern.yaml:6: 'fcc' matches no layer; did you mean"),
+    "beyond": (f"{MODEL} --compress two.yaml --epochs 1", "two.yaml:"),
+    "no number": (f"{MODEL} --epochs 1 --lr -1", "--lr '-1' is not allowed: it must be a number above 0"),
+    "schedule missing": (f"{MODEL} --compress none.yaml", "--compress 'none.yaml' is not allowed: it must be a file"),
+}
+
+
+@pytest.mark.parametrize(("words", "sentence"), WRONG.values(), ids=WRONG)
+def test_mistakes(words: str, sentence: str, trained: Run) -> None:
+    Path("lsq.yaml").write_text(LSQ)
+    Path("two.yaml").write_text(TWO_QUANTIZERS)
+    rule = "\n    overrides:\n      fcc: {bits_weights: 2}\n"
+    Path("pattern.yaml").write_text(
+        "quantizers:\n  lsq:\n    class: LSQQuantizer\n    bits_weights: 4" + rule + LSQ[LSQ.index("policies") :]
+    )
+    words = words.replace("best", str(trained.folder / "best.pth.tar"))
+    words = words.replace("last", str(trained.folder / "checkpoint.pth.tar"))
+    data = str(ROOT / "../shared/data/cifar10") if "cifar" in words else ""
+    done = run(f"{words} {data}")
+    assert done.code == 2
+    assert sentence in done.err
+    assert "Traceback" not in done.out + done.err
+
+
+def test_reset_optimizer_begins_a_new_run(trained: Run) -> None:
+    Path("lsq.yaml").write_text(LSQ)
+    words = f"{MODEL} --resume-from {trained.folder}/best.pth.tar --reset-optimizer --compress lsq.yaml --epochs 1"
+    done = good(f"{words} --lr 0.001 {FAST}", Path.cwd())
+    assert "--- validate (epoch=0)" in done.out
+    assert float(done.out.split("==> Top1: ")[1].split()[0]) > 90
