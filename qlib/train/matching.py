@@ -186,7 +186,8 @@ class Matching:
         """The sum of the losses; both models have run once."""
         student, teacher = self._student.close(), self._teacher.close()
         loss = MATCHES[self._kind]
-        return torch.stack([loss(student[mine], teacher[theirs]) for mine, theirs in self.pairs.items()]).sum()
+        losses = [loss(student[mine].float(), teacher[theirs].float()) for mine, theirs in self.pairs.items()]
+        return torch.stack(losses).sum()
 
 
 def _sizes(shape: torch.Size) -> str:
