@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
@@ -54,14 +55,15 @@ class BinaryWeight(SignWeight):
 
     In the paper the unit u is 1, which a batch-norm after the layer makes equivalent to any other. A trained model
     cannot start from weights 20 times its own where nothing takes the scale away, as after its classifier: u is
-    ``mean |w|`` when training starts, the best scale of signs, and stays. The mean of the stochastic weight is then w.
+    ``mean |w|`` when training starts, the best scale of signs, and stays. The mean of the stochastic weight is then w,
+    up to +-u.
 
-    The paper clips w to [-u, u] after each step, so that it cannot grow without effect. Here the gradient does not
-    push it further out; it may push it back.
+    The paper clips w to [-1, 1] after each step, so that it cannot grow without effect. Here the gradient does not
+    push it further out; it may push it back. (A bound of u would hold half of the weights from the start, and trains
+    slower.)
 
-    >>> import torch
     >>> quantizer = BinaryWeight(torch.tensor(0.5), stochastic=False)
-    >>> w = torch.tensor([[-0.7, -0.1, 0.0, 0.8]], requires_grad=True)
+    >>> w = torch.tensor([[-1.7, -0.1, 0.0, 1.8]], requires_grad=True)
     >>> rounded, _ = quantizer(w)
     >>> rounded.sum().backward()  # a step would make each w smaller
     >>> rounded.tolist(), w.grad.tolist()
@@ -75,7 +77,7 @@ class BinaryWeight(SignWeight):
         self.register_buffer("unit", unit)
 
     def value(self, weight: Tensor) -> Tensor:
-        return held(weight, self.unit)
+        return held(weight, torch.ones_like(self.unit))
 
     def step(self, weight: Tensor) -> Tensor:
         return self.unit.clone()

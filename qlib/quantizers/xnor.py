@@ -46,7 +46,8 @@ class Xnor(TrainingQuantizer):
 class XnorWeight(SignWeight):
     """``a sign(w)``, ``a = mean |w|`` of each output channel; the gradient is multiplied by ``1 / n + a [|w| <= 1]``.
 
-    Both a and the sign depend on w: ``1 / n`` stands for the part of the former, with n weights in a channel.
+    Both a and the sign depend on w: ``1 / n`` stands for the part of the former, with n weights in a channel. The
+    gradient is small, as a is: the paper trains with Adam, which takes that out; plain descent needs a larger rate.
 
     References: Rastegari et al. 2016, section 3.1.
 
