@@ -30,10 +30,11 @@ from qlib.evaluate import Evaluation, Meter, evaluate_together
 from qlib.handover import Model, hand_over, hand_over_float
 from qlib.job import Job, choose_device, fold, load_job, report_skipped, test_loader
 from qlib.lower import exact_arithmetic, lower
-from qlib.models import create_model, find_model
+from qlib.models import create_model
 from qlib.planning import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.progress import track
 from qlib.quant.plan_file import check_plan, write_plan
+from qlib.quantizers.widen import find_wide_model
 from qlib.report import float_layers, plan_table, settings_table
 from qlib.runlog import RunLog, append_metrics, open_run
 from qlib.search.analysis import analyse
@@ -163,7 +164,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     header = read_header(checkpoint, f"checkpoint {file!r}")
     if "--arch" in config.given and config.arch != header.arch:
         raise UsageError(f"{file} is a quantized {header.arch}, not {config.arch}; drop --arch, as the file knows it")
-    spec = find_model(header.arch)
+    spec = find_wide_model(header.arch)
     model = create_model(spec, num_classes=header.num_classes).to(device)
     job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)
     _log.info("=> loaded a quantized %s model with the %s dataset", spec.arch, job.dataset_name)

@@ -27,7 +27,8 @@ from qlib.graph import (
     norm_statistics,
 )
 from qlib.graph.ir import layer_inputs, layers, name_of
-from qlib.models import ModelSpec, create_model, find_model
+from qlib.models import ModelSpec, create_model
+from qlib.quantizers.widen import find_wide_model
 from qlib.runlog import RunLog
 
 __all__ = [
@@ -134,10 +135,10 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
     weights_file = config.resume_from or config.exp_load_weights_from
     if config.exp_load_weights_from is not None:
         checkpoint = _weights_only(config.exp_load_weights_from)
-    arch = config.arch
-    if "--arch" not in config.given and isinstance(checkpoint.get("arch"), str):
-        arch = str(checkpoint["arch"])
-    spec = find_model(arch)
+    arch, saved = config.arch, checkpoint.get("arch")
+    if isinstance(saved, str) and ("--arch" not in config.given or saved.startswith(f"{arch}.wide")):
+        arch = saved
+    spec = find_wide_model(arch)
     dataset_name = config.dataset or spec.dataset
     num_classes, needs_images = spec.num_classes, not (config.summary or config.check)
     if dataset_name == "imagefolder" and (needs_images or config.data is not None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,10 +13,37 @@ from qlib.errors import ModelError
 from qlib.graph import Graph, capture
 from qlib.graph.ir import is_layer, layer_inputs
 from qlib.graph.norms import BATCH_NORMS
+from qlib.models import ModelSpec, find_model
 
-__all__ = ["widened"]
+__all__ = ["find_wide_model", "wide_name", "widened"]
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def wide_name(arch: str, factor: int) -> str:
+    """The name of a widened model, by which its checkpoints are read again.
+
+    >>> wide_name("resnet20_cifar", 2)
+    'resnet20_cifar.wide2'
+    """
+    return f"{arch}.wide{factor}"
+
+
+def find_wide_model(arch: str) -> ModelSpec:
+    """`find_model`, which also knows the names that `wide_name` gives.
+
+    >>> find_wide_model("resnet20_cifar.wide2").build(10).fc.in_features
+    128
+    """
+    wide = re.fullmatch(r"(.+)\.wide([2-8])", arch)
+    if wide is None:
+        return find_model(arch)
+    spec, factor = find_model(wide[1]), int(wide[2])
+
+    def build(classes: int) -> nn.Module:
+        return widened(spec.build(classes), factor, torch.zeros(1, *spec.input_shape))
+
+    return replace(spec, arch=arch, build=build, weights=None)
 
 
 def widened(model: nn.Module, factor: int, example: Tensor) -> nn.Module:

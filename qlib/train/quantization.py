@@ -19,7 +19,7 @@ from qlib.config.schedule import PolicySpec
 from qlib.config.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError
 from qlib.graph import Graph, fold_batch_norm, kind_of
-from qlib.graph.ir import layers, name_of, tensor_users
+from qlib.graph.ir import layer_inputs, layers, name_of, tensor_users
 from qlib.job import FoldedGraph
 from qlib.lower.ops.weighted import swap_channels
 from qlib.lower.trainable import (
@@ -89,16 +89,26 @@ class _Claim:
         self.settings = self._resolved(component.rules, folded)
 
     def _resolved(self, rules: Sequence[Rule], folded: FoldedGraph) -> dict[str, LayerSettings]:
-        bits = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
-        where = dict.fromkeys((*bits, *self.method.planning), self.spec.component.where)
-        defaults = LayerSettings().with_settings({**self.method.planning, **bits}, where)
+        given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
+        given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
+        defaults = LayerSettings().with_settings(given, dict.fromkeys(given, self.spec.component.where))
         all_rules = (*rules, *self._ends(folded.graph))
         absorbed = {**_later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, all_rules), layer_infos(folded.graph), absorbed)
+        self._check_bits(found)
         if self.relu_only:
             ending = {name_of(node) for node, _ in layers(folded.graph) if _ends_in_relu(folded.graph, node)}
             found = {n: s if n in ending else replace(s, bits_activations=0) for n, s in found.items()}
         return found
+
+    def _check_bits(self, settings: Mapping[str, LayerSettings]) -> None:
+        least, cls = self.method.least_bits, self.spec.component.cls
+        for name, each in settings.items():
+            if 0 < each.bits_weights < least:
+                raise ConfigError(
+                    f"{each.origin_of('bits_weights')}: bits_weights of {name!r} is {each.bits_weights}, but {cls}"
+                    f" needs {least} or more; BinaryConnectQuantizer and XNORQuantizer have weights of 1 bit"
+                )
 
     def _ends(self, graph: Graph) -> list[Rule]:
         """Rules for the first and the last layer with weights; those of the file come before them."""
@@ -114,6 +124,14 @@ class _Claim:
         if source is not None and source not in (weighted[0], weighted[-1]):
             rules.append(Rule(re.escape(name_of(source)), {"bits_activations": bits}, {}, where))
         return rules
+
+    def leaves_float(self, source: fx.Node) -> bool:
+        """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
+        if self.relu_only:
+            return True
+        while source.op not in ("placeholder", "get_attr", "call_module"):
+            source = source.all_input_nodes[0]
+        return source.op == "placeholder" and not getattr(self.method, "quantize_inputs", True)
 
     def wants(self, name: str) -> bool:
         """Whether it quantizes anything of a layer."""
@@ -178,7 +196,7 @@ class Quantization(Policy):
     @property
     def groups(self) -> list[Group]:
         """What the optimizer must know of the parameters of each quantizer."""
-        return [Group(claim.common.lr_factor, getattr(claim.method, "weight_decay", 0.0)) for claim in self._claims]
+        return [Group(claim.common.lr_factor, claim.method.weight_decay) for claim in self._claims]
 
     @property
     def settings(self) -> list[tuple[PolicySpec, dict[str, LayerSettings]]]:
@@ -219,9 +237,12 @@ class Quantization(Policy):
         settings = {info.name: _planned(owners.get(info.name), info.name) for info in layer_infos(folded)}
         plan = plan_post_train_linear(folded, settings, stats)
         plans = dict(plan.layers)
-        for name, claim in owners.items():
-            if claim is not None and claim.relu_only and plans[name].kind not in ("conv", "linear"):
-                plans[name] = replace(plans[name], inputs=(None,) * len(plans[name].inputs))
+        for node, _ in layers(folded):
+            claim, name = owners.get(name_of(node)), name_of(node)
+            if claim is not None:
+                inputs = zip(plans[name].inputs, layer_inputs(node), strict=True)
+                kept = tuple(None if claim.leaves_float(source) else planned for planned, source in inputs)
+                plans[name] = replace(plans[name], inputs=kept)
         return replace(plan, layers=plans)
 
     def _attach(self, owners: dict[str, _Claim | None], plan: Plan) -> None:
@@ -359,7 +380,8 @@ class _Builder:
         settings, gain = self.settings, self.layer.gain()
         weight = swap_channels(self.layer.module, weight.detach())
         start = self._start(weight)
-        site = WeightSite(weight, settings.bits_weights, settings.per_channel_wts, start)
+        stochastic = self.claim.common.rounding == "stochastic"
+        site = WeightSite(weight, settings.bits_weights, settings.per_channel_wts, start, stochastic)
         quantizer = self.claim.method.weight(site)
         if quantizer.folds and gain is not None:
             folded = weight * gain.view(-1, *[1] * (weight.ndim - 1))
@@ -392,5 +414,4 @@ class _Builder:
         return self.claim.method.activation(site)
 
     def gradient(self) -> nn.Module | None:
-        make = getattr(self.claim.method, "gradient", None)
-        return make() if make is not None and self.plan.weight is not None else None
+        return self.claim.method.gradient() if self.plan.weight is not None else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,20 @@ from torch import nn
 from qlib.checkpoint import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule import PolicySpec, Schedule, load_schedule
 from qlib.data import ImageDataset, Loader, augmented, choose_subset, epoch_order, split_train
-from qlib.errors import UsageError
+from qlib.errors import ConfigError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together
 from qlib.graph import Graph, capture
 from qlib.job import LAYOUT, Job, fold, loader_of, open_split
 from qlib.lower import exact_arithmetic, lower
+from qlib.models import create_model
 from qlib.models.transforms import training_transform
 from qlib.progress import track
+from qlib.quantizers.widen import find_wide_model, wide_name
 from qlib.runlog import append_metrics
 from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.tensor_stats import ModelStats
 from qlib.train.best import Score, nonzero, ranked
+from qlib.train.distill import make_distillation
 from qlib.train.loop import Diverged, Progress, Settings, run_epoch
 from qlib.train.lr_schedulers import counts_steps, make_lr_scheduler
 from qlib.train.optimizers import make_optimizer
@@ -142,7 +145,9 @@ class _Run:
     """What the epochs of a run have in common."""
 
     def __init__(self, job: Job, schedule: Schedule) -> None:
-        self.job, self.args, self.schedule = job, job.config.train, schedule
+        original, job = job, _wide(job, schedule)
+        self.job = job
+        self.args, self.schedule = job.config.train, schedule
         self.images = _Images.of(job)
         self.quantization = make_quantization(job, schedule, self.images)
         self.module: nn.Module = self.quantization.module if self.quantization else job.model
@@ -153,7 +158,9 @@ class _Run:
             self.quantization.use(self.optimizer)
         steps = -(-len(self.images.epoch(0).indices) // job.config.batch_size)
         lr_policies = [_LrPolicy(spec, self.optimizer, steps) for spec in schedule.of("lr_schedulers")]
-        self.policies: list[Policy] = [*([self.quantization] if self.quantization else []), *lr_policies]
+        distillation = make_distillation(original, self.module, schedule)
+        others = [each for each in (self.quantization, distillation) if each is not None]
+        self.policies: list[Policy] = [*others, *lr_policies]
         self.progress = Progress()
         self.state = TrainingState(job.model, self.optimizer, self.policies, self.progress, [])
         self._saved = time.monotonic()
@@ -296,6 +303,23 @@ class _Run:
         result = self._evaluate(model, self.images.test, "Test")
         low, high = result.top1_interval
         _log.info("Top1 95 %% interval: %.2f to %.2f (%d images), Loss %.5f", low, high, result.samples, result.loss)
+
+
+def _wide(job: Job, schedule: Schedule) -> Job:
+    """The job with the model that a quantizer's `widen` asks for, which begins with fresh weights."""
+    factors = {spec.component.settings.get("widen") for spec in schedule.of("quantizers")} - {None, 1}
+    if len(factors) > 1:
+        where = schedule.of("quantizers")[0].component.where
+        raise ConfigError(f"{where}: quantizers want models widened by {factors}; give them the same `widen`")
+    if not factors or ".wide" in job.spec.arch:
+        return job
+    (factor,) = factors
+    assert isinstance(factor, int)
+    spec = find_wide_model(wide_name(job.spec.arch, factor))
+    torch.manual_seed(job.config.seed)
+    model = create_model(spec, num_classes=job.num_classes).to(job.device)
+    _log.info("=> widened the model by %d: a %s model with random weights", factor, spec.arch)
+    return replace(job, spec=spec, model=model)
 
 
 def _laid_out(model: nn.Module) -> Any:
