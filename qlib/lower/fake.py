@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from qlib.graph import Graph, activation_bounds, fused_activations, kind_of
 from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
+from qlib.lower.chunks import chunks, dense, laid_out_as
 from qlib.lower.ops.base import Edge
 from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import QParams
@@ -23,7 +24,7 @@ _PASSING = frozenset({"relu", "max_pool"})
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """`fake_quantize` in few passes over memory: it is most of what a fake model does beside its convolutions."""
+    """`fake_quantize` for a scale of each channel, or with elements to spare: of weights, which are small."""
 
     @staticmethod
     def forward(
@@ -32,7 +33,6 @@ class _RoundToGrid(torch.autograd.Function):
         steps = x / scale
         codes = steps.round().clamp_(low, high)  # type: ignore[arg-type]
         ctx.save_for_backward(steps, codes, scale, spared)
-        ctx.shapes = [bound.shape if isinstance(bound, Tensor) else None for bound in (low, high)]
         y = codes * scale
         return y if spared is None else torch.where(spared, x, y)
 
@@ -49,11 +49,44 @@ class _RoundToGrid(torch.autograd.Function):
             slope = torch.where(beyond, codes, error)
             slope = slope if spared is None else slope.masked_fill_(spared, 0.0)
             of_scale = slope.mul_(grad).sum_to_size(scale.shape)
-        of_bounds: list[Tensor | None] = [None, None]
-        for index, (beyond_it, shape) in enumerate(zip((error > 0, error < 0), ctx.shapes, strict=True)):
-            if ctx.needs_input_grad[2 + index]:
-                of_bounds[index] = torch.where(beyond & beyond_it, grad * scale, 0.0).sum_to_size(shape)
-        return grad.masked_fill(beyond, 0.0), of_scale, *of_bounds, None
+        return grad.masked_fill(beyond, 0.0), of_scale, None, None, None
+
+
+class _RoundTensor(torch.autograd.Function):
+    """`fake_quantize` for one scale: of activations, which are most of what a fake model does beside convolutions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+        x = dense(x)
+        ctx.save_for_backward(x, scale)
+        ctx.bounds = float(low), float(high)
+        y = torch.empty_like(x)
+        for part, out in chunks(x, y):
+            torch.div(part, scale, out=out).round_().clamp_(*ctx.bounds).mul_(scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        low, high = ctx.bounds
+        grad, of_x = laid_out_as(x, grads[0]), torch.empty_like(x)
+        needs_scale, *needs_bounds = ctx.needs_input_grad[1:]
+        of_scale, of_low, of_high = (torch.zeros((), dtype=x.dtype, device=x.device) for _ in range(3))
+        for part, up, out in chunks(x, grad, of_x):
+            steps = part / scale
+            codes = steps.round().clamp_(low, high)
+            error = codes - steps
+            torch.mul(up, error.abs().le_(0.5), out=out)
+            if needs_scale or any(needs_bounds):
+                cut = up - out
+                of_scale += torch.dot(error, out) + torch.dot(codes, cut)
+            if any(needs_bounds):
+                of_low += torch.dot(cut, torch.gt(error, 0, out=torch.empty_like(error)))
+                of_high += torch.dot(cut, torch.lt(error, 0, out=torch.empty_like(error)))
+        of_bounds = (
+            total * scale if needed else None for total, needed in zip((of_low, of_high), needs_bounds, strict=True)
+        )
+        return of_x, of_scale.view(scale.shape) if needs_scale else None, *of_bounds
 
 
 def fake_quantize(
@@ -73,7 +106,12 @@ def fake_quantize(
     >>> y.tolist(), x.grad.tolist(), round(s.grad.item(), 4)
     ([0.25, 1.75], [1.0, 0.0], 6.6)
     """
-    y: Tensor = _RoundToGrid.apply(x, scale, low, high, spared)
+    one = scale.numel() == 1 and not any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in (low, high))
+    y: Tensor = (
+        _RoundTensor.apply(x, scale, low, high)
+        if one and spared is None
+        else _RoundToGrid.apply(x, scale, low, high, spared)
+    )
     return y
 
 

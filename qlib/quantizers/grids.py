@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlib.lower.chunks import chunks, dense, laid_out_as
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.quant.affine import QParams
 from qlib.quant.spec import QuantSpec
@@ -113,16 +114,25 @@ class SignWeight(CodedWeight):
 class _ClipAndRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, top: Tensor, most: int) -> Tensor:
+        x = dense(x)
         ctx.save_for_backward(x, top)
-        scale = top / most
-        return (x / scale).round_().clamp_(0, most).mul_(scale)
+        scale, y = top / most, torch.empty_like(x)
+        for part, out in chunks(x, y):
+            torch.div(part, scale, out=out).round_().clamp_(0, most).mul_(scale)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (x, top) = grads, ctx.saved_tensors
-        above = x >= top
-        of_top = torch.where(above, grad, 0.0).sum().to(top.dtype) if ctx.needs_input_grad[1] else None
-        return grad.masked_fill(above.logical_or_(x < 0), 0.0), of_top, None
+        x, top = ctx.saved_tensors
+        grad, of_x = laid_out_as(x, grads[0]), torch.empty_like(x)
+        of_top = torch.zeros((), dtype=top.dtype, device=top.device)
+        for part, up, out in chunks(x, grad, of_x):
+            below = part.clone().lt_(top)  # numbers, not truth values, which would be converted again and again
+            torch.mul(up, below, out=out)
+            if ctx.needs_input_grad[1]:
+                of_top += up.sum() - out.sum()
+            out.mul_(below.copy_(part).ge_(0))
+        return of_x, of_top if ctx.needs_input_grad[1] else None, None
 
 
 def clip_and_round(x: Tensor, top: Tensor, most: int) -> Tensor:
