@@ -28,6 +28,10 @@ SPELLINGS = """
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
 --effective-valid-size --evs --effective-test-size --etes --skip-corrupt
 --evaluate -e --confusion --engine
+--compress --epochs --optimizer --lr --learning-rate --momentum --weight-decay --wd --label-smoothing --grad-clip --amp
+--reset-optimizer --best-by --num-best-scores --save-every
+--kd-teacher --kd-pretrained --kd-resume --kd-temperature --kd-temp --kd-distill-wt --kd-dw --kd-student-wt --kd-sw
+--kd-teacher-wt --kd-tw --kd-start-epoch
 --quantize-eval --qe --qe-calibration --qe-calibration-split --qe-histograms --qe-stats-file --qe-dynamic
 --qe-config-file
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
@@ -108,6 +112,28 @@ RIGHT = [
     ("-b 1", "batch_size", 1),
     ("-b 1 -b 2", "batch_size", 2),
     ("-p 3", "print_freq", 3),
+    ("--compress s.yaml", "train.compress", Path("s.yaml")),
+    ("--epochs 3", "train.epochs", 3),
+    ("--optimizer AdamW", "train.optimizer", "adamw"),
+    ("--learning-rate 0.5", "train.lr", 0.5),
+    ("--momentum 0", "train.momentum", 0.0),
+    ("--wd 0", "train.weight_decay", 0.0),
+    ("--label-smoothing 0.1", "train.label_smoothing", 0.1),
+    ("--grad-clip 5", "train.grad_clip", 5.0),
+    ("--amp", "train.amp", True),
+    ("--reset-optimizer", "train.reset_optimizer", True),
+    ("--best-by sparsity", "train.best_by", "sparsity"),
+    ("--num-best-scores 3", "train.num_best_scores", 3),
+    ("--save-every 0", "train.save_every", 0.0),
+    ("--kd-teacher ResNet18", "kd.teacher", "resnet18"),
+    ("--kd-teacher My/Net.py:Make", "kd.teacher", "My/Net.py:Make"),
+    ("--kd-pretrained", "kd.pretrained", True),
+    ("--kd-resume m.pth.tar", "kd.resume", Path("m.pth.tar")),
+    ("--kd-temp 4", "kd.temperature", 4.0),
+    ("--kd-dw 0.7", "kd.distill_wt", 0.7),
+    ("--kd-sw 0.3", "kd.student_wt", 0.3),
+    ("--kd-tw 0", "kd.teacher_wt", 0.0),
+    ("--kd-start-epoch 2", "kd.start_epoch", 2),
     ("-v", "verbose", True),
     ("--gpus 0,2", "gpus", (0, 2)),
     ("--cpu", "cpu", True),
@@ -221,6 +247,14 @@ WRONG = [
     ("-b many", "--batch-size 'many' is not allowed: it must be a whole number, 1 or more"),
     ("-j -1", "--workers '-1' is not allowed: it must be a whole number, 0 or more"),
     ("-p 0", "--print-freq '0' is not allowed: it must be a whole number, 1 or more"),
+    ("--epochs 0", "--epochs '0' is not allowed: it must be a whole number, 1 or more"),
+    ("--lr 0", "--lr '0' is not allowed: it must be a number above 0"),
+    ("--wd -1", "--weight-decay '-1' is not allowed: it must be a number from 0"),
+    ("--momentum 1", "--momentum '1' is not allowed: it must be a number from 0 to below 1"),
+    ("--label-smoothing 1", "--label-smoothing '1' is not allowed: it must be a number from 0 to below 1"),
+    ("--optimizer rmsprop", "--optimizer 'rmsprop' is not allowed: it must be one of sgd, adam, adamw"),
+    ("--kd-temp 0", "--kd-temperature '0' is not allowed: it must be a number above 0"),
+    ("--kd-start-epoch -1", "--kd-start-epoch '-1' is not allowed: it must be a whole number, 0 or more"),
     ("--seed -1", "--seed '-1' is not allowed: it must be a whole number from 0 to 4294967295"),
     (
         "--gpus 0,0",

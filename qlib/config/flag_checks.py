@@ -5,6 +5,7 @@ from __future__ import annotations
 from qlib.config.correction_flags import check_corrections, correction_warnings
 from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, wants_onnx
 from qlib.config.search_flags import check_searches, search_warnings
+from qlib.config.training_flags import training_warnings
 from qlib.errors import UsageError
 
 __all__ = ["check_combination", "ignored_flags", "startup_warnings"]
@@ -122,6 +123,7 @@ def startup_warnings(config: RunConfig) -> list[str]:
     if "--qe-pytorch-backend" in given:
         found.append("--qe-pytorch-backend is ignored: it chooses how to convert to PyTorch's own quantized modules")
     found += search_warnings(config)
+    found += training_warnings(config)
     if "--resume" in given:
         found.append("--resume is deprecated: use --resume-from")
     loaded = next((flag for flag in ("--resume", "--resume-from", "--exp-load-weights-from") if flag in given), None)

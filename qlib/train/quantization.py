@@ -57,9 +57,9 @@ class Common:
     """The keys that every quantizer of a schedule has.
 
     `edges`: which outputs are quantized, all or those of ReLUs; None is the method's own choice. `bits_first_last`:
-    bits of the first and the last layer with weights, and of the last one's input. `calibration_images`: how many the
-    first ranges come from. `dampening` holds weights near their grid (Nagel et al., "Overcoming oscillations", 2022,
-    section 4.1). From `freeze_bn_epoch` on batch-norms use their running statistics.
+    bits of the first and the last layer with weights, and of the last one's input, where others have bits.
+    `calibration_images`: how many the first ranges come from. `dampening` holds weights near their grid (Nagel et al.,
+    "Overcoming oscillations", 2022, section 4.1). From `freeze_bn_epoch` on batch-norms use their running statistics.
     """
 
     bits_activations: int = 0
@@ -116,14 +116,13 @@ class _Claim:
         weighted = [node for node, module in layers(graph) if kind_of(module) in ("conv", "linear")]
         if bits is None or not weighted:
             return []
-        where, rules = self.spec.component.where, []
-        for node in dict.fromkeys((weighted[0], weighted[-1])):
-            settings = {"bits_weights": bits, "bits_activations": bits}
-            rules.append(Rule(re.escape(name_of(node)), settings, {}, where))
+        acts = {"bits_activations": bits} if self.common.bits_activations else {}
+        wanted = {node: {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
         source = _producer(graph, weighted[-1])
-        if source is not None and source not in (weighted[0], weighted[-1]):
-            rules.append(Rule(re.escape(name_of(source)), {"bits_activations": bits}, {}, where))
-        return rules
+        if source is not None and acts:
+            wanted.setdefault(source, acts)
+        where = self.spec.component.where
+        return [Rule(re.escape(name_of(node)), settings, {}, where) for node, settings in wanted.items()]
 
     def leaves_float(self, source: fx.Node) -> bool:
         """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
