@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -91,7 +92,7 @@ class _Claim:
     def _resolved(self, rules: Sequence[Rule], folded: FoldedGraph) -> dict[str, LayerSettings]:
         given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
         given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
-        defaults = LayerSettings().with_settings(given, dict.fromkeys(given, self.spec.component.where))
+        defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
         all_rules = (*rules, *self._ends(folded.graph))
         absorbed = {**_later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, all_rules), layer_infos(folded.graph), absorbed)
@@ -121,7 +122,7 @@ class _Claim:
         source = _producer(graph, weighted[-1])
         if source is not None and acts:
             wanted.setdefault(source, acts)
-        where = self.spec.component.where
+        where = Path(self.spec.component.where).name
         return [Rule(re.escape(name_of(node)), settings, {}, where) for node, settings in wanted.items()]
 
     def leaves_float(self, source: fx.Node) -> bool:

@@ -235,7 +235,7 @@ class _Run:
         lr, means = self.optimizer.param_groups[0]["lr"], self.progress.running.means
         model, quantized = self._evaluated()
         _log.info("--- validate (epoch=%d)-----------", epoch)
-        result = self._evaluate(model, self.images.validation, f"Epoch: [{epoch}]")
+        (result,) = self._evaluate(model, self.images.validation, f"Epoch: [{epoch}]")
         metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
         for policy in self.policies:
             policy.on_epoch_end(epoch, metrics)
@@ -265,12 +265,13 @@ class _Run:
         header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
         return lowered, quantized_checkpoint(header, lowered, {})
 
-    def _evaluate(self, model: nn.Module, loader: Loader, description: str) -> Evaluation:
-        config, meter = self.job.config, Meter()
+    def _evaluate(self, model: nn.Module, loader: Loader, description: str, *others: nn.Module) -> list[Evaluation]:
+        """Evaluates the models on the same images; what is logged is of the first one."""
+        config, meters = self.job.config, [Meter() for _ in (model, *others)]
         _log.info("%d samples (%d per mini-batch)", loader.total_images, config.batch_size)
 
         def fields() -> dict[str, float]:
-            return dict(zip(("Loss", "Top1", "Top5"), meter.running, strict=True))
+            return dict(zip(("Loss", "Top1", "Top5"), meters[0].running, strict=True))
 
         batches = track(
             loader,
@@ -281,9 +282,12 @@ class _Run:
             fields=fields,
         )
         with exact_arithmetic():
-            (result,) = evaluate_together([_laid_out(model)], [meter], batches, self.job.device)
+            results = evaluate_together(
+                [_laid_out(each) for each in (model, *others)], meters, batches, self.job.device
+            )
+        result = results[0]
         _log.info("==> Top1: %.3f    Top5: %.3f    Loss: %.3f\n", result.top1, result.top5, result.loss)
-        return result
+        return results
 
     def _save(self, name: str, quantized: Mapping[str, Any] | None) -> None:
         path = self.job.file(name)
@@ -298,9 +302,12 @@ class _Run:
 
     def _test(self) -> None:
         """The last epoch's model on the test images."""
-        model, _ = self._evaluated()
+        model, quantized = self._evaluated()
         _log.info("--- test ---------------------")
-        result = self._evaluate(model, self.images.test, "Test")
+        fake = [self.module.eval()] if quantized is not None else []
+        result, *others = self._evaluate(model, self.images.test, "Test", *fake)
+        for other in others:
+            _log.info("Predictions in integers that differ from those of training: %.2f %%", result.changed(other))
         low, high = result.top1_interval
         _log.info("Top1 95 %% interval: %.2f to %.2f (%d images), Loss %.5f", low, high, result.samples, result.loss)
 
