@@ -242,3 +242,29 @@ def test_reset_optimizer_begins_a_new_run(trained: Run) -> None:
     done = good(f"{words} --lr 0.001 {FAST}", Path.cwd())
     assert "--- validate (epoch=0)" in done.out
     assert float(done.out.split("==> Top1: ")[1].split()[0]) > 90
+
+
+PUBLISHED = {
+    "pact_w3a4": (
+        "preact_resnet20_cifar",
+        {"conv1": "float float", "layer1.0.conv1": "3 4", "layer1.0.pre_bn": "8 float"},
+    ),
+    "dorefa_w3a8": ("preact_resnet20_cifar", {"layer1.1.pre_bn": "8 8", "layer1.0.conv2": "3 float"}),
+    "dorefa_alexnet_bn": (
+        "alexnet_bn",
+        {"features.0": "float float", "features.2": "3 8", "classifier.6": "float float"},
+    ),
+    "wrpn_w4a8": ("alexnet_bn", {"features.0": "float float", "features.2": "4 8", "classifier.3": "4 float"}),
+    "linear_w8a8": ("resnet18", {"conv1": "8 8", "layer1.0.conv2": "8 8", "fc": "8 8"}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_schedules_fit_their_models(name: str) -> None:
+    """Bits of weights and activations of some layers, as the table of `--check` shows them."""
+    arch, expected = PUBLISHED[name]
+    file = ROOT / "tests" / "schedules" / f"{name}.yaml"
+    done = good(f"-a {arch} --compress {file} --epochs 200 --check", Path.cwd())
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.lines if line.startswith("| ")]
+    bits = {row[0]: f"{row[3]} {row[4]}" for row in cells if len(row) > 6}
+    assert {layer: bits[layer] for layer in expected} == expected

@@ -21,6 +21,7 @@ from qlib.config.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError
 from qlib.graph import Graph, fold_batch_norm, kind_of
 from qlib.graph.ir import layer_inputs, layers, name_of, tensor_users
+from qlib.graph.ops import ChannelAffine
 from qlib.job import FoldedGraph
 from qlib.lower.ops.weighted import swap_channels
 from qlib.lower.trainable import (
@@ -97,6 +98,10 @@ class _Claim:
         absorbed = {**_later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, all_rules), layer_infos(folded.graph), absorbed)
         self._check_bits(found)
+        for node, module in layers(folded.graph):
+            if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
+                # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
+                found[name_of(node)] = replace(found[name_of(node)], bits_weights=8)
         if self.relu_only:
             ending = {name_of(node) for node, _ in layers(folded.graph) if _ends_in_relu(folded.graph, node)}
             found = {n: s if n in ending else replace(s, bits_activations=0) for n, s in found.items()}
