@@ -33,6 +33,7 @@ class Dorefa(TrainingQuantizer):
 
     bits_gradients: int | None = None
     least_bits: ClassVar[int] = 1
+    only_relus: ClassVar[bool] = True
 
     @property
     def planning(self) -> Mapping[str, object]:

@@ -38,6 +38,7 @@ class Pact(TrainingQuantizer):
     act_clip_init_val: float = 8.0
     act_clip_decay: float | None = None
     least_bits: ClassVar[int] = 1
+    only_relus: ClassVar[bool] = True
 
     @property
     def planning(self) -> Mapping[str, object]:

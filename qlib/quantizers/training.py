@@ -51,6 +51,9 @@ class TrainingQuantizer(Protocol):
     least_bits: ClassVar[int] = 2
     """The fewest bits of its weights."""
 
+    only_relus: ClassVar[bool] = False
+    """Whether, as in its paper, it quantizes what leaves a ReLU and no other output; `edges` in YAML overrules it."""
+
     @property
     def planning(self) -> Mapping[str, object]:
         """The fields of `LayerSettings` (modes, ways of clipping) that the grids to start from are planned with."""

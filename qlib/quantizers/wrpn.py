@@ -30,6 +30,7 @@ class Wrpn(TrainingQuantizer):
 
     widen: int = 1
     least_bits: ClassVar[int] = 1
+    only_relus: ClassVar[bool] = True
 
     @property
     def planning(self) -> Mapping[str, object]:

@@ -5,34 +5,33 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlib.checkpoint import QuantizedHeader, quantized_checkpoint
-from qlib.config.schedule import PolicySpec, Schedule, load_schedule
-from qlib.data import ImageDataset, Loader, augmented, choose_subset, epoch_order, split_train
+from qlib.config.schedule import Schedule, load_schedule
+from qlib.data import Loader
 from qlib.errors import ConfigError, UsageError
 from qlib.evaluate import Evaluation, Meter, evaluate_together
 from qlib.graph import Graph, capture
-from qlib.job import LAYOUT, Job, fold, loader_of, open_split
+from qlib.job import LAYOUT, Job, fold
 from qlib.lower import exact_arithmetic, lower
 from qlib.models import create_model
-from qlib.models.transforms import training_transform
 from qlib.progress import track
 from qlib.quantizers.widen import find_wide_model, wide_name
-from qlib.runlog import append_metrics
-from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.tensor_stats import ModelStats
 from qlib.train.best import Score, nonzero, ranked
 from qlib.train.distill import make_distillation
+from qlib.train.images import TrainingImages
 from qlib.train.loop import Diverged, Progress, Settings, run_epoch
-from qlib.train.lr_schedulers import counts_steps, make_lr_scheduler
+from qlib.train.lr_policy import LrPolicy
 from qlib.train.optimizers import make_optimizer
-from qlib.train.policy import Batch, Policy
+from qlib.train.policy import Policy
 from qlib.train.quantization import Quantization
+from qlib.train.records import Records
 from qlib.train.state import TrainingState, is_training
 
 __all__ = ["make_quantization", "train"]
@@ -40,74 +39,7 @@ __all__ = ["make_quantization", "train"]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The images of a run: what epochs train on, and what validation and the test look at."""
-
-    job: Job
-    dataset: ImageDataset
-    training: list[int]
-    validation: Loader
-    test: Loader
-
-    @classmethod
-    def of(cls, job: Job) -> _Images:
-        config = job.config
-        dataset, test = open_split(job, "train"), open_split(job, "test")
-        training, held_out = split_train(len(dataset), config.validation_split, config.seed)
-        test_indices = choose_subset(len(test), config.effective_test_size, config.seed)
-        source, pool = (dataset, held_out) if held_out else (test, list(range(len(test))))
-        chosen = choose_subset(len(pool), config.effective_valid_size, config.seed)
-        count = max(1, round(len(training) * config.effective_train_size))
-        _log.info("Dataset sizes:\n\ttraining=%d\n\tvalidation=%d\n\ttest=%d", count, len(chosen), len(test_indices))
-        return cls(
-            job,
-            dataset,
-            training,
-            loader_of(job, source, [pool[index] for index in chosen], config.batch_size),
-            loader_of(job, test, test_indices, config.batch_size),
-        )
-
-    def epoch(self, epoch: int) -> Loader:
-        """The training images in the order of an epoch, changed at random."""
-        config = self.job.config
-        order = epoch_order(self.training, config.effective_train_size, config.seed, epoch)
-        transform = training_transform(self.job.spec, self.job.dataset_name)
-        changed = augmented(self.dataset, transform, config.seed, epoch)
-        return loader_of(self.job, changed, order, config.batch_size)
-
-    def statistics(self, graph: Graph, count: int) -> ModelStats:
-        """Statistics, with histograms, of training images as evaluation sees them."""
-        collector = Collector(graph, histograms=True)
-        order = epoch_order(self.training, 1.0, self.job.config.seed, epoch=0)[:count]
-        for images, _ in loader_of(self.job, self.dataset, order, MICRO_BATCH):
-            collector.update(images.to(self.job.device, memory_format=LAYOUT), consumed=len(images))
-        return ModelStats(collector.result(), {"samples": collector.samples})
-
-
-class _LrPolicy(Policy):
-    """Steps a learning-rate scheduler while its policy is active."""
-
-    def __init__(self, spec: PolicySpec, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
-        self._spec, self._steps_per_epoch = spec, steps_per_epoch
-        self._scheduler = make_lr_scheduler(spec.component, optimizer, steps_per_epoch=steps_per_epoch)
-
-    def on_minibatch_end(self, batch: Batch) -> None:
-        if counts_steps(self._spec) and self._spec.active(batch.epoch):
-            self._scheduler.step(batch.epoch * self._steps_per_epoch + batch.step + 1)
-
-    def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        if not counts_steps(self._spec) and self._spec.active(epoch):
-            self._scheduler.step(epoch + 1, metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._scheduler.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._scheduler.load_state_dict(state)
-
-
-def make_quantization(job: Job, schedule: Schedule, images: _Images | None = None) -> Quantization | None:
+def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | None = None) -> Quantization | None:
     """The quantizers of a schedule over the job's model, whose weights they share; None where it has none.
 
     Raises ConfigError where their rules do not fit the model.
@@ -148,7 +80,7 @@ class _Run:
         original, job = job, _wide(job, schedule)
         self.job = job
         self.args, self.schedule = job.config.train, schedule
-        self.images = _Images.of(job)
+        self.images = TrainingImages.of(job)
         self.quantization = make_quantization(job, schedule, self.images)
         self.module: nn.Module = self.quantization.module if self.quantization else job.model
         self.module.to(memory_format=LAYOUT)
@@ -157,12 +89,13 @@ class _Run:
         if self.quantization:
             self.quantization.use(self.optimizer)
         steps = -(-len(self.images.epoch(0).indices) // job.config.batch_size)
-        lr_policies = [_LrPolicy(spec, self.optimizer, steps) for spec in schedule.of("lr_schedulers")]
+        lr_policies = [LrPolicy(spec, self.optimizer, steps) for spec in schedule.of("lr_schedulers")]
         distillation = make_distillation(original, self.module, schedule)
         others = [each for each in (self.quantization, distillation) if each is not None]
         self.policies: list[Policy] = [*others, *lr_policies]
         self.progress = Progress()
         self.state = TrainingState(job.model, self.optimizer, self.policies, self.progress, [])
+        self.records = Records(job.run.folder)
         self._saved = time.monotonic()
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
@@ -244,9 +177,7 @@ class _Run:
         self.state.best[:] = ranked([*self.state.best, score], self.args.best_by, max(self.args.num_best_scores, 1))
         for best in self.state.best:
             _log.info("%s", best)
-        row = {"epoch": epoch, "lr": lr, **{f"train {name}": value for name, value in means.items()}}
-        valid = {f"valid {name}": value for name, value in metrics.items()}
-        append_metrics(self.job.run.folder / "training.csv", {**row, **valid, "seconds": round(seconds, 1)})
+        self.records.add(epoch, {**means, "LR": lr}, metrics, seconds)
         self.progress.epoch, self.progress.steps = epoch + 1, 0
         self.progress.running.sums, self.progress.running.images = {}, 0
         if quantized is not None:

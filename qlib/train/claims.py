@@ -1,0 +1,170 @@
+"""What each quantizer of a schedule wants of each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import fx
+
+from qlib.config.resolve import resolve
+from qlib.config.schedule import PolicySpec
+from qlib.config.settings import LayerSettings, PtqConfig, Rule
+from qlib.errors import ConfigError
+from qlib.graph import Graph, kind_of
+from qlib.graph.ir import layers, name_of, tensor_users
+from qlib.graph.ops import ChannelAffine
+from qlib.job import FoldedGraph
+from qlib.quantizers import layer_infos
+from qlib.quantizers.training import TRAINING_QUANTIZERS, TrainingQuantizer
+
+__all__ = ["Claim", "Common", "ends_in_relu", "make_claims", "planned_settings"]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The keys that every quantizer of a schedule has.
+
+    `edges`: which outputs are quantized, all or those of ReLUs; None is the method's own choice. `bits_first_last`:
+    bits of the first and the last layer with weights, and of the last one's input, where others have bits.
+    `calibration_images`: how many the first ranges come from. `dampening` holds weights near their grid (Nagel et al.,
+    "Overcoming oscillations", 2022, section 4.1). From `freeze_bn_epoch` on batch-norms use their running statistics.
+    """
+
+    bits_activations: int = 0
+    bits_weights: int = 0
+    bits_bias: int = 32
+    edges: str | None = None
+    rounding: str = "nearest"
+    calibration_images: int = 256
+    lr_factor: float = 1.0
+    dampening: float = 0.0
+    bits_first_last: int | None = None
+    freeze_bn_epoch: int | None = None
+
+
+class Claim:
+    """A quantizer of the schedule, and what it wants of each layer."""
+
+    def __init__(self, index: int, spec: PolicySpec, folded: FoldedGraph) -> None:
+        component = spec.component
+        self.index, self.spec = index, spec
+        names = {each.name for each in dataclasses.fields(Common)}
+        given = {key: value for key, value in component.settings.items() if key in names}
+        self.common = Common(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        own = {key: value for key, value in component.settings.items() if key not in names}
+        self.method: TrainingQuantizer = TRAINING_QUANTIZERS[component.cls](**own)
+        self.relu_only = self.method.only_relus if self.common.edges is None else self.common.edges == "relu"
+        self.settings = self._resolved(component.rules, folded)
+
+    def _resolved(self, rules: Sequence[Rule], folded: FoldedGraph) -> dict[str, LayerSettings]:
+        given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
+        given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
+        defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
+        all_rules = (*rules, *self._ends(folded.graph))
+        absorbed = {**_later_relus(folded.graph), **folded.absorbed}
+        found = resolve(PtqConfig(defaults, all_rules), layer_infos(folded.graph), absorbed)
+        self._check_bits(found)
+        for node, module in layers(folded.graph):
+            if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
+                # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
+                found[name_of(node)] = replace(found[name_of(node)], bits_weights=8)
+        if self.relu_only:
+            ending = {name_of(node) for node, _ in layers(folded.graph) if ends_in_relu(folded.graph, node)}
+            found = {n: s if n in ending else replace(s, bits_activations=0) for n, s in found.items()}
+        return found
+
+    def _check_bits(self, settings: Mapping[str, LayerSettings]) -> None:
+        least, cls = self.method.least_bits, self.spec.component.cls
+        for name, each in settings.items():
+            if 0 < each.bits_weights < least:
+                raise ConfigError(
+                    f"{each.origin_of('bits_weights')}: bits_weights of {name!r} is {each.bits_weights}, but {cls}"
+                    f" needs {least} or more; BinaryConnectQuantizer and XNORQuantizer have weights of 1 bit"
+                )
+
+    def _ends(self, graph: Graph) -> list[Rule]:
+        """Rules for the first and the last layer with weights; those of the file come before them."""
+        bits = self.common.bits_first_last
+        weighted = [node for node, module in layers(graph) if kind_of(module) in ("conv", "linear")]
+        if bits is None or not weighted:
+            return []
+        acts = {"bits_activations": bits} if self.common.bits_activations else {}
+        wanted = {node: {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
+        source = _producer(graph, weighted[-1])
+        if source is not None and acts:
+            wanted.setdefault(source, acts)
+        where = Path(self.spec.component.where).name
+        return [Rule(re.escape(name_of(node)), settings, {}, where) for node, settings in wanted.items()]
+
+    def leaves_float(self, source: fx.Node) -> bool:
+        """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
+        if self.relu_only:
+            return True
+        while source.op not in ("placeholder", "get_attr", "call_module"):
+            source = source.all_input_nodes[0]
+        return source.op == "placeholder" and not getattr(self.method, "quantize_inputs", True)
+
+    def wants(self, name: str) -> bool:
+        """Whether it quantizes anything of a layer."""
+        settings = self.settings[name]
+        return bool(settings.bits_weights or settings.bits_activations)
+
+
+def ends_in_relu(graph: Graph, node: fx.Node) -> bool:
+    """Whether all that leaves a layer goes through a ReLU, behind nothing but moves and max pools."""
+    users = tensor_users(node)
+    return bool(users) and all(_is_relu_later(graph, user) for user in users)
+
+
+def _is_relu_later(graph: Graph, node: fx.Node) -> bool:
+    kind = kind_of(graph.get_submodule(str(node.target))) if node.op == "call_module" else "move"
+    if kind == "relu":
+        return True
+    return node.op != "output" and kind in ("max_pool", "move") and ends_in_relu(graph, node)
+
+
+def _producer(graph: Graph, node: fx.Node) -> fx.Node | None:
+    """The layer that gives the first input of `node` its grid: behind moves, ReLUs and max pools."""
+    source = next((each for each in node.all_input_nodes if each.meta["tensor"]), None)
+    while source is not None and source.op != "placeholder":
+        kind = kind_of(graph.get_submodule(str(source.target))) if source.op == "call_module" else "move"
+        if kind not in ("relu", "max_pool", "move"):
+            return source
+        source = next((each for each in source.all_input_nodes if each.meta["tensor"]), None)
+    return None
+
+
+def _later_relus(graph: Graph) -> dict[str, str]:
+    """ReLUs that no layer takes in -> the layer before them: a rule for the ReLU says what leaves that layer."""
+    found = {}
+    for node, module in layers(graph):
+        source = _producer(graph, node) if kind_of(module) == "relu" else None
+        if source is not None:
+            found[name_of(node)] = name_of(source)
+    return found
+
+
+def make_claims(specs: Iterable[PolicySpec], folded: FoldedGraph) -> list[Claim]:
+    """The quantizers, with the mistakes of all of them at once."""
+    claims, problems = list[Claim](), list[str]()
+    for index, spec in enumerate(specs):
+        try:
+            claims.append(Claim(index, spec, folded))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return claims
+
+
+def planned_settings(claim: Claim | None, name: str) -> LayerSettings:
+    """The settings that a layer's grids are planned with: 1 bit has no range of its own, and starts from that of 2."""
+    if claim is None:
+        return LayerSettings(bits_activations=0, bits_weights=0)
+    settings = claim.settings[name]
+    acts, weights = settings.bits_activations, settings.bits_weights
+    return replace(settings, bits_activations=acts and max(acts, 2), bits_weights=weights and max(weights, 2))

@@ -1,0 +1,84 @@
+"""The quantizers of one layer, made by the method that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+
+from qlib.config.settings import LayerSettings
+from qlib.graph import Graph
+from qlib.graph.ir import name_of
+from qlib.lower.ops.weighted import swap_channels
+from qlib.lower.trainable import (
+    ActivationQuantizer,
+    FixedActivation,
+    TrainableLayer,
+    WeightQuantizer,
+)
+from qlib.quant.affine import QParams
+from qlib.quant.plan import LayerPlan, TensorPlan, WeightPlan
+from qlib.quantizers.training import ActivationSite, WeightSite
+from qlib.quantizers.weight_ranges import plan_weight
+from qlib.train.claims import Claim, ends_in_relu
+
+__all__ = ["LayerQuantizers"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerQuantizers:
+    """Makes the quantizers of one layer."""
+
+    claim: Claim
+    graph: Graph
+    node: fx.Node
+    layer: TrainableLayer
+    plan: LayerPlan
+
+    @property
+    def settings(self) -> LayerSettings:
+        return self.claim.settings[name_of(self.node)]
+
+    def weight(self) -> WeightQuantizer | None:
+        """None too for a batch-norm that stands alone: one weight a channel is exact on any grid."""
+        weight = getattr(self.layer.module, "weight", None)
+        if self.plan.weight is None or not isinstance(weight, Tensor) or weight.ndim < 2:
+            return None
+        settings, gain = self.settings, self.layer.gain()
+        weight = swap_channels(self.layer.module, weight.detach())
+        start = self._start(weight)
+        stochastic = self.claim.common.rounding == "stochastic"
+        site = WeightSite(weight, settings.bits_weights, settings.per_channel_wts, start, stochastic)
+        quantizer = self.claim.method.weight(site)
+        if quantizer.folds and gain is not None:
+            folded = weight * gain.view(-1, *[1] * (weight.ndim - 1))
+            quantizer = self.claim.method.weight(replace(site, weight=folded, start=self._start(folded)))
+        return quantizer
+
+    def _start(self, weight: Tensor) -> QParams:
+        settings = self.settings
+        plan = WeightPlan(max(settings.bits_weights, 2), settings.mode_weights, settings.per_channel_wts)
+        planned = plan_weight(plan, weight, settings.clip_wts, settings.clip_percentile, settings.clip_p)
+        return planned.qparams(weight)
+
+    def output(self) -> ActivationQuantizer | None:
+        if self.plan.output is None:
+            return None
+        start = self.plan.output.qparams()
+        if self.plan.kind == "softmax":
+            return FixedActivation(start)
+        relu = self.layer.activation is not None or ends_in_relu(self.graph, self.node)
+        return self.claim.method.activation(ActivationSite(self.settings.bits_activations, start, relu))
+
+    def input(self, index: int, planned: TensorPlan) -> ActivationQuantizer:
+        """The quantizer of what arrives in float: the images, a constant, or what another layer left so."""
+        source = [each for each in self.node.all_input_nodes if each.meta["tensor"]][index]
+        while source.op not in ("placeholder", "get_attr", "call_module"):
+            source = source.all_input_nodes[0]
+        if source.op == "get_attr":
+            return FixedActivation(planned.qparams())
+        site = ActivationSite(self.settings.bits_activations, planned.qparams(), False, source.op == "placeholder")
+        return self.claim.method.activation(site)
+
+    def gradient(self) -> nn.Module | None:
+        return self.claim.method.gradient() if self.plan.weight is not None else None
