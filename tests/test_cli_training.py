@@ -268,3 +268,28 @@ def test_published_schedules_fit_their_models(name: str) -> None:
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.lines if line.startswith("| ")]
     bits = {row[0]: f"{row[3]} {row[4]}" for row in cells if len(row) > 6}
     assert {layer: bits[layer] for layer in expected} == expected
+
+
+WIDE = """\
+quantizers:
+  wrpn: {class: WRPNQuantizer, widen: 2, bits_activations: 4, bits_weights: 4, edges: all, calibration_images: 64}
+policies:
+  - quantizer: {instance_name: wrpn}
+    starting_epoch: 0
+    ending_epoch: 2
+    frequency: 1
+"""
+
+
+def test_a_wider_model_is_found_again_by_its_name() -> None:
+    Path("wide.yaml").write_text(WIDE)
+    words = f"{MODEL} --compress wide.yaml --lr 0.05 {FAST}"
+    first = good(f"{words} --epochs 1", Path.cwd())
+    assert "=> widened the model by 2: a digits_cnn.wide2 model with random weights" in first.out
+    file = first.folder / "checkpoint.pth.tar"
+    assert contents(file)["state_dict"]["fc.weight"].shape[1] == 2 * 32 * 4
+    rest = good(f"{words} --epochs 2 --resume-from {file}", Path.cwd())
+    assert "--- validate (epoch=1)" in rest.out
+    shown = [line for line in rest.lines if line.startswith("==> Top1: ")][-1]
+    again = good(f"--resume-from {rest.folder}/checkpoint.pth.tar --quantize-eval {FAST}", Path.cwd())
+    assert shown in again.lines

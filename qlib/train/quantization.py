@@ -26,7 +26,7 @@ from qlib.lower.trainable import (
     lower_trainable,
     trainable_layers,
 )
-from qlib.quant.plan import Plan
+from qlib.quant.plan import LayerPlan, Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
 from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.tensor_stats import ModelStats
@@ -111,6 +111,8 @@ class Quantization(Policy):
                 inputs = zip(plans[name].inputs, layer_inputs(node), strict=True)
                 kept = tuple(None if claim.leaves_float(source) else planned for planned, source in inputs)
                 plans[name] = replace(plans[name], inputs=kept)
+                if self.plan is not None and claim is self._owners[name]:
+                    plans[name] = _with_starts_of(self.plan.layers[name], plans[name])
         return replace(plan, layers=plans)
 
     def _attach(self, owners: dict[str, Claim | None], plan: Plan) -> None:
@@ -186,6 +188,12 @@ class Quantization(Policy):
         for name, layer in trainable_layers(self.module):
             for part, module in _parts(layer).items():
                 module.load_state_dict(state["modules"][f"{name}.{part}"])
+
+
+def _with_starts_of(before: LayerPlan, now: LayerPlan) -> LayerPlan:
+    """The plan of a layer that keeps its quantizers, with the grids that they started from."""
+    inputs = tuple(new and (old or new) for old, new in zip(before.inputs, now.inputs, strict=True))
+    return replace(now, inputs=inputs, output=now.output and (before.output or now.output))
 
 
 def _parts(layer: TrainableLayer) -> dict[str, nn.Module]:

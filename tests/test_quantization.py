@@ -1,0 +1,277 @@
+"""Quantizers of a schedule at work on a graph: who has which layer, what is shared, what is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlib.config.flag_groups import TrainArgs
+from qlib.config.schedule import Component, PolicySpec
+from qlib.config.settings import Rule
+from qlib.errors import ConfigError
+from qlib.graph import Graph, capture, fold_batch_norm
+from qlib.job import FoldedGraph
+from qlib.lower import lower
+from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers
+from qlib.quant.plan import Plan
+from qlib.stats.collect import Collector
+from qlib.stats.tensor_stats import ModelStats
+from qlib.train.optimizers import make_optimizer
+from qlib.train.policy import Batch, Losses
+from qlib.train.quantization import Quantization
+
+
+class Net(nn.Module):
+    """A pre-activation block between a stem and a head: batch-norms of both kinds, an add, a late ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.pre_bn, self.pre_relu = nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv3 = nn.Conv2d(8, 8, 1)
+        self.pool, self.late_relu = nn.MaxPool2d(2), nn.ReLU()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(self.pre_relu(self.pre_bn(x))))
+        x = self.late_relu(self.pool(self.conv3(x + y)))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Attention over the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 2, 2)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        return self.fc(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))  # type: ignore[no-any-return]
+
+
+class Twice(nn.Module):
+    """A convolution that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.conv(torch.relu(self.conv(x))))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def images(count: int = 16) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def spec(
+    cls: str = "LSQQuantizer", start: int = 0, rules: Mapping[str, dict[str, Any]] | None = None, **keys: Any
+) -> PolicySpec:
+    """A quantizer of 4 bits that begins in an epoch."""
+    overrides = tuple(Rule(pattern, settings, {}, "a.yaml:5") for pattern, settings in (rules or {}).items())
+    settings = {"bits_activations": 4, "bits_weights": 4, "edges": "all", **keys}
+    return PolicySpec(Component("quantizers", cls, cls, settings, overrides, "a.yaml:2"), start, start + 1)
+
+
+def calibrate(graph: Graph, count: int) -> ModelStats:
+    collector = Collector(graph, histograms=True)
+    collector.update(images()[:count], consumed=count)
+    return ModelStats(collector.result(), {})
+
+
+def quantization(model: nn.Module, *specs: PolicySpec) -> Quantization:
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1.0, 1.5)
+            nn.init.normal_(module.bias)
+    graph, folded = capture(model, images(2), share=True), capture(model, images(2))
+    names = fold_batch_norm(folded)
+    return Quantization(graph, FoldedGraph(folded, names), specs, calibrate)
+
+
+def layer(work: Quantization, name: str) -> TrainableLayer:
+    return dict(trainable_layers(work.module))[name]
+
+
+def steps(work: Quantization, count: int = 3) -> None:
+    """A few steps on the images."""
+    optimizer = make_optimizer(TrainArgs(lr=0.01), list(work.graph.parameters()), work.groups)
+    work.use(optimizer)
+    work.on_epoch_begin(0)
+    work.module.train()
+    for _ in range(count):
+        loss = F.cross_entropy(work.module(images()), torch.arange(16) % 5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    work.module.eval()
+
+
+@pytest.mark.parametrize("model", [Net(), Attention(), Twice()], ids=["net", "attention", "twice"])
+def test_without_quantizers_it_is_the_float_model(model: nn.Module) -> None:
+    lowered = lower_trainable(capture(model.eval(), images(2)))
+    torch.testing.assert_close(lowered(images()), model(images()))
+
+
+@pytest.mark.parametrize("model", [Net(), Attention(), Twice()], ids=["net", "attention", "twice"])
+def test_what_trained_is_what_is_deployed(model: nn.Module) -> None:
+    work = quantization(model, spec())
+    steps(work)
+    learned = work.deployed()
+    assert learned is not None
+    with torch.no_grad():
+        exact, trained = lower(*learned)(images(64)), work.module(images(64))
+    # A code that is rounded once in training and twice by a kernel moves a logit by a step of the output's grid.
+    step = float(learned[1].layers["fc"].output.qparams().scale)  # type: ignore[union-attr]
+    assert float((exact - trained).abs().max()) <= 2.01 * step
+    assert float((exact == trained).float().mean()) > 0.9 or float((exact - trained).abs().mean()) < 0.2 * step
+
+
+@pytest.mark.parametrize(("model", "weight"), [(Net(), "conv2.weight"), (Attention(), "attention.in_proj_weight")])
+def test_the_model_itself_trains(model: nn.Module, weight: str) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    steps(quantization(model, spec()), 1)
+    after = model.state_dict()
+    assert not torch.equal(before[weight], after[weight])
+    if isinstance(model, Net):
+        assert not torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])
+
+
+def owners(work: Quantization, epoch: int) -> dict[str, str]:
+    found = work._owners_in(epoch)
+    return {name: "float" if claim is None else claim.spec.component.cls for name, claim in found.items()}
+
+
+def test_a_layer_belongs_to_the_quantizer_that_began_last() -> None:
+    first = spec("PACTQuantizer", 1, {"fc": {"bits_weights": 0, "bits_activations": 0}})
+    second = spec("LSQQuantizer", 3, {"conv.*": {"bits_weights": 2}}, bits_activations=0, bits_weights=0)
+    work = quantization(Net(), first, second)
+    assert set(owners(work, 0).values()) == {"float"}
+    assert owners(work, 2)["conv2"] == "PACTQuantizer"
+    assert owners(work, 2)["fc"] == "float"
+    assert owners(work, 9)["conv2"] == "LSQQuantizer"
+    assert owners(work, 9)["pre_bn"] == "PACTQuantizer"
+
+
+def test_fewer_bits_from_an_epoch_on() -> None:
+    work = quantization(Net(), spec(), spec(start=2, bits_weights=2))
+    work.on_epoch_begin(0)
+    before = layer(work, "conv2").weight
+    work.on_epoch_begin(1)
+    assert layer(work, "conv2").weight is before
+    work.on_epoch_begin(2)
+    assert len(layer(work, "conv2").rounded_weight()[0][0].unique()) <= 3
+    assert work.plan is not None
+    assert Plan(work.plan.layers) == work.plan
+
+
+def test_only_what_leaves_a_relu_where_edges_say_so() -> None:
+    work = quantization(Net(), spec("DorefaQuantizer", edges=None))
+    work.on_epoch_begin(0)
+    have = {name for name, each in trainable_layers(work.module) if each.output is not None}
+    assert have == {"conv1", "pre_bn", "conv3"}
+    assert all(isinstance(each, nn.Identity) for _, lay in trainable_layers(work.module) for each in lay.inputs)
+
+
+def test_bits_of_the_first_and_the_last_layer() -> None:
+    work = quantization(Net(), spec(bits_first_last=8))
+    ((_, settings),) = work.settings
+    bits = {name: (each.bits_weights, each.bits_activations) for name, each in settings.items()}
+    assert bits["conv1"] == bits["fc"] == (8, 8)
+    assert bits["conv2"] == (4, 4)
+    assert bits["mean"][1] == 8
+
+
+def test_a_rule_for_the_first_layer_beats_its_bits() -> None:
+    work = quantization(Net(), spec(rules={"conv1": {"bits_weights": 6}}, bits_first_last=8))
+    assert work.settings[0][1]["conv1"].bits_weights == 6
+
+
+def test_images_in_float() -> None:
+    cls, modes = "QuantAwareTrainRangeLinearQuantizer", {"mode_activations": "asym_u", "mode_weights": "sym"}
+    work = quantization(Net(), spec(cls, quantize_inputs=False, **modes))
+    work.on_epoch_begin(0)
+    assert isinstance(layer(work, "conv1").inputs[0], nn.Identity)
+    with_inputs = quantization(Net(), spec(cls, num_bits_inputs=8, **modes))
+    with_inputs.on_epoch_begin(0)
+    assert layer(with_inputs, "conv1").inputs[0].params.spec.bits == 8  # type: ignore[union-attr]
+
+
+def test_dampening_is_the_distance_to_the_grid() -> None:
+    work = quantization(Net(), spec(dampening=0.5))
+    work.on_epoch_begin(0)
+    losses = work.before_backward(
+        Batch(0, 0, [], images(), torch.zeros(16)), torch.zeros(16, 5), Losses(torch.tensor(1.0), torch.tensor(1.0))
+    )
+    expected = 0.0
+    for _, each in trainable_layers(work.module):
+        if each.weight is not None:
+            weight, (rounded, scale) = each.module.weight, map(torch.detach, each.rounded_weight())
+            assert isinstance(weight, Tensor)
+            weight = weight.detach()
+            near = (weight - rounded).abs() <= scale.view(-1, *[1] * (weight.ndim - 1)) / 2
+            expected += float((weight - rounded)[near].square().sum())
+    assert losses.overall.item() == pytest.approx(1 + 0.5 * expected, rel=1e-5)
+    assert losses.others["Dampening Loss"].item() == pytest.approx(0.5 * expected, rel=1e-5)
+
+
+def test_frozen_statistics() -> None:
+    work = quantization(Net(), spec(freeze_bn_epoch=1))
+    for epoch, training in ((0, True), (1, False)):
+        work.module.train()
+        work.on_epoch_begin(epoch)
+        norm = layer(work, "conv1").norm
+        assert norm is not None
+        assert norm.training is training
+
+
+def test_groups_of_the_optimizer_follow_the_quantizers() -> None:
+    work = quantization(Net(), spec(lr_factor=0.1), spec("PACTQuantizer", 1, act_clip_decay=0.01))
+    optimizer = make_optimizer(TrainArgs(lr=1.0), list(work.graph.parameters()), work.groups)
+    work.use(optimizer)
+    assert [len(group["params"]) for group in optimizer.param_groups[1:]] == [0, 0]
+    work.on_epoch_begin(0)
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1, 1.0]
+    scales = len(optimizer.param_groups[1]["params"])
+    assert scales > 8
+    work.on_epoch_begin(1)
+    assert len(optimizer.param_groups[1]["params"]) == 0
+    assert optimizer.param_groups[2]["weight_decay"] == 0.01
+
+
+def test_the_state_restores_every_quantizer() -> None:
+    work = quantization(Net(), spec(), spec("LSQPlusQuantizer", 1, {"fc": {"bits_weights": 0, "bits_activations": 0}}))
+    steps(work)
+    work.on_epoch_begin(1)
+    state = work.state_dict()
+    other = quantization(Net(), spec(), spec("LSQPlusQuantizer", 1, {"fc": {"bits_weights": 0, "bits_activations": 0}}))
+    other.graph.load_state_dict(work.graph.state_dict())
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.module.eval()(images()), work.module.eval()(images()), rtol=0, atol=0)
+
+
+def test_too_few_bits_for_a_method() -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml:2: bits_weights of 'conv1' is 1, but LSQQuantizer needs 2 or more"):
+        quantization(Net(), spec(bits_weights=1))
+
+
+def test_all_mistakes_of_all_quantizers_at_once() -> None:
+    wrong = spec(rules={"conv9": {"bits_weights": 2}}), spec("PACTQuantizer", rules={"fcc": {"bits_weights": 2}})
+    with pytest.raises(ConfigError) as caught:
+        quantization(Net(), *wrong)
+    assert [problem.split(";")[0] for problem in caught.value.problems] == [
+        "a.yaml:5: 'conv9' matches no layer",
+        "a.yaml:5: 'fcc' matches no layer",
+    ]
