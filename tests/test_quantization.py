@@ -194,6 +194,14 @@ def test_bits_of_the_first_and_the_last_layer() -> None:
     assert bits["mean"][1] == 8
 
 
+def test_bits_of_what_goes_through_no_relu() -> None:
+    work = quantization(Net(), spec(bits_other_edges=8, rules={"mean": {"bits_activations": 6}}))
+    bits = {name: each.bits_activations for name, each in work.settings[0][1].items()}
+    assert {name for name, number in bits.items() if number == 8} == {"conv2", "add", "fc"}
+    assert bits["conv1"] == bits["pre_bn"] == bits["conv3"] == 4
+    assert bits["mean"] == 6
+
+
 def test_a_rule_for_the_first_layer_beats_its_bits() -> None:
     work = quantization(Net(), spec(rules={"conv1": {"bits_weights": 6}}, bits_first_last=8))
     assert work.settings[0][1]["conv1"].bits_weights == 6

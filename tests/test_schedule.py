@@ -167,6 +167,7 @@ def test_a_rule_knows_its_lines_and_tolerates_the_prefix_of_a_parallel_model() -
 def test_every_quantizer_takes_the_common_arguments(tmp_path: Path, cls: str) -> None:
     lines = ["bits_activations: 1", "bits_weights: 0", "bits_bias: null", "edges: all", "rounding: stochastic"]
     lines += ["calibration_images: 64", "lr_factor: 1e-2", "dampening: 0", "bits_first_last: 8", "freeze_bn_epoch: 3"]
+    lines += ["bits_other_edges: 6"]
     lines += ["overrides: {fc: {bits_weights: 2, bits_bias: 8}}"]
     schedule = load(tmp_path, quantizer(*lines, cls=cls))
     assert settings(schedule) == {
@@ -179,6 +180,7 @@ def test_every_quantizer_takes_the_common_arguments(tmp_path: Path, cls: str) ->
         "lr_factor": 0.01,
         "dampening": 0.0,
         "bits_first_last": 8,
+        "bits_other_edges": 6,
         "freeze_bn_epoch": 3,
     }
     assert schedule.policies[0].component.rules[0].settings == {"bits_weights": 2, "bits_bias": 8}

@@ -128,6 +128,7 @@ _EVERY_QUANTIZER = _table(
     lr_factor=_positive,
     dampening=_not_negative,
     bits_first_last=whole(1, 16, null=None),
+    bits_other_edges=whole(2, 16, null=None),
     freeze_bn_epoch=_count(0, null=True),
 )
 

@@ -57,7 +57,8 @@ class _RoundTensor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-        x = dense(x)
+        x, ctx.shape = dense(x), scale.shape
+        scale = scale.reshape(())  # its axes would be those of the pieces
         ctx.save_for_backward(x, scale)
         ctx.bounds = float(low), float(high)
         y = torch.empty_like(x)
@@ -86,7 +87,7 @@ class _RoundTensor(torch.autograd.Function):
         of_bounds = (
             total * scale if needed else None for total, needed in zip((of_low, of_high), needs_bounds, strict=True)
         )
-        return of_x, of_scale.view(scale.shape) if needs_scale else None, *of_bounds
+        return of_x, of_scale.view(ctx.shape) if needs_scale else None, *of_bounds
 
 
 def fake_quantize(

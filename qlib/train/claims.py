@@ -30,6 +30,7 @@ class Common:
 
     `edges`: which outputs are quantized, all or those of ReLUs; None is the method's own choice. `bits_first_last`:
     bits of the first and the last layer with weights, and of the last one's input, where others have bits.
+    `bits_other_edges`: bits of outputs that go through no ReLU, such as those that are added; without it those of all.
     `calibration_images`: how many the first ranges come from. `dampening` holds weights near their grid (Nagel et al.,
     "Overcoming oscillations", 2022, section 4.1). From `freeze_bn_epoch` on batch-norms use their running statistics.
     """
@@ -43,6 +44,7 @@ class Common:
     lr_factor: float = 1.0
     dampening: float = 0.0
     bits_first_last: int | None = None
+    bits_other_edges: int | None = None
     freeze_bn_epoch: int | None = None
 
 
@@ -64,7 +66,7 @@ class Claim:
         given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
         given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
         defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
-        all_rules = (*rules, *self._ends(folded.graph))
+        all_rules = (*rules, *self._ends(folded.graph), *self._other_edges(folded.graph))
         absorbed = {**_later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, all_rules), layer_infos(folded.graph), absorbed)
         self._check_bits(found)
@@ -99,6 +101,16 @@ class Claim:
             wanted.setdefault(source, acts)
         where = Path(self.spec.component.where).name
         return [Rule(re.escape(name_of(node)), settings, {}, where) for node, settings in wanted.items()]
+
+    def _other_edges(self, graph: Graph) -> list[Rule]:
+        """Rules for the outputs that go through no ReLU."""
+        bits = self.common.bits_other_edges
+        if bits is None or not self.common.bits_activations:
+            return []
+        others = [node for node, module in layers(graph) if kind_of(module) not in ("relu", "max_pool")]
+        where, settings = Path(self.spec.component.where).name, {"bits_activations": bits}
+        names = [name_of(node) for node in others if not ends_in_relu(graph, node)]
+        return [Rule(re.escape(name), settings, {}, where) for name in names]
 
     def leaves_float(self, source: fx.Node) -> bool:
         """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
