@@ -5,7 +5,7 @@
 Trains, on scikit-learn's digits, a network of depthwise-separable blocks with batch-norm and ReLU (less than a minute
 a seed on one core), the way such networks are trained: RMSprop with weight decay. Nothing is rescaled by hand: the
 channels differ because training makes them. Prints a Markdown table of each correction, a mean over the seeds, and what
-three epochs under schedules/qat_linear_8bit.yaml give, still with one range a tensor.
+ten epochs under schedules/qat_linear_8bit.yaml give, still with one range a tensor.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def retrained(model: nn.Module, folder: Path) -> float:
     torch.save({"state_dict": model.state_dict()}, weights)
     schedule = Path(__file__).resolve().parents[1] / "schedules" / "qat_linear_8bit.yaml"
     words = f"-a {Path(__file__).resolve()}:digits_network --exp-load-weights-from {weights} --out-dir {folder}"
-    training = f"--compress {schedule} --epochs 3 --lr 0.001 -b 64 --vs 0 --cpu -j 0"
+    training = f"--compress {schedule} --epochs 10 --lr 0.01 -b 64 --vs 0 --cpu -j 0"
     with contextlib.redirect_stdout(output):
         code = compress([*words.split(), *training.split()])
     assert code == 0, output.getvalue()
@@ -238,7 +238,7 @@ def main() -> None:
             after = retrained(model, Path(folder))
         floats.append(top1)
         tables.append(rows)
-        print(f"seed {seed}: float Top1 {top1:.2f}, {after:.2f} after three epochs of training at 8 bits", flush=True)
+        print(f"seed {seed}: float Top1 {top1:.2f}, {after:.2f} after ten epochs of training at 8 bits", flush=True)
     means = torch.tensor(tables).mean(0).tolist()
     headers = ["", *(f"{what} W{bits}A8" for bits in args.bits for what in ("Top1", "loss"))]
     print(f"float Top1 {sum(floats) / len(floats):.2f}")
