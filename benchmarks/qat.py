@@ -28,7 +28,6 @@ SCHEDULES = Path(__file__).resolve().parents[1] / "schedules"
 CASES = {
     "lsq_4bit": "--epochs 10 --lr 0.01",
     "lsq_3bit": "--epochs 10 --lr 0.01",
-    "lsq_2bit": "--epochs 20 --lr 0.01",
     "pact_4bit": "--epochs 10 --lr 0.01",
     "dorefa_4bit": "--epochs 10 --lr 0.01",
     "ternary_weights": "--epochs 10 --lr 0.02",
