@@ -26,13 +26,13 @@ from qlib.config.schedule import load_schedule
 from qlib.config.timeline import timeline
 from qlib.corrections import correct_float
 from qlib.errors import ModelError, UsageError
-from qlib.evaluate import Evaluation, Meter, evaluate_together
+from qlib.evaluate import Evaluation
 from qlib.handover import Model, hand_over, hand_over_float
-from qlib.job import Job, choose_device, fold, load_job, report_skipped, test_loader
-from qlib.lower import exact_arithmetic, lower
+from qlib.job import Job, choose_device, fold, load_job, test_loader
+from qlib.lower import lower
+from qlib.measure import measure, tell_interval, tell_result
 from qlib.models import create_model
 from qlib.planning import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
-from qlib.progress import track
 from qlib.quant.plan_file import check_plan, write_plan
 from qlib.quantizers.widen import find_wide_model
 from qlib.report import float_layers, plan_table, settings_table
@@ -213,36 +213,18 @@ def _refuse_flags(config: RunConfig) -> None:
 
 def _test(job: Job, *models: Model) -> list[Evaluation]:
     """Evaluates the models on the same test images; the log lines people grep for are of the first one."""
-    config, loader = job.config, test_loader(job)
+    loader = test_loader(job)
     _log.info("--- test ---------------------")
-    _log.info("%d samples (%d per mini-batch)", loader.total_images, config.batch_size)
-    meters = [Meter() for _ in models]
-
-    def fields() -> dict[str, float]:
-        loss, top1, top5 = meters[0].running
-        return {"Loss": loss, "Top1": top1, "Top5": top5}
-
-    batches = track(
-        loader,
-        total_images=loader.total_images,
-        batch_size=config.batch_size,
-        description="Test",
-        print_freq=config.print_freq,
-        fields=fields,
-    )
-    with exact_arithmetic():
-        results = evaluate_together(models, meters, batches, job.device)
-    report_skipped(loader)
+    results = measure(job, loader, "Test", *models)
     if not all(math.isfinite(each.loss) for each in results):
         raise ModelError(
             f"{job.spec.arch} gives NaN or infinity for some of these images, so it has no loss;"
             " --qe-calibration tells in which layer they arise"
         )
     result = results[0]
-    _log.info("==> Top1: %.3f    Top5: %.3f    Loss: %.3f\n", result.top1, result.top5, result.loss)
-    low, high = result.top1_interval
-    _log.info("Top1 95 %% interval: %.2f to %.2f (%d images), Loss %.5f", low, high, result.samples, result.loss)
-    if config.confusion:
+    tell_result(result)
+    tell_interval(result)
+    if job.config.confusion:
         rows = (" ".join(f"{count:5d}" for count in row) for row in result.confusion.tolist())
         _log.info("==> Confusion:\n%s\n", "\n".join(rows))
     return results

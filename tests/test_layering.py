@@ -22,6 +22,7 @@ LINES = (
     ("checkpoint", "runlog", "report", "summary", "deploy"),
     ("job",),
     ("calibrate", "corrections", "handover", "search"),
+    ("measure",),
     ("train",),
     ("planning",),
     ("compress_classifier",),

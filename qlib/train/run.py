@@ -13,14 +13,12 @@ from torch import nn
 
 from qlib.checkpoint import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule import Schedule, load_schedule
-from qlib.data import Loader
 from qlib.errors import ConfigError, UsageError
-from qlib.evaluate import Evaluation, Meter, evaluate_together
 from qlib.graph import Graph, capture
 from qlib.job import LAYOUT, Job, fold
-from qlib.lower import exact_arithmetic, lower
+from qlib.lower import lower
+from qlib.measure import measure, tell_interval, tell_result
 from qlib.models import create_model
-from qlib.progress import track
 from qlib.quantizers.widen import find_wide_model, wide_name
 from qlib.stats.tensor_stats import ModelStats
 from qlib.train.best import Score, nonzero, ranked
@@ -168,7 +166,8 @@ class _Run:
         lr, means = self.optimizer.param_groups[0]["lr"], self.progress.running.means
         model, quantized = self._evaluated()
         _log.info("--- validate (epoch=%d)-----------", epoch)
-        (result,) = self._evaluate(model, self.images.validation, f"Epoch: [{epoch}]")
+        (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
+        tell_result(result)
         metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
         for policy in self.policies:
             policy.on_epoch_end(epoch, metrics)
@@ -196,30 +195,6 @@ class _Run:
         header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
         return lowered, quantized_checkpoint(header, lowered, {})
 
-    def _evaluate(self, model: nn.Module, loader: Loader, description: str, *others: nn.Module) -> list[Evaluation]:
-        """Evaluates the models on the same images; what is logged is of the first one."""
-        config, meters = self.job.config, [Meter() for _ in (model, *others)]
-        _log.info("%d samples (%d per mini-batch)", loader.total_images, config.batch_size)
-
-        def fields() -> dict[str, float]:
-            return dict(zip(("Loss", "Top1", "Top5"), meters[0].running, strict=True))
-
-        batches = track(
-            loader,
-            total_images=loader.total_images,
-            batch_size=config.batch_size,
-            description=description,
-            print_freq=config.print_freq,
-            fields=fields,
-        )
-        with exact_arithmetic():
-            results = evaluate_together(
-                [_laid_out(each) for each in (model, *others)], meters, batches, self.job.device
-            )
-        result = results[0]
-        _log.info("==> Top1: %.3f    Top5: %.3f    Loss: %.3f\n", result.top1, result.top5, result.loss)
-        return results
-
     def _save(self, name: str, quantized: Mapping[str, Any] | None) -> None:
         path = self.job.file(name)
         job = self.job
@@ -235,12 +210,12 @@ class _Run:
         """The last epoch's model on the test images."""
         model, quantized = self._evaluated()
         _log.info("--- test ---------------------")
-        fake = [self.module.eval()] if quantized is not None else []
-        result, *others = self._evaluate(model, self.images.test, "Test", *fake)
+        models = [model, *([self.module.eval()] if quantized is not None else [])]
+        result, *others = measure(self.job, self.images.test, "Test", *map(_laid_out, models))
+        tell_result(result)
         for other in others:
             _log.info("Predictions in integers that differ from those of training: %.2f %%", result.changed(other))
-        low, high = result.top1_interval
-        _log.info("Top1 95 %% interval: %.2f to %.2f (%d images), Loss %.5f", low, high, result.samples, result.loss)
+        tell_interval(result)
 
 
 def _wide(job: Job, schedule: Schedule) -> Job:
