@@ -30,7 +30,7 @@ from qlib.evaluate import Evaluation
 from qlib.handover import Model, hand_over, hand_over_float
 from qlib.job import Job, choose_device, fold, load_job, test_loader
 from qlib.lower import lower
-from qlib.measure import measure, tell_interval, tell_result
+from qlib.measure import measure, tell_confusion, tell_interval, tell_result
 from qlib.models import create_model
 from qlib.planning import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.quant.plan_file import check_plan, write_plan
@@ -225,8 +225,7 @@ def _test(job: Job, *models: Model) -> list[Evaluation]:
     tell_result(result)
     tell_interval(result)
     if job.config.confusion:
-        rows = (" ".join(f"{count:5d}" for count in row) for row in result.confusion.tolist())
-        _log.info("==> Confusion:\n%s\n", "\n".join(rows))
+        tell_confusion(result)
     return results
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from runs import ROOT, Run, good
 from runs import run as run_in
 
+from qlib.cli import parse
+from qlib.config.flag_checks import startup_warnings
 from qlib.data import epoch_order, make_loader, open_dataset, split_train
 from qlib.models import create_model, find_model
 
@@ -234,6 +236,27 @@ def test_mistakes(words: str, sentence: str, trained: Run) -> None:
     assert done.code == 2
     assert sentence in done.err
     assert "Traceback" not in done.out + done.err
+
+
+IGNORED = {
+    "--lr 0.1 --evaluate": "--lr has no effect without --compress or --epochs",
+    "--epochs 3 --evaluate": "--epochs is ignored: with --evaluate nothing is trained",
+    "--epochs 3 --optimizer adam --momentum 0.5": "--momentum is ignored: adam has its own",
+    "--epochs 3 --amp --cpu": "--amp is ignored: mixed precision needs a GPU",
+    "--epochs 3 --reset-optimizer": "--reset-optimizer has no effect without --resume-from",
+    "--epochs 3 --engine torch": "--engine is ignored: training evaluates with torch",
+}
+
+
+@pytest.mark.parametrize("words", IGNORED)
+def test_flags_without_effect_are_told(words: str) -> None:
+    assert IGNORED[words] in startup_warnings(parse([*MODEL.split(), *words.split()]))
+
+
+def test_confusion_of_the_last_test() -> None:
+    done = good(f"{MODEL} --pretrained --epochs 1 --lr 0.001 --etrs 0.1 --confusion {FAST}", Path.cwd())
+    rows = done.out.split("==> Confusion:\n")[1].splitlines()[:10]
+    assert sum(int(count) for row in rows for count in row.split()) == 100
 
 
 def test_reset_optimizer_begins_a_new_run(trained: Run) -> None:

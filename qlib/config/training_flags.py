@@ -35,7 +35,7 @@ def training_warnings(config: RunConfig) -> list[str]:
     if instead := _instead(config):
         all_flags = ("--compress", "--epochs", *_TRAINING)
         return [f"{flag} is ignored: with {instead} nothing is trained" for flag in all_flags if flag in given]
-    found = []
+    found = ["--engine is ignored: training evaluates with torch"] if "--engine" in given else []
     if "--momentum" in given and args.optimizer != "sgd":
         found.append(f"--momentum is ignored: {args.optimizer} has its own")
     if args.amp and config.cpu:

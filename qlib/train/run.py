@@ -17,7 +17,7 @@ from qlib.errors import ConfigError, UsageError
 from qlib.graph import Graph, capture
 from qlib.job import LAYOUT, Job, fold
 from qlib.lower import lower
-from qlib.measure import measure, tell_interval, tell_result
+from qlib.measure import measure, tell_confusion, tell_interval, tell_result
 from qlib.models import create_model
 from qlib.quantizers.widen import find_wide_model, wide_name
 from qlib.stats.tensor_stats import ModelStats
@@ -216,6 +216,8 @@ class _Run:
         for other in others:
             _log.info("Predictions in integers that differ from those of training: %.2f %%", result.changed(other))
         tell_interval(result)
+        if self.job.config.confusion:
+            tell_confusion(result)
 
 
 def _wide(job: Job, schedule: Schedule) -> Job:
