@@ -66,9 +66,13 @@ class Claim:
         given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
         given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
         defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
-        all_rules = (*rules, *self._ends(folded.graph), *self._other_edges(folded.graph))
+        ours = {**self._other_edges(folded.graph), **self._ends(folded.graph)}
+        where = Path(self.spec.component.where).name
+        more = [
+            Rule(re.escape(name), settings, {}, where) for name, settings in ours.items() if not _named(rules, name)
+        ]
         absorbed = {**_later_relus(folded.graph), **folded.absorbed}
-        found = resolve(PtqConfig(defaults, all_rules), layer_infos(folded.graph), absorbed)
+        found = resolve(PtqConfig(defaults, (*rules, *more)), layer_infos(folded.graph), absorbed)
         self._check_bits(found)
         for node, module in layers(folded.graph):
             if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
@@ -88,29 +92,26 @@ class Claim:
                     f" needs {least} or more; BinaryConnectQuantizer and XNORQuantizer have weights of 1 bit"
                 )
 
-    def _ends(self, graph: Graph) -> list[Rule]:
-        """Rules for the first and the last layer with weights; those of the file come before them."""
+    def _ends(self, graph: Graph) -> dict[str, dict[str, int]]:
+        """Settings of the first and the last layer with weights, and of what gives the last one its input."""
         bits = self.common.bits_first_last
         weighted = [node for node, module in layers(graph) if kind_of(module) in ("conv", "linear")]
         if bits is None or not weighted:
-            return []
+            return {}
         acts = {"bits_activations": bits} if self.common.bits_activations else {}
-        wanted = {node: {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
+        wanted = {name_of(node): {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
         source = _producer(graph, weighted[-1])
         if source is not None and acts:
-            wanted.setdefault(source, acts)
-        where = Path(self.spec.component.where).name
-        return [Rule(re.escape(name_of(node)), settings, {}, where) for node, settings in wanted.items()]
+            wanted.setdefault(name_of(source), acts)
+        return wanted
 
-    def _other_edges(self, graph: Graph) -> list[Rule]:
-        """Rules for the outputs that go through no ReLU."""
+    def _other_edges(self, graph: Graph) -> dict[str, dict[str, int]]:
+        """Settings of the layers whose outputs go through no ReLU."""
         bits = self.common.bits_other_edges
         if bits is None or not self.common.bits_activations:
-            return []
+            return {}
         others = [node for node, module in layers(graph) if kind_of(module) not in ("relu", "max_pool")]
-        where, settings = Path(self.spec.component.where).name, {"bits_activations": bits}
-        names = [name_of(node) for node in others if not ends_in_relu(graph, node)]
-        return [Rule(re.escape(name), settings, {}, where) for name in names]
+        return {name_of(node): {"bits_activations": bits} for node in others if not ends_in_relu(graph, node)}
 
     def leaves_float(self, source: fx.Node) -> bool:
         """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
@@ -124,6 +125,11 @@ class Claim:
         """Whether it quantizes anything of a layer."""
         settings = self.settings[name]
         return bool(settings.bits_weights or settings.bits_activations)
+
+
+def _named(rules: Sequence[Rule], name: str) -> bool:
+    """Whether a rule of the file speaks of a layer: it has the last word."""
+    return any(rule.matches(name) for rule in rules)
 
 
 def ends_in_relu(graph: Graph, node: fx.Node) -> bool:
