@@ -69,7 +69,6 @@ class Progress:
 class Settings:
     """What a step needs to know besides the model."""
 
-    epochs: int
     batch_size: int
     seed: int
     print_freq: int

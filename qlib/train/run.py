@@ -116,7 +116,6 @@ class _Run:
         """All epochs that are left, and the test."""
         config = self.job.config
         settings = Settings(
-            self.args.epochs,
             config.batch_size,
             config.seed,
             config.print_freq,
