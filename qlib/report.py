@@ -50,7 +50,7 @@ def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed
                 kind,
                 shape,
                 _bits(s.bits_weights) if weighted else "",
-                _bits(s.bits_activations) if s.fpq is None else f"float{s.fpq}",
+                _activation_bits(s) if s.fpq is None else f"float{s.fpq}",
                 mode,
                 _clip(s, weighted),
                 _origins(s, weighted),
@@ -58,6 +58,13 @@ def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed
         )
     headers = ["Name", "Kind", "Output", "W bits", "A bits", "Mode (weights / acts)", "Clip", "Set by"]
     return tabulate(rows, headers, tablefmt="psql", disable_numparse=True)
+
+
+def _activation_bits(settings: LayerSettings) -> str:
+    """Those of the output, and of inputs that have others."""
+    bits = {index: settings.of_input(index).bits_activations for index in settings.input_overrides}
+    others = [f", input {index}: {_bits(each)}" for index, each in bits.items() if each != settings.bits_activations]
+    return "".join([_bits(settings.bits_activations), *others])
 
 
 def _clip(settings: LayerSettings, weighted: bool) -> str:

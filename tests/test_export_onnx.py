@@ -63,8 +63,8 @@ FILES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "four": ("padding", 20, FOUR),
     "int4": ("padding", 21, FOUR),
     "uint4": ("padding", 22, {**UNSIGNED, "bits_weights": 4}),
-    "uint16": ("padding", 21, {"bits_activations": 12, "bits_accum": 40}),
-    "wide weights": ("padding", 20, {"bits_weights": 12, "bits_accum": 40}),
+    "uint16": ("padding", 21, {"bits_activations": 12}),
+    "wide weights": ("padding", 20, {"bits_weights": 12}),
     "large": ("large", 20, {}),
 }
 

@@ -99,7 +99,8 @@ def expected(module: nn.Module, plan: LayerPlan, q: Ints, x: Codes, y: Codes, to
         bias = np.rint(module.bias.detach().numpy() / (x.scale * scale)).astype(np.int64)
         limit = 2 ** (plan.bits_bias - 1)
         acc = acc + np.clip(bias, -limit, limit - 1).reshape(column)
-    limit = 2 ** (plan.bits_accum - 1)
+    in_float = max(x.bits, grid.bits, y.bits) > 8 and plan.bits_accum == 32
+    limit = 2 ** (62 if in_float else plan.bits_accum - 1)
     factor = (x.scale * scale) / y.scale
     if plan.scale_approx_bits is not None:
         shift = np.floor(np.log2((2**plan.scale_approx_bits - 1) / factor.astype(np.float64)))

@@ -107,7 +107,7 @@ def test_every_kind_has_a_lowering_and_a_model_here() -> None:
 @pytest.mark.parametrize(("bits", "close"), [(8, 0.1), (16, 1e-3)])
 @pytest.mark.parametrize("kind", MODELS)
 def test_near_the_float_model(kind: str, bits: int, close: float, per_channel: bool) -> None:
-    settings = {"bits_activations": bits, "bits_weights": bits, "per_channel_wts": per_channel, "bits_accum": 48}
+    settings = {"bits_activations": bits, "bits_weights": bits, "per_channel_wts": per_channel}
     got, want = run(lower(graph_of(kind), plan_of(kind, **settings)), kind), run(graph_of(kind), kind)
     assert got.shape == want.shape
     assert got.dtype == torch.float32

@@ -221,6 +221,27 @@ def test_input_overrides_of_an_input_that_arrives_in_float() -> None:
     assert grid.bits == 5
 
 
+def test_input_overrides_of_an_input_that_arrives_quantized() -> None:
+    graph, _ = prepared(residual)
+    plan = plan_of(residual, {"conv2": {"input_overrides": {0: {"bits_activations": 4}}}})
+    own, whole = plan.layers["conv2"].inputs[0], plan.layers["conv1"].output
+    assert own is not None
+    assert whole is not None
+    assert (own.bits, own.min, own.max, whole.bits) == (4, whole.min, whole.max, 8)
+    assert plan.layers["add"].inputs == (None, None)
+    same = plan_of(residual, {"conv2": {"input_overrides": {0: {"bits_activations": 8}}}})
+    assert same == plan_of(residual), "what asks for its producer's grid is not rounded twice"
+    seen: dict[str, Tensor] = {}
+    exact = lower(graph, plan)
+    for name in ("quantize_relu", "conv1"):
+        exact.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.update({name: args[2].clone()}))
+    exact(IMAGES)
+    fine, coarse = whole.qparams().scale, own.qparams().scale
+    expected = (seen["conv1"] * fine / coarse).round().clamp(0, 15)
+    assert torch.equal(seen["quantize_relu"], expected)
+    assert len(seen["quantize_relu"].unique()) == 16
+
+
 def lacking(name: str, *, inputs: bool = False) -> Callable[[ModelStats], ModelStats]:
     def cut(stats: ModelStats) -> ModelStats:
         layers = dict(stats.layers)
@@ -283,9 +304,9 @@ def test_a_layer_left_in_float_needs_no_statistics() -> None:
     ("settings", "message"),
     [
         pytest.param(
-            {"conv2": {"input_overrides": {0: {"bits_activations": 4}}}},
-            "input_overrides of 'conv2' for input 0 conflicts: 'conv1' already quantizes it; override that layer",
-            id="an override of a quantized input",
+            {"conv2": {"input_overrides": {0: {"bits_activations": 0}}}},
+            "input_overrides of 'conv2' gives input 0 no bits, but 'conv1' quantizes it; override that layer",
+            id="an override that leaves a quantized input in float",
         ),
         pytest.param(
             {"conv1": {"inputs_quant_auto_fallback": False}},
@@ -308,7 +329,7 @@ def test_settings_that_contradict_the_graph(settings: dict[str, dict[str, Any]],
 def test_all_contradictions_are_told_at_once_with_their_places() -> None:
     graph, folded = prepared(residual)
     each = {info.name: DEFAULTS for info in layer_infos(graph)}
-    overrides = {"input_overrides": {0: {"bits_activations": 4}}}
+    overrides = {"input_overrides": {0: {"bits_activations": 0}}}
     each["conv2"] = DEFAULTS.with_settings(overrides, {"input_overrides": "my.yaml:7"})
     each["fc"] = DEFAULTS.with_settings({"make_identity": True}, {"make_identity": "my.yaml:12"})
     with pytest.raises(ConfigError) as caught:

@@ -19,6 +19,7 @@ from qlib.job import FoldedGraph
 from qlib.lower import lower
 from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers
 from qlib.quant.plan import Plan
+from qlib.quantizers.lsq import LsqActivation
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 from qlib.train.optimizers import make_optimizer
@@ -69,6 +70,21 @@ class Twice(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.conv(torch.relu(self.conv(x))))
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Residual(nn.Module):
+    """A tensor that a convolution and an add read; a convolution behind the add and a pool read its sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.conv3 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = x + self.conv2(x)
+        return self.fc((x + self.conv3(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 def images(count: int = 16) -> Tensor:
@@ -125,9 +141,12 @@ def test_without_quantizers_it_is_the_float_model(model: nn.Module) -> None:
     torch.testing.assert_close(lowered(images()), model(images()))
 
 
-@pytest.mark.parametrize("model", [Net(), Attention(), Twice()], ids=["net", "attention", "twice"])
-def test_what_trained_is_what_is_deployed(model: nn.Module) -> None:
-    work = quantization(model, spec())
+@pytest.mark.parametrize("edges", ["all", "inputs"])
+@pytest.mark.parametrize(
+    "model", [Net(), Attention(), Twice(), Residual()], ids=["net", "attention", "twice", "residual"]
+)
+def test_what_trained_is_what_is_deployed(model: nn.Module, edges: str) -> None:
+    work = quantization(model, spec(edges=edges))
     steps(work)
     learned = work.deployed()
     assert learned is not None
@@ -200,6 +219,34 @@ def test_bits_of_what_goes_through_no_relu() -> None:
     assert {name for name, number in bits.items() if number == 8} == {"conv2", "add", "fc"}
     assert bits["conv1"] == bits["pre_bn"] == bits["conv3"] == 4
     assert bits["mean"] == 6
+
+
+def test_bits_of_the_inputs_of_layers_with_weights() -> None:
+    work = quantization(Net(), spec(edges="inputs", bits_first_last=8))
+    ((_, settings),) = work.settings
+    inputs = {name: each.of_input(0).bits_activations for name, each in settings.items() if each.input_overrides}
+    assert inputs == {"conv1": 8, "conv2": 4, "conv3": 4, "fc": 8}
+    outputs = {name: settings[name].bits_activations for name in ("conv1", "conv2", "conv3", "mean", "fc")}
+    assert set(outputs.values()) == {8}
+    assert settings["pre_bn"].bits_activations == settings["add"].bits_activations == 4, "a convolution alone reads it"
+    work.on_epoch_begin(0)
+    own = {name for name, each in trainable_layers(work.module) if not isinstance(each.inputs[0], nn.Identity)}
+    assert own == {"conv1"}, "all others arrive on the bits that they want"
+
+
+def test_a_layer_puts_what_others_read_too_on_a_grid_of_its_own() -> None:
+    rules = {"conv2": {"bits_activations": 3}, "add": {"bits_activations": 6}}
+    work = quantization(Residual(), spec(edges="inputs", bits_other_edges=7, rules=rules))
+    steps(work)
+    learned = work.deployed()
+    assert learned is not None
+    plan = learned[1].layers
+    assert [grid and grid.bits for name in ("conv1", "conv2", "conv3") for grid in plan[name].inputs] == [4, 3, 4]
+    outputs = {name: each.output.bits for name, each in plan.items() if each.output is not None}
+    assert outputs == {"conv1": 7, "conv2": 7, "conv3": 7, "add": 6, "add_1": 7, "mean": 4, "fc": 7}
+    grid = layer(work, "conv2").inputs[0]
+    assert isinstance(grid, LsqActivation)
+    assert (grid.low, grid.high, grid.scale.requires_grad) == (0, 7, True)
 
 
 def test_a_rule_for_the_first_layer_beats_its_bits() -> None:

@@ -28,6 +28,7 @@ RESTRICTED_6 = {
     "bits_weights": 6,
     "per_channel_wts": False,
 }
+OWN_5 = {"input_overrides": {0: {"bits_activations": 5}}}
 SIGNED = {"mode_activations": "asym_s", "mode_weights": "asym_s"}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,6 +40,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "attention, asym_u": ("attention", {}),
     "attention, sym": ("attention", {"mode_activations": "sym", "per_channel_wts": False}),
     "floats, asym_u": ("floats", {}),
+    "convolutions, own grids of inputs": ("convolutions", OWN_5),
+    "branches, own grids of inputs": ("branches", OWN_5),
+    "branches, own grids of inputs, of the same bits": ("branches", {"input_overrides": {0: {"clip_acts": "avg"}}}),
+    "attention, own grids of inputs": ("attention", OWN_5),
 }
 
 
@@ -72,7 +77,7 @@ def test_float_layers_are_counted_apart(tmp_path: Path) -> None:
 
 
 def test_wide_codes_are_compared(tmp_path: Path) -> None:
-    exact, _, path = exported("floats", tmp_path, opset=21, bits_activations=16, bits_accum=48)
+    exact, _, path = exported("floats", tmp_path, opset=21, bits_activations=16)
     *layers, logits = verify(exact, path, [IMAGES]).layers
     assert all(layer.codes and layer.largest <= 1 and layer.share < 5e-3 for layer in layers)
     assert [layer.layer for layer in layers if layer.integer] == ["quantize_x"]

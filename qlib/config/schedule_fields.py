@@ -122,7 +122,7 @@ _BITS = {
 }
 _EVERY_QUANTIZER = _table(
     **_BITS,
-    edges=_one_of("relu", "all"),
+    edges=_one_of("relu", "all", "inputs"),
     rounding=_one_of("nearest", "stochastic"),
     calibration_images=_count(1),
     lr_factor=_positive,

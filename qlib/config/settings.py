@@ -51,6 +51,16 @@ class LayerSettings:
         """
         return self.origin.get(setting, "default")
 
+    def of_input(self, index: int) -> LayerSettings:
+        """The settings that input `index` is quantized with: those of the output, but for what its override says.
+
+        >>> settings = LayerSettings(bits_activations=8, input_overrides={0: {"bits_activations": 4}})
+        >>> settings.of_input(0).bits_activations, settings.of_input(1).bits_activations
+        (4, 8)
+        """
+        override = self.input_overrides.get(index, {})
+        return replace(self, **{k: v for k, v in override.items() if k != "from_output"})  # type: ignore[arg-type]
+
     def with_settings(self, settings: Mapping[str, object], origin: Mapping[str, str]) -> LayerSettings:
         """These settings with some replaced.
 

@@ -59,7 +59,7 @@ class Inspection:
         from_float = {
             str(node.target)
             for node, module in nodes.items()
-            if isinstance(module, Quantize) and source_of(exact, layer_inputs(node)[0]).op == "call_module"
+            if isinstance(module, Quantize) and _is_computed(exact, source_of(exact, layer_inputs(node)[0]))
         }
         from_float |= set() if dequantizes(exact) else {LOGITS}
         shipped, graph = open_with_graph(path)
@@ -101,6 +101,11 @@ def _merged(nodes: Mapping[fx.Node, nn.Module], seen: Sequence[str]) -> dict[str
         elif key in first:
             same[node] = first[key]
     return {str(node.target): str(kept.target) for node, kept in same.items()}
+
+
+def _is_computed(exact: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a float tensor is what a layer computed, and not the input, a constant or dequantized codes."""
+    return node.op == "call_module" and not isinstance(exact.get_submodule(str(node.target)), Dequantize)
 
 
 def _is_constant(node: fx.Node, module: nn.Module) -> bool:

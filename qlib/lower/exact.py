@@ -90,13 +90,16 @@ class _Builder:
             self.skipped[activation] = node
 
     def _arrive(self, source: fx.Node, planned: TensorPlan | None) -> tuple[fx.Node, Edge | None]:
-        """The value of an input and its grid, quantized first where the plan says so."""
+        """The value of an input and its grid, put on the planned one first, from float or from its producer's."""
         value, edge = self.values[source], self.edges[source]
-        if edge is not None or planned is None:
+        if planned is None:
             return value, edge
         if (source, planned) not in self.quantized:
-            edge = Edge.of(_params(name_of(source), planned))
-            self.quantized[source, planned] = (self._call("quantize", source, Quantize(edge), value, edge), edge)
+            grid = Edge.of(_params(name_of(source), planned))
+            if edge is not None and edge.params == grid.params:
+                return value, edge
+            codes = self._call("quantize", source, Quantize(grid), self._as_float(source), grid)
+            self.quantized[source, planned] = codes, grid
         return self.quantized[source, planned]
 
     def _as_float(self, source: fx.Node) -> fx.Node:

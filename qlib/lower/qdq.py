@@ -58,11 +58,19 @@ class _Builder:
             if isinstance(module, Quantize) and source.op == "get_attr":
                 self.values[node] = self._constant(node, module, attribute(self.exact, source))
                 return
-            self.root[str(node.target)] = _layer(module, tuple(map(_edge, layer_inputs(node))), _edge(node))
+            if isinstance(module, Quantize):
+                self.root[str(node.target)] = self._quantize(node, source)
+            else:
+                self.root[str(node.target)] = _layer(module, tuple(map(_edge, layer_inputs(node))), _edge(node))
         if _pads(self.exact, node):
             self.values[node] = self._move_values(node)
         else:
             self.values[node] = self.new.node_copy(node, lambda old: self.values[old])
+
+    def _quantize(self, node: fx.Node, source: fx.Node) -> nn.Module:
+        edge, module = _edge(node), None if source.op != "call_module" else self.exact.get_submodule(str(source.target))
+        assert edge is not None
+        return ToCodes(edge, again=isinstance(module, Dequantize))
 
     def _constant(self, node: fx.Node, quantize: Quantize, value: Tensor) -> fx.Node:
         """The codes of an operand that the model holds."""
@@ -76,9 +84,9 @@ class _Builder:
         (source,) = layer_inputs(node)
         edge = _edge(source)
         assert edge is not None
-        values = self._call(f"dequantize_{node.name}", FromCodes(edge), self.values[source])
+        values = self._call(f"dequantize_before_{node.name}", FromCodes(edge), self.values[source])
         moved = self.new.node_copy(node, lambda old: values if old is source else self.values[old])
-        return self._call(f"quantize_{node.name}", ToCodes(edge), moved)
+        return self._call(f"quantize_after_{node.name}", ToCodes(edge), moved)
 
     def _call(self, target: str, module: nn.Module, value: fx.Node) -> fx.Node:
         self.root[target] = module
@@ -87,9 +95,6 @@ class _Builder:
 
 def _layer(module: nn.Module, inputs: Edges, output: Edge | None) -> nn.Module:
     """What stands for a module of the exact model: on codes where that one is on centered codes."""
-    if isinstance(module, Quantize):
-        assert output is not None
-        return ToCodes(output)
     if isinstance(module, Dequantize):
         assert inputs[0] is not None
         return FromCodes(inputs[0])

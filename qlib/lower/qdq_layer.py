@@ -21,15 +21,16 @@ class ToCodes(nn.Module):
     """Float -> codes of an edge, within its bounds.
 
     Bounds tighter than the type's (a ReLU where the zero point is not 0, fewer than 8 bits) are a Clip of the codes:
-    one before quantizing would keep the layer from being computed in integers.
+    one before quantizing would keep the layer from being computed in integers. `again`: what arrives was dequantized
+    just before; it is always clipped, or ONNX Runtime would round once, to a grid that it works out from both.
     """
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, edge: Edge, *, again: bool = False) -> None:
         super().__init__()
         self.scale, self.zero_point = float(edge.scale), edge.zero_point
         self.bits = 8 if edge.dtype == torch.uint8 else 16
         low, high = edge.low + edge.zero_point, edge.high + edge.zero_point
-        self.bounds = None if (low, high) == (0, 2**self.bits - 1) else (low, high)
+        self.bounds = None if (low, high) == (0, 2**self.bits - 1) and not again else (low, high)
         self.real_bounds = edge.low * self.scale, edge.high * self.scale
 
     def forward(self, x: Tensor) -> Tensor:

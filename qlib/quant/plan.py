@@ -86,8 +86,9 @@ class WeightPlan:
 class LayerPlan:
     """What happens in one layer.
 
-    `inputs[i]` is the grid to which input i is quantized first, or None where it arrives quantized or stays float;
-    `weight` and `output` are None where they stay float. `float_bits` runs a float layer in 16 or 64 bits.
+    `inputs[i]` is the grid to which input i is quantized first, from float or from the grid it arrives on, or None
+    where it is taken as it arrives; `weight` and `output` are None where they stay float. `float_bits` runs a float
+    layer in 16 or 64 bits.
     `note` says why a layer, or a part of it, stays in float.
     """
 

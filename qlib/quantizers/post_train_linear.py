@@ -52,9 +52,9 @@ def plan_post_train_linear(
 ) -> Plan:
     """The plan of every layer of a folded graph; dynamic where `stats` is None.
 
-    A tensor is quantized once, by the layer that produces it, with that layer's settings; what arrives in float is
-    quantized by the layer that uses it. `folded` maps batch-norms to the layers they were folded into: statistics of
-    the unfolded model are understood.
+    A tensor is quantized by the layer that produces it, with that layer's settings; what arrives in float is quantized
+    by the layer that uses it. An input override gives what arrives quantized a second grid, for that layer alone.
+    `folded` maps batch-norms to the layers they were folded into: statistics of the unfolded model are understood.
 
     Raises StatsError where the statistics lack a layer or hold a range that cannot be used, ConfigError where
     settings contradict the graph.
@@ -208,7 +208,7 @@ class _Planner:
             TensorPlan(
                 s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds, pow2=s.scale == "pow2"
             )
-            for s in (self._input_settings(settings, i) for i in range(len(sources)))
+            for s in (settings.of_input(i) for i in range(len(sources)))
         )
         return LayerPlan(kind, inputs, **self._common(node, kind, settings))
 
@@ -218,23 +218,21 @@ class _Planner:
             kind, inputs, output=self._plan_output(node, kind, settings), **self._common(node, kind, settings)
         )
 
-    @staticmethod
-    def _input_settings(settings: LayerSettings, index: int) -> LayerSettings:
-        override = settings.input_overrides.get(index, {})
-        return replace(settings, **{k: v for k, v in override.items() if k != "from_output"})  # type: ignore[arg-type]
-
     def _plan_input(self, node: fx.Node, kind: str, index: int, source: fx.Node) -> TensorPlan | None:
         settings = self.settings[name_of(node)]
         overridden = index in settings.input_overrides
+        mine = settings.of_input(index)
         if self.arrives_quantized(source):
-            if overridden:
-                producer = name_of(self._quantizer_of(source))
+            producer = name_of(self._quantizer_of(source))
+            if not overridden or request_of(mine) == request_of(self.settings[producer]):
+                return None
+            if not mine.bits_activations:
                 self._problem(
                     node,
                     "input_overrides",
-                    f"for input {index} conflicts: {producer!r} already quantizes it; override that layer",
+                    f"gives input {index} no bits, but {producer!r} quantizes it; override that layer",
                 )
-            return None
+                return None
         if kind == "float_op" and not settings.quantize_inputs:
             return None
         if not settings.inputs_quant_auto_fallback and not overridden:
@@ -244,7 +242,6 @@ class _Planner:
                 f"is false, but input {index} arrives in float; give input_overrides for it",
             )
             return None
-        mine = self._input_settings(settings, index)
         if not mine.bits_activations:
             return None
         origin = source_of(self.graph, source)

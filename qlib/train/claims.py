@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import fx
+from torch import fx, nn
 
 from qlib.config.resolve import resolve
 from qlib.config.schedule import PolicySpec
@@ -28,9 +28,11 @@ __all__ = ["Claim", "Common", "ends_in_relu", "make_claims", "planned_settings"]
 class Common:
     """The keys that every quantizer of a schedule has.
 
-    `edges`: which outputs are quantized, all or those of ReLUs; None is the method's own choice. `bits_first_last`:
-    bits of the first and the last layer with weights, and of the last one's input, where others have bits.
-    `bits_other_edges`: bits of outputs that go through no ReLU, such as those that are added; without it those of all.
+    `edges`: which tensors have `bits_activations`: the outputs of all layers, those of ReLUs alone, or the inputs of
+    layers with weights, each on a grid of its own; None is the method's own choice. `bits_first_last`: bits of the
+    first and the last layer with weights, and of the last one's input, where others have bits. `bits_other_edges`: bits
+    of outputs that go through no ReLU, such as those that are added, without it those of all; under `inputs` those of
+    all tensors that not only layers with weights read, without it 8.
     `calibration_images`: how many the first ranges come from. `dampening` holds weights near their grid (Nagel et al.,
     "Overcoming oscillations", 2022, section 4.1). From `freeze_bn_epoch` on batch-norms use their running statistics.
     """
@@ -59,7 +61,7 @@ class Claim:
         self.common = Common(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         own = {key: value for key, value in component.settings.items() if key not in names}
         self.method: TrainingQuantizer = TRAINING_QUANTIZERS[component.cls](**own)
-        self.relu_only = self.method.only_relus if self.common.edges is None else self.common.edges == "relu"
+        self.edges = self.common.edges or ("relu" if self.method.only_relus else "all")
         self.settings = self._resolved(component.rules, folded)
 
     def _resolved(self, rules: Sequence[Rule], folded: FoldedGraph) -> dict[str, LayerSettings]:
@@ -78,7 +80,9 @@ class Claim:
             if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
                 # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
                 found[name_of(node)] = replace(found[name_of(node)], bits_weights=8)
-        if self.relu_only:
+        if self.edges == "inputs":
+            found = _on_inputs(folded.graph, found, self.common.bits_other_edges or 8, where)
+        if self.edges == "relu":
             ending = {name_of(node) for node, _ in layers(folded.graph) if ends_in_relu(folded.graph, node)}
             found = {n: s if n in ending else replace(s, bits_activations=0) for n, s in found.items()}
         return found
@@ -101,21 +105,21 @@ class Claim:
         acts = {"bits_activations": bits} if self.common.bits_activations else {}
         wanted = {name_of(node): {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
         source = _producer(graph, weighted[-1])
-        if source is not None and acts:
+        if source is not None and acts and self.edges != "inputs":
             wanted.setdefault(name_of(source), acts)
         return wanted
 
     def _other_edges(self, graph: Graph) -> dict[str, dict[str, int]]:
         """Settings of the layers whose outputs go through no ReLU."""
         bits = self.common.bits_other_edges
-        if bits is None or not self.common.bits_activations:
+        if bits is None or not self.common.bits_activations or self.edges == "inputs":
             return {}
         others = [node for node, module in layers(graph) if kind_of(module) not in ("relu", "max_pool")]
         return {name_of(node): {"bits_activations": bits} for node in others if not ends_in_relu(graph, node)}
 
     def leaves_float(self, source: fx.Node) -> bool:
         """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
-        if self.relu_only:
+        if self.edges == "relu":
             return True
         while source.op not in ("placeholder", "get_attr", "call_module"):
             source = source.all_input_nodes[0]
@@ -125,6 +129,46 @@ class Claim:
         """Whether it quantizes anything of a layer."""
         settings = self.settings[name]
         return bool(settings.bits_weights or settings.bits_activations)
+
+
+def _on_inputs(
+    graph: Graph, settings: Mapping[str, LayerSettings], wide: int, default: str
+) -> dict[str, LayerSettings]:
+    """The settings under which the `bits_activations` of a layer with weights are those of its input.
+
+    An output that only such layers read, all with the same bits, has these bits, every other one has `wide`, unless a
+    rule speaks of it: `default` is where its bits come from if none does. A layer that wants other bits of what it
+    reads puts it on a grid of its own.
+    """
+    wanted = {
+        name_of(node): settings[name_of(node)].bits_activations for node, module in layers(graph) if _weighs(module)
+    }
+    found = dict(settings)
+    for node, _ in layers(graph):
+        name = name_of(node)
+        own = settings[name]
+        bits = {wanted.get(name_of(reader), 0) for reader in _readers(graph, node)}
+        output = bits.pop() if len(bits) == 1 and all(bits) else wide
+        if wanted.get(name):
+            found[name] = replace(own, bits_activations=output, input_overrides={0: {"bits_activations": wanted[name]}})
+        elif own.bits_activations and own.origin_of("bits_activations") == default:
+            found[name] = replace(own, bits_activations=output)
+    return found
+
+
+def _weighs(module: nn.Module) -> bool:
+    """Whether a layer multiplies its input with a matrix of weights; a batch-norm that stands alone scales it."""
+    return kind_of(module) in ("conv", "conv_transpose", "linear") and not isinstance(module, ChannelAffine)
+
+
+def _readers(graph: Graph, node: fx.Node) -> Iterator[fx.Node]:
+    """What reads the output of a layer, behind moves, ReLUs and max pools."""
+    for user in tensor_users(node):
+        kind = kind_of(graph.get_submodule(str(user.target))) if user.op == "call_module" else "move"
+        if user.op != "output" and kind in ("relu", "max_pool", "move"):
+            yield from _readers(graph, user)
+        else:
+            yield user
 
 
 def _named(rules: Sequence[Rule], name: str) -> bool:
@@ -185,4 +229,9 @@ def planned_settings(claim: Claim | None, name: str) -> LayerSettings:
         return LayerSettings(bits_activations=0, bits_weights=0)
     settings = claim.settings[name]
     acts, weights = settings.bits_activations, settings.bits_weights
-    return replace(settings, bits_activations=acts and max(acts, 2), bits_weights=weights and max(weights, 2))
+    inputs = {
+        index: {"bits_activations": max(settings.of_input(index).bits_activations, 2)}
+        for index in settings.input_overrides
+    }
+    bits = replace(settings, bits_activations=acts and max(acts, 2), bits_weights=weights and max(weights, 2))
+    return replace(bits, input_overrides=inputs)

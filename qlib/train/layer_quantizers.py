@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx, nn
 
 from qlib.config.settings import LayerSettings
-from qlib.graph import Graph
-from qlib.graph.ir import name_of
+from qlib.graph import Graph, kind_of
+from qlib.graph.ir import layer_inputs, name_of, source_of
 from qlib.lower.ops.weighted import swap_channels
 from qlib.lower.trainable import (
     ActivationQuantizer,
@@ -71,14 +71,21 @@ class LayerQuantizers:
         return self.claim.method.activation(ActivationSite(self.settings.bits_activations, start, relu))
 
     def input(self, index: int, planned: TensorPlan) -> ActivationQuantizer:
-        """The quantizer of what arrives in float: the images, a constant, or what another layer left so."""
-        source = [each for each in self.node.all_input_nodes if each.meta["tensor"]][index]
-        while source.op not in ("placeholder", "get_attr", "call_module"):
-            source = source.all_input_nodes[0]
+        """The quantizer of an input: of the images, a constant, or what another layer left in float or on more bits."""
+        source = source_of(self.graph, layer_inputs(self.node)[index])
         if source.op == "get_attr":
             return FixedActivation(planned.qparams())
-        site = ActivationSite(self.settings.bits_activations, planned.qparams(), False, source.op == "placeholder")
-        return self.claim.method.activation(site)
+        bits, start = self.settings.of_input(index).bits_activations, planned.qparams()
+        return self.claim.method.activation(
+            ActivationSite(bits, start, self._gives_relu(source), source.op == "placeholder")
+        )
+
+    def _gives_relu(self, source: fx.Node) -> bool:
+        """Whether `source` holds the output of a ReLU, perhaps pooled."""
+        module = self.graph.get_submodule(str(source.target)) if source.op == "call_module" else None
+        if module is not None and kind_of(module) == "max_pool":
+            return self._gives_relu(source_of(self.graph, layer_inputs(source)[0]))
+        return isinstance(getattr(module, "activation", module), (nn.ReLU, nn.ReLU6))
 
     def gradient(self) -> nn.Module | None:
         return self.claim.method.gradient() if self.plan.weight is not None else None

@@ -89,6 +89,17 @@ class Site:
         """Whether all of these are codes of at most 8 bits: on wider ones ONNX Runtime computes in float."""
         return self.integer and all(edge is None or edge.dtype == torch.uint8 for edge in (*self.inputs, self.output))
 
+    @property
+    def accumulator_limit(self) -> float:
+        """Accumulators are kept in ``-limit .. limit - 1``.
+
+        Where a code has more than 8 bits, ONNX Runtime computes in float: 32 bits are then no limit.
+        """
+        weight = self.plan.weight
+        wide = any(edge is not None and edge.dtype != torch.uint8 for edge in (*self.inputs, self.output))
+        wide |= weight is not None and weight.bits > 8
+        return float("inf") if wide and self.plan.bits_accum >= 32 else 2.0 ** (self.plan.bits_accum - 1)
+
     def codes_in(self) -> tuple[Edge, ...]:
         """The input edges, all of which are integer."""
         edges = tuple(edge for edge in self.inputs if edge is not None)

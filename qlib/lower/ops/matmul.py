@@ -26,7 +26,7 @@ class ExactMatMul(nn.Module):
         a, b = site.codes_in()
         self.transpose, self.alpha = site.module.transpose, site.module.alpha
         self.magnitude = a.magnitude * b.magnitude
-        self.limit = 2 ** (site.plan.bits_accum - 1)
+        self.limit = site.accumulator_limit
         self.grid = Grid(site.output)
         factor = requant_factor(a.scale * site.module.alpha, b.scale, site.output.scale)
         if site.plan.scale_approx_bits is not None:

@@ -156,7 +156,7 @@ class ExactWeighted(_QuantizedWeight):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         (edge,) = site.codes_in()
-        self.edge, self.plan = edge, site.plan
+        self.edge, self.plan, self.limit = edge, site.plan, site.accumulator_limit
         self.grid = Grid(site.output) if site.output is not None else None
         self.ndim = self.weight_codes.ndim - 2
         self.register_buffer("bias_codes", self._bias_codes(site.module))
@@ -182,8 +182,7 @@ class ExactWeighted(_QuantizedWeight):
         self.factor = factor.view(-1, *[1] * self.ndim) if factor.ndim else factor
         weight = self.centered_weight()
         total = float(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=False).max())
-        limit = 2 ** (self.plan.bits_accum - 1)
-        self.saturation = limit if total >= limit else None
+        self.saturation = self.limit if total >= self.limit else None
         self.parts: list[int] | None = [] if total < EXACT_LIMIT else None
         if self.parts is None and self.splittable:
             self.parts = split_points(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=True))
