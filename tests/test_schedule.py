@@ -272,7 +272,9 @@ BITS = "a whole number from 1 to 16, or null or 0 for float"
             quantizer("dampening: .nan"), "a.yaml:4: dampening is nan; allowed: a number from 0", id="not a number"
         ),
         pytest.param(
-            quantizer("edges: relus"), "a.yaml:4: edges is 'relus'; allowed: relu, all, inputs; did you mean relu?", id="edges"
+            quantizer("edges: relus"),
+            "a.yaml:4: edges is 'relus'; allowed: relu, all, inputs; did you mean relu?",
+            id="edges",
         ),
         pytest.param(
             quantizer("calibration_images: 0"),
