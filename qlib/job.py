@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qlib.checkpoint import float_weights, is_quantized
 from qlib.checkpoint_file import load_state, model_state, read_checkpoint
-from qlib.config.run_config import RunConfig
+from qlib.config.run_config import RunConfig, trains
 from qlib.data import ImageDataset, Loader, Split, choose_subset, make_loader, open_dataset, split_train
 from qlib.errors import CheckpointError, ModelError, UsageError
 from qlib.graph import (
@@ -149,7 +149,7 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
         _log.info("=> loading checkpoint %s", weights_file)
         load_state(model, model_state(checkpoint), f"checkpoint {str(weights_file)!r}")
     _log.info("=> created a %s%s model with the %s dataset", "pretrained " * pretrained, spec.arch, dataset_name)
-    if needs_images and not (pretrained or weights_file):
+    if needs_images and not (pretrained or weights_file or trains(config)):
         remedy = "give --pretrained, --resume-from or --exp-load-weights-from for trained ones"
         _log.warning("Warning: the weights are random; %s", remedy)
     _check_weights(model, spec.arch)

@@ -316,3 +316,52 @@ def test_a_wider_model_is_found_again_by_its_name() -> None:
     shown = [line for line in rest.lines if line.startswith("==> Top1: ")][-1]
     again = good(f"--resume-from {rest.folder}/checkpoint.pth.tar --quantize-eval {FAST}", Path.cwd())
     assert shown in again.lines
+
+
+TOKENS = """\
+import torch
+from torch import nn
+
+
+class Tokens(nn.Module):
+    dataset = "digits"
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.place = nn.Conv2d(1, 16, 2, 2), nn.Parameter(torch.randn(16, 16))
+        self.attention, self.drop = nn.MultiheadAttention(16, 2, batch_first=True), nn.Dropout(0.1)
+        self.table, self.fc = nn.Parameter(torch.ones(16)), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2) + self.place
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = torch.nn.functional.dropout(x, 0.1, self.training)
+        return self.fc(self.drop(x * (2 * self.table)).mean(1))
+
+
+def tokens():
+    torch.manual_seed(0)
+    return Tokens()
+"""
+
+
+def test_all_weights_of_a_model_with_attention_train_under_a_quantizer() -> None:
+    Path("mine.py").write_text(TOKENS)
+    Path("lsq.yaml").write_text(LSQ)
+    words = f"-a mine.py:tokens --compress lsq.yaml --lr 0.05 {FAST}"
+    first = good(f"{words} --epochs 1", Path.cwd())
+    assert (
+        "Warning: 1 parameters stay as they are: the graph that is quantized does not compute with them, or holds what"
+        " follows from them as constants (table)" in first.out
+    )
+    file = first.folder / "checkpoint.pth.tar"
+    before, after = (
+        create_model(find_model("mine.py:tokens"), num_classes=10).state_dict(),
+        contents(file)["state_dict"],
+    )
+    assert [name for name, value in before.items() if torch.equal(value, after[name])] == ["table"]
+    rest = good(f"{words} --epochs 2 --resume-from {file}", Path.cwd())
+    again = good(f"{words} --epochs 2 --resume-from {file}", Path.cwd())
+    files = (contents(each.folder / "checkpoint.pth.tar") for each in (rest, again))
+    assert same(*files), "dropout follows from seed, epoch and step"
+    good(f"--resume-from {rest.folder}/checkpoint.pth.tar --quantize-eval --verify 8 {FAST}", Path.cwd())

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from qlib.config.flag_groups import TrainArgs
 from qlib.config.schedule import Component, PolicySpec
 from qlib.config.settings import Rule
 from qlib.errors import ConfigError
 from qlib.graph import Graph, capture, fold_batch_norm
+from qlib.graph.ir import DROPOUTS
 from qlib.job import FoldedGraph
 from qlib.lower import lower
 from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers
@@ -123,7 +125,7 @@ def layer(work: Quantization, name: str) -> TrainableLayer:
 
 def steps(work: Quantization, count: int = 3) -> None:
     """A few steps on the images."""
-    optimizer = make_optimizer(TrainArgs(lr=0.01), list(work.graph.parameters()), work.groups)
+    optimizer = make_optimizer(TrainArgs(lr=0.01), work.weights, work.groups)
     work.use(optimizer)
     work.on_epoch_begin(0)
     work.module.train()
@@ -294,7 +296,7 @@ def test_frozen_statistics() -> None:
 
 def test_groups_of_the_optimizer_follow_the_quantizers() -> None:
     work = quantization(Net(), spec(lr_factor=0.1), spec("PACTQuantizer", 1, act_clip_decay=0.01))
-    optimizer = make_optimizer(TrainArgs(lr=1.0), list(work.graph.parameters()), work.groups)
+    optimizer = make_optimizer(TrainArgs(lr=1.0), work.weights, work.groups)
     work.use(optimizer)
     assert [len(group["params"]) for group in optimizer.param_groups[1:]] == [0, 0]
     work.on_epoch_begin(0)
@@ -330,3 +332,39 @@ def test_all_mistakes_of_all_quantizers_at_once() -> None:
         "a.yaml:5: 'conv9' matches no layer",
         "a.yaml:5: 'fcc' matches no layer",
     ]
+
+
+class Dropping(nn.Module):
+    """Dropout behind a layer, in a branch, before a ReLU, where it is not kept, and one that never drops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.drop1 = nn.Conv2d(3, 8, 3, padding=1), nn.Dropout2d(0.5)
+        self.conv2, self.depth = nn.Conv2d(8, 8, 1), StochasticDepth(0.5, "row")
+        self.conv3, self.drop3, self.never = nn.Conv2d(8, 8, 1), nn.Dropout(0.5), nn.Dropout(0.0)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(F.relu(self.conv1(x)))
+        x = self.never(F.relu(self.drop3(self.conv3(x + self.depth(self.conv2(x))))))
+        return self.fc(F.dropout(x.mean((2, 3)), 0.3, self.training))  # type: ignore[no-any-return]
+
+
+def test_dropout_trains_and_is_not_deployed() -> None:
+    work = quantization(Dropping(), spec())
+    modules = [work.module.get_submodule(str(n.target)) for n in work.module.graph.nodes if n.op == "call_module"]
+    kept = [type(module).__name__ for module in modules if isinstance(module, DROPOUTS)]
+    assert kept == ["Dropout2d", "StochasticDepth", "Dropout"]
+    steps(work)
+    work.module.train()
+    with torch.no_grad():
+        assert not torch.equal(work.module(images()), work.module(images()))
+        work.module.eval()
+        assert torch.equal(work.module(images()), work.module(images()))
+    learned = work.deployed()
+    assert learned is not None
+    graph, plan = learned
+    assert not any(isinstance(module, DROPOUTS) for module in graph.modules())
+    folded = capture(Dropping().eval(), images(2))
+    assert [node.name for node in folded.graph.nodes] == [node.name for node in graph.graph.nodes]
+    assert lower(graph, plan)(images()).shape == (16, 5)

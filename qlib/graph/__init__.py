@@ -3,6 +3,7 @@
 from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
 from qlib.graph.fuse import activation_bounds, fused_activations
+from qlib.graph.identities import drop_dropouts
 from qlib.graph.ir import Graph, kind_of
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
 
@@ -12,6 +13,7 @@ __all__ = [
     "activation_bounds",
     "after_folding",
     "capture",
+    "drop_dropouts",
     "fold_batch_norm",
     "fused_activations",
     "kind_of",

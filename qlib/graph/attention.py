@@ -27,10 +27,11 @@ def expand_attention(model: nn.Module) -> None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer whose weight and bias lie in the memory of those given, and train if those do."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach())
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach())
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
     return linear
 
 

@@ -157,9 +157,10 @@ def _linear(graph: Graph, node: fx.Node) -> Canonical | None:
         return None
     value = attribute(graph, weight)
     module = nn.Linear(value.shape[1], value.shape[0], bias=bias is not None)
-    module.weight = nn.Parameter(value.detach())
+    module.weight = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
     if bias is not None:
-        module.bias = nn.Parameter(attribute(graph, bias).detach())
+        value = attribute(graph, bias)
+        module.bias = nn.Parameter(value.detach(), requires_grad=value.requires_grad)
     return module, [arguments["input"]]
 
 

@@ -15,27 +15,19 @@ from qlib.errors import ModelError
 from qlib.graph import ops
 from qlib.graph.attention import expand_attention
 from qlib.graph.canonical import canonical_module
+from qlib.graph.identities import drop_identities, keep_dropouts
 from qlib.graph.ir import MOVES, Graph, holds_tensor
 
 __all__ = ["capture"]
 
-_IDENTITY_MODULES = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    StochasticDepth,
-)
 _LEAVES = (ops.Op, StochasticDepth, FrozenBatchNorm2d)
-_IDENTITY_FUNCTIONS = frozenset({"dropout", "stochastic_depth", "alpha_dropout", "feature_dropout"})
 
 
 def capture(model: nn.Module, example: Tensor, *, share: bool = False) -> Graph:
     """The graph of `model` in evaluation mode, on a copy of it: the model itself stays as it is.
 
-    With `share` the copy's weights and batch-norm statistics are those of the model: training one trains the other.
+    With `share` the graph is one to train: its weights and batch-norm statistics are those of the model, or lie in the
+    same memory, and dropout stays in it.
 
     `example` is one batch ``[N, ...]`` of the size that the graph will see; its values do not matter. Every node has
     ``meta["name"]`` (the module path, or the name that torchvision's feature extraction gives), ``meta["tensor"]``
@@ -57,7 +49,9 @@ def capture(model: nn.Module, example: Tensor, *, share: bool = False) -> Graph:
         ) from error
     graph.eval()
     _name_nodes(graph, tracer)
-    _drop_identities(graph)
+    if share:
+        keep_dropouts(graph)
+    drop_identities(graph, dropouts=not share)
     _propagate(graph, example)
     _fold_constants(graph)
     _drop_same_size_pools(graph)
@@ -120,17 +114,6 @@ def _is_bare(graph: Graph, path: str) -> bool:
     except AttributeError:  # a module without state is not copied into the GraphModule
         return True
     return not any(True for _ in module.children()) and not module.state_dict()
-
-
-def _drop_identities(graph: Graph) -> None:
-    for node in list(graph.graph.nodes):
-        if node.op == "call_module":
-            identity = isinstance(graph.get_submodule(str(node.target)), _IDENTITY_MODULES)
-        else:
-            identity = node.op == "call_function" and getattr(node.target, "__name__", "") in _IDENTITY_FUNCTIONS
-        if identity:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
 
 
 def _drop_same_size_pools(graph: Graph) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torchvision.ops import StochasticDepth
 
 from qlib.graph import ops
 
 __all__ = [
+    "DROPOUTS",
     "MOVES",
     "Graph",
     "attribute",
@@ -27,6 +29,7 @@ __all__ = [
     "layer_inputs",
     "layers",
     "name_of",
+    "parameters_of",
     "source_line",
     "source_of",
     "tensor_users",
@@ -41,6 +44,9 @@ _MOVES = (
 )
 MOVES = frozenset(_MOVES.split())
 """Names of the functions and methods that only move values (or pad with zeros): codes go through them unchanged."""
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
+"""Modules that change values at random while a model trains, and not in evaluation."""
 
 _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
@@ -57,6 +63,7 @@ _KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (ops.GlobalAvgPool, "global_avg_pool"),
     ((nn.Softmax, ops.MaskedSoftmax), "softmax"),
     ((ops.Move, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d), "move"),
+    (DROPOUTS, "move"),  # in a graph that trains; in evaluation they pass values on
 )
 
 
@@ -113,6 +120,17 @@ def layers(graph: Graph) -> Iterator[tuple[fx.Node, nn.Module]]:
     for node in graph.graph.nodes:
         if is_layer(graph, node):
             yield node, graph.get_submodule(str(node.target))
+
+
+def parameters_of(graph: Graph) -> list[nn.Parameter]:
+    """The parameters that the graph computes with, each once; those behind its constants are not among them."""
+    found: dict[nn.Parameter, None] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            found |= dict.fromkeys(graph.get_submodule(str(node.target)).parameters())
+        elif node.op == "get_attr" and isinstance(value := attribute(graph, node), nn.Parameter):
+            found[value] = None
+    return list(found)
 
 
 def layer_inputs(node: fx.Node) -> list[fx.Node]:

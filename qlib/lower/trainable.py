@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, fold_batch_norm, fused_activations, kind_of
+from qlib.graph import Graph, drop_dropouts, fold_batch_norm, fused_activations, kind_of
 from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
 from qlib.lower.fake import fake_quantize
 from qlib.lower.ops.weighted import swap_channels
@@ -286,6 +286,7 @@ def deployed(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, 
     `plan` is that from which the quantizers were made; what they have learned since replaces its grids.
     """
     folded = copy.deepcopy(graph)
+    drop_dropouts(folded)
     plans = dict(plan.layers)
     targets = {name_of(node): str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     for name, layer in trainable_layers(lowered):

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from qlib.config.schedule import PolicySpec
 from qlib.config.settings import LayerSettings
-from qlib.graph import Graph, fold_batch_norm
-from qlib.graph.ir import layer_inputs, layers, name_of
+from qlib.graph import Graph, drop_dropouts, fold_batch_norm
+from qlib.graph.ir import layer_inputs, layers, name_of, parameters_of
 from qlib.job import FoldedGraph
 from qlib.lower.ops.weighted import swap_channels
 from qlib.lower.trainable import (
@@ -62,6 +62,11 @@ class Quantization(Policy):
         self.plan: Plan | None = None
 
     @property
+    def weights(self) -> list[nn.Parameter]:
+        """The float weights that train: those of the model, or parts of them, in the same memory."""
+        return [parameter for parameter in parameters_of(self.graph) if parameter.requires_grad]
+
+    @property
     def groups(self) -> list[Group]:
         """What the optimizer must know of the parameters of each quantizer."""
         return [Group(claim.common.lr_factor, claim.method.weight_decay) for claim in self._claims]
@@ -98,6 +103,7 @@ class Quantization(Policy):
 
     def _new_plan(self, owners: Mapping[str, Claim | None]) -> Plan:
         folded = copy.deepcopy(self.graph)
+        drop_dropouts(folded)
         fold_batch_norm(folded)
         claims = [claim for claim in owners.values() if claim is not None]
         images = max(claim.common.calibration_images for claim in claims)

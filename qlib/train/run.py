@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +51,24 @@ def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | Non
         assert images is not None
         return images.statistics(folded, count)
 
-    return Quantization(graph, fold(job), specs, calibrate)
+    quantization = Quantization(graph, fold(job), specs, calibrate)
+    left = _left_out(job.model, quantization.weights)
+    if left:
+        shown = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+        _log.warning(
+            "Warning: %d parameters stay as they are: the graph that is quantized does not compute with them, or holds"
+            " what follows from them as constants (%s)",
+            len(left),
+            shown,
+        )
+    return quantization
+
+
+def _left_out(model: nn.Module, weights: Iterable[nn.Parameter]) -> list[str]:
+    """The parameters that would train, but whose memory none of the `weights` shares."""
+    trained = {weight.untyped_storage().data_ptr() for weight in weights}
+    parameters = ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+    return [name for name, each in parameters if each.untyped_storage().data_ptr() not in trained]
 
 
 def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
@@ -83,6 +100,8 @@ class _Run:
         self.module: nn.Module = self.quantization.module if self.quantization else job.model
         self.module.to(memory_format=LAYOUT)
         weights = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+        if self.quantization:
+            weights = self.quantization.weights
         self.optimizer = make_optimizer(self.args, weights, self.quantization.groups if self.quantization else ())
         if self.quantization:
             self.quantization.use(self.optimizer)
