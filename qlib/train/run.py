@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -114,6 +115,7 @@ class _Run:
         self.state = TrainingState(job.model, self.optimizer, self.policies, self.progress, [])
         self.records = Records(job.run.folder)
         self._saved = time.monotonic()
+        self._new = self.job.file("checkpoint.new.pth.tar")
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""
@@ -162,30 +164,40 @@ class _Run:
                     self.progress,
                     settings,
                     self.job.device,
-                    self._save_now_and_then,
+                    self._after_step,
                 )
+                self._finish(epoch, time.monotonic() - start)
             except Diverged as problem:
+                self._new.unlink(missing_ok=True)
                 _log.error(
                     "%s; lower --lr, or clip gradients with --grad-clip. The last good checkpoint is %s",
                     problem,
                     self.job.file("checkpoint.pth.tar"),
                 )
                 return 1
-            self._finish(epoch, time.monotonic() - start)
         self._test()
         return 0
 
-    def _save_now_and_then(self) -> None:
+    def _after_step(self) -> None:
+        """Saves a checkpoint now and then; it becomes `checkpoint.pth.tar` when the next step's loss is a number."""
+        if self._new.exists():
+            self._new.replace(self.job.file("checkpoint.pth.tar"))
         if time.monotonic() - self._saved >= self.args.save_every:
-            self._save("checkpoint.pth.tar", None)
+            self._save(self._new.name, None)
 
     def _finish(self, epoch: int, seconds: float) -> None:
-        """Validation, the policies' end of the epoch, and the checkpoints."""
+        """Validation, the policies' end of the epoch, and the checkpoints. Raises Diverged where nothing is left."""
+        self._new.unlink(missing_ok=True)
+        for name, value in self.module.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                raise Diverged(f"{name} holds NaN or infinity after epoch {epoch}")
         lr, means = self.optimizer.param_groups[0]["lr"], self.progress.running.means
         model, quantized = self._evaluated()
         _log.info("--- validate (epoch=%d)-----------", epoch)
         (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
         tell_result(result)
+        if not math.isfinite(result.loss):
+            raise Diverged(f"the validation loss is {result.loss} after epoch {epoch}")
         metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
         for policy in self.policies:
             policy.on_epoch_end(epoch, metrics)
