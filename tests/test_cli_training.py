@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 import shutil
 import signal
 import subprocess
@@ -196,16 +195,15 @@ def test_a_loss_that_is_nan_stops_the_run() -> None:
     assert contents(done.folder / "checkpoint.pth.tar")["steps"] == 0
 
 
-def test_the_last_good_checkpoint_is_one_that_a_step_began_from() -> None:
-    """What was saved behind the step that made the weights explode is not kept."""
-    done = run(f"{MODEL} --epochs 2 --lr 1e9 --momentum 0 {FAST} --save-every 0")
+def test_the_last_good_checkpoint_is_one_that_a_step_could_use() -> None:
+    """What would have been saved behind the step that made the weights explode is not kept."""
+    done = run(f"{MODEL} --epochs 1 --lr 1e12 --save-every 0 {FAST}")
     assert done.code == 1
-    (told,) = re.findall(r"the loss is (?:nan|inf) in epoch 0, step (\d+) of 19", done.out)
-    assert int(told) > 1
+    assert "running_var holds NaN or infinity after step 2 of epoch 0; lower --lr" in done.out
     state = contents(done.folder / "checkpoint.pth.tar")
-    assert state["steps"] == int(told) - 2
-    assert not (done.folder / "checkpoint.new.pth.tar").exists()
+    assert state["steps"] == 1
     assert all(bool(torch.isfinite(value).all()) for value in state["state_dict"].values())
+    assert not (done.folder / "checkpoint.new.pth.tar").exists()
 
 
 def test_check_prints_the_timeline_and_the_settings() -> None:

@@ -183,14 +183,18 @@ class _Run:
         if self._new.exists():
             self._new.replace(self.job.file("checkpoint.pth.tar"))
         if time.monotonic() - self._saved >= self.args.save_every:
-            self._save(self._new.name, None)
+            self._check_weights(f"step {self.progress.steps} of epoch {self.progress.epoch}")
+            self._save("checkpoint.new.pth.tar", None)
+
+    def _check_weights(self, when: str) -> None:
+        for name, value in self.job.model.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                raise Diverged(f"{name} holds NaN or infinity after {when}")
 
     def _finish(self, epoch: int, seconds: float) -> None:
         """Validation, the policies' end of the epoch, and the checkpoints. Raises Diverged where nothing is left."""
         self._new.unlink(missing_ok=True)
-        for name, value in self.module.state_dict().items():
-            if not bool(torch.isfinite(value).all()):
-                raise Diverged(f"{name} holds NaN or infinity after epoch {epoch}")
+        self._check_weights(f"epoch {epoch}")
         lr, means = self.optimizer.param_groups[0]["lr"], self.progress.running.means
         model, quantized = self._evaluated()
         _log.info("--- validate (epoch=%d)-----------", epoch)
