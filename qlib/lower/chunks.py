@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["chunks", "dense", "laid_out_as"]
+__all__ = ["chunks", "dense", "image_chunks", "laid_out_as"]
 
 _ELEMENTS = 2**15
 """Of one thread: with a handful of temporaries of as many, it fits the second-level cache of any CPU."""
@@ -35,7 +35,22 @@ def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     >>> y.sum().item()
     200000.0
     """
-    first = tensors[0]
-    size = _ELEMENTS * torch.get_num_threads() if first.device.type == "cpu" else max(first.numel(), 1)
     flat = [tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset()) for tensor in tensors]
-    yield from zip(*(torch.split(each, size) for each in flat), strict=True)
+    yield from zip(*(torch.split(each, _size(tensors[0])) for each in flat), strict=True)
+
+
+def image_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """As `chunks`, but a piece holds whole images of tensors ``[N, ...]``, as ``[images, elements of an image]``.
+
+    >>> x = torch.arange(6.0).view(2, 3)
+    >>> [part.amax(1).tolist() for (part,) in image_chunks(x)]
+    [[2.0, 5.0]]
+    """
+    shape = len(tensors[0]), tensors[0][:1].numel()
+    rows = [tensor.as_strided(shape, (shape[1], 1), tensor.storage_offset()) for tensor in tensors]
+    yield from zip(*(torch.split(each, max(_size(tensors[0]) // max(shape[1], 1), 1)) for each in rows), strict=True)
+
+
+def _size(tensor: Tensor) -> int:
+    """The most elements of a piece."""
+    return _ELEMENTS * torch.get_num_threads() if tensor.device.type == "cpu" else max(tensor.numel(), 1)

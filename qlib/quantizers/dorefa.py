@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlib.lower.chunks import dense, image_chunks
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.quantizers.grids import ClippedActivation, CodedWeight, SignWeight, mean_magnitude, positive
 from qlib.quantizers.range_linear_qat import linear_activation
@@ -141,9 +142,17 @@ class _RoundedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), most = grads, ctx.most
-        largest = grad.abs().amax(tuple(range(1, grad.ndim)), keepdim=True)
-        step = (2 / most) * largest.clamp(min=torch.finfo(grad.dtype).tiny)
-        noise = torch.rand_like(grad).sub_(0.5)
-        steps = (grad / step).add_(most / 2).add_(noise).round_().clamp_(0, most)
-        return steps.sub_(most / 2).mul_(step), None
+        most, grad = ctx.most, dense(grads[0])
+        rounded, noise = torch.empty_like(grad), _uniform_noise(grad)
+        for part, shift, out in image_chunks(grad, noise, rounded):
+            largest = part.abs().amax(1, keepdim=True)
+            step = (2 / most) * largest.clamp(min=torch.finfo(grad.dtype).tiny)
+            torch.div(part, step, out=out).add_(shift, alpha=2**-16).add_(most / 2).round_().clamp_(0, most)
+            out.sub_(most / 2).mul_(step)
+        return rounded, None
+
+
+def _uniform_noise(like: Tensor) -> Tensor:
+    """int16 of any value, each as likely, laid out as `like`: four of them cost what one random number costs."""
+    drawn = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+    return drawn.view(torch.int16)[: like.numel()].as_strided(like.shape, like.stride())
