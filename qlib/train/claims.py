@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import fx, nn
+from torch import fx
 
 from qlib.config.resolve import resolve
 from qlib.config.schedule import PolicySpec
 from qlib.config.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError
 from qlib.graph import Graph, kind_of
-from qlib.graph.ir import layers, name_of, tensor_users
+from qlib.graph.ir import layers, name_of
 from qlib.graph.ops import ChannelAffine
 from qlib.job import FoldedGraph
 from qlib.quantizers import layer_infos
 from qlib.quantizers.training import TRAINING_QUANTIZERS, TrainingQuantizer
+from qlib.train.edges import ends_in_relu, later_relus, on_inputs, producer_of
 
-__all__ = ["Claim", "Common", "ends_in_relu", "make_claims", "planned_settings"]
+__all__ = ["Claim", "Common", "make_claims", "planned_settings"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Claim:
         more = [
             Rule(re.escape(name), settings, {}, where) for name, settings in ours.items() if not _named(rules, name)
         ]
-        absorbed = {**_later_relus(folded.graph), **folded.absorbed}
+        absorbed = {**later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, (*rules, *more)), layer_infos(folded.graph), absorbed)
         self._check_bits(found)
         for node, module in layers(folded.graph):
@@ -81,7 +82,7 @@ class Claim:
                 # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
                 found[name_of(node)] = replace(found[name_of(node)], bits_weights=8)
         if self.edges == "inputs":
-            found = _on_inputs(folded.graph, found, self.common.bits_other_edges or 8, where)
+            found = on_inputs(folded.graph, found, self.common.bits_other_edges or 8, where)
         if self.edges == "relu":
             ending = {name_of(node) for node, _ in layers(folded.graph) if ends_in_relu(folded.graph, node)}
             found = {n: s if n in ending else replace(s, bits_activations=0) for n, s in found.items()}
@@ -104,7 +105,7 @@ class Claim:
             return {}
         acts = {"bits_activations": bits} if self.common.bits_activations else {}
         wanted = {name_of(node): {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
-        source = _producer(graph, weighted[-1])
+        source = producer_of(graph, weighted[-1])
         if source is not None and acts and self.edges != "inputs":
             wanted.setdefault(name_of(source), acts)
         return wanted
@@ -131,83 +132,9 @@ class Claim:
         return bool(settings.bits_weights or settings.bits_activations)
 
 
-def _on_inputs(
-    graph: Graph, settings: Mapping[str, LayerSettings], wide: int, default: str
-) -> dict[str, LayerSettings]:
-    """The settings under which the `bits_activations` of a layer with weights are those of its input.
-
-    An output that only such layers read, all with the same bits, has these bits, every other one has `wide`, unless a
-    rule speaks of it: `default` is where its bits come from if none does. A layer that wants other bits of what it
-    reads puts it on a grid of its own.
-    """
-    wanted = {
-        name_of(node): settings[name_of(node)].bits_activations for node, module in layers(graph) if _weighs(module)
-    }
-    found = dict(settings)
-    for node, _ in layers(graph):
-        name = name_of(node)
-        own = settings[name]
-        bits = {wanted.get(name_of(reader), 0) for reader in _readers(graph, node)}
-        output = bits.pop() if len(bits) == 1 and all(bits) else wide
-        if wanted.get(name):
-            found[name] = replace(own, bits_activations=output, input_overrides={0: {"bits_activations": wanted[name]}})
-        elif own.bits_activations and own.origin_of("bits_activations") == default:
-            found[name] = replace(own, bits_activations=output)
-    return found
-
-
-def _weighs(module: nn.Module) -> bool:
-    """Whether a layer multiplies its input with a matrix of weights; a batch-norm that stands alone scales it."""
-    return kind_of(module) in ("conv", "conv_transpose", "linear") and not isinstance(module, ChannelAffine)
-
-
-def _readers(graph: Graph, node: fx.Node) -> Iterator[fx.Node]:
-    """What reads the output of a layer, behind moves, ReLUs and max pools."""
-    for user in tensor_users(node):
-        kind = kind_of(graph.get_submodule(str(user.target))) if user.op == "call_module" else "move"
-        if user.op != "output" and kind in ("relu", "max_pool", "move"):
-            yield from _readers(graph, user)
-        else:
-            yield user
-
-
 def _named(rules: Sequence[Rule], name: str) -> bool:
     """Whether a rule of the file speaks of a layer: it has the last word."""
     return any(rule.matches(name) for rule in rules)
-
-
-def ends_in_relu(graph: Graph, node: fx.Node) -> bool:
-    """Whether all that leaves a layer goes through a ReLU, behind nothing but moves and max pools."""
-    users = tensor_users(node)
-    return bool(users) and all(_is_relu_later(graph, user) for user in users)
-
-
-def _is_relu_later(graph: Graph, node: fx.Node) -> bool:
-    kind = kind_of(graph.get_submodule(str(node.target))) if node.op == "call_module" else "move"
-    if kind == "relu":
-        return True
-    return node.op != "output" and kind in ("max_pool", "move") and ends_in_relu(graph, node)
-
-
-def _producer(graph: Graph, node: fx.Node) -> fx.Node | None:
-    """The layer that gives the first input of `node` its grid: behind moves, ReLUs and max pools."""
-    source = next((each for each in node.all_input_nodes if each.meta["tensor"]), None)
-    while source is not None and source.op != "placeholder":
-        kind = kind_of(graph.get_submodule(str(source.target))) if source.op == "call_module" else "move"
-        if kind not in ("relu", "max_pool", "move"):
-            return source
-        source = next((each for each in source.all_input_nodes if each.meta["tensor"]), None)
-    return None
-
-
-def _later_relus(graph: Graph) -> dict[str, str]:
-    """ReLUs that no layer takes in -> the layer before them: a rule for the ReLU says what leaves that layer."""
-    found = {}
-    for node, module in layers(graph):
-        source = _producer(graph, node) if kind_of(module) == "relu" else None
-        if source is not None:
-            found[name_of(node)] = name_of(source)
-    return found
 
 
 def make_claims(specs: Iterable[PolicySpec], folded: FoldedGraph) -> list[Claim]:

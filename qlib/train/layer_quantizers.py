@@ -20,7 +20,8 @@ from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, TensorPlan, WeightPlan
 from qlib.quantizers.training import ActivationSite, WeightSite
 from qlib.quantizers.weight_ranges import plan_weight
-from qlib.train.claims import Claim, ends_in_relu
+from qlib.train.claims import Claim
+from qlib.train.edges import ends_in_relu
 
 __all__ = ["LayerQuantizers"]
 
