@@ -376,3 +376,10 @@ def test_all_weights_of_a_model_with_attention_train_under_a_quantizer() -> None
     files = (contents(each.folder / "checkpoint.pth.tar") for each in (rest, again))
     assert same(*files), "dropout follows from seed, epoch and step"
     good(f"--resume-from {rest.folder}/checkpoint.pth.tar --quantize-eval --verify 8 {FAST}", Path.cwd())
+
+
+def test_steps_that_run_away_are_told() -> None:
+    Path("lsq.yaml").write_text(LSQ.replace("bits_first_last: 8", "bits_first_last: 8, lr_factor: 300"))
+    done = good(f"{MODEL} --pretrained --compress lsq.yaml --epochs 2 --lr 0.05 {FAST}", Path.cwd())
+    assert done.out.count("has moved by a factor of ") == 1
+    assert "steps learn too fast; lower the quantizer's lr_factor (0.1 under a distillation loss" in done.out

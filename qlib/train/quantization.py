@@ -31,6 +31,7 @@ from qlib.quant.plan_file import plan_from_text, plan_text
 from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.tensor_stats import ModelStats
 from qlib.train.claims import Claim, make_claims, planned_settings
+from qlib.train.drift import MOST_DRIFT, StepDrift
 from qlib.train.layer_quantizers import LayerQuantizers
 from qlib.train.optimizers import Group
 from qlib.train.policy import Batch, Losses, Policy
@@ -59,6 +60,7 @@ class Quantization(Policy):
         self._owners: dict[str, Claim | None] = dict.fromkeys((name for name, _ in trainable_layers(self.module)), None)
         self._optimizer: Optimizer | None = None
         self._epoch = -1
+        self._drift, self._warned = StepDrift(), False
         self.plan: Plan | None = None
 
     @property
@@ -146,7 +148,16 @@ class Quantization(Policy):
         device = next(self.graph.parameters()).device
         self.module.to(device)
         connect(self.module)
+        self._drift.watch(self._quantizers())
         self._fill_groups()
+
+    def _quantizers(self) -> dict[str, nn.Module]:
+        """All quantizers, as ``LAYER.PART``."""
+        return {
+            f"{name}.{part}": each
+            for name, layer in trainable_layers(self.module)
+            for part, each in _parts(layer).items()
+        }
 
     def _fill_groups(self) -> None:
         if self._optimizer is None:
@@ -170,6 +181,17 @@ class Quantization(Policy):
                 if layer.norm is not None:
                     layer.norm.eval()
 
+    def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        name, factor = self._drift.worst()
+        if factor > MOST_DRIFT and not self._warned:
+            self._warned = True
+            _log.warning(
+                "Warning: the step of %s has moved by a factor of %.3g since it began: steps learn too fast; lower the"
+                " quantizer's lr_factor (0.1 under a distillation loss of temperature 4), or --lr",
+                name,
+                factor,
+            )
+
     def before_backward(self, batch: Batch, logits: Tensor, losses: Losses) -> Losses:
         for claim in self._claims:
             if claim.common.dampening:
@@ -179,11 +201,7 @@ class Quantization(Policy):
         return losses
 
     def state_dict(self) -> dict[str, Any]:
-        modules = {
-            f"{name}.{part}": dict(module.state_dict())
-            for name, layer in trainable_layers(self.module)
-            for part, module in _parts(layer).items()
-        }
+        modules = {name: dict(module.state_dict()) for name, module in self._quantizers().items()}
         return {"epoch": self._epoch, "plan": None if self.plan is None else plan_text(self.plan), "modules": modules}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -191,9 +209,8 @@ class Quantization(Policy):
             return
         self._epoch, self.plan = int(state["epoch"]), plan_from_text(state["plan"], "the checkpoint's plan")
         self._attach(self._owners_in(self._epoch), self.plan)
-        for name, layer in trainable_layers(self.module):
-            for part, module in _parts(layer).items():
-                module.load_state_dict(state["modules"][f"{name}.{part}"])
+        for name, module in self._quantizers().items():
+            module.load_state_dict(state["modules"][name])
 
 
 def _with_starts_of(before: LayerPlan, now: LayerPlan) -> LayerPlan:
