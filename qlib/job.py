@@ -28,6 +28,7 @@ from qlib.graph import (
 )
 from qlib.graph.ir import layer_inputs, layers, name_of
 from qlib.models import ModelSpec, create_model
+from qlib.models.transforms import standard_classes
 from qlib.quantizers.widen import find_wide_model
 from qlib.runlog import RunLog
 
@@ -141,6 +142,8 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
     spec = find_wide_model(arch)
     dataset_name = config.dataset or spec.dataset
     num_classes, needs_images = spec.num_classes, not (config.summary or config.check)
+    if dataset_name not in (spec.dataset, "imagefolder"):
+        num_classes = standard_classes(dataset_name)
     if dataset_name == "imagefolder" and (needs_images or config.data is not None):
         num_classes = len(open_dataset(dataset_name, config.data, "val", spec.transform, num_classes=None).classes)
     pretrained = config.pretrained and weights_file is None

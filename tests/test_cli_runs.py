@@ -312,6 +312,11 @@ def test_val_alone_is_enough_to_evaluate(tmp_path: Path) -> None:
     assert run.metrics("fp32")["samples"] == "12"
 
 
+def test_a_named_dataset_tells_the_number_of_classes(tmp_path: Path) -> None:
+    run = good("-a resnet20_cifar --dataset cifar100 --summary model", tmp_path)
+    assert "(fc): Linear(in_features=64, out_features=100, bias=True)" in run.out
+
+
 def test_a_cifar_model_on_an_image_folder(tmp_path: Path) -> None:
     data = make_images(tmp_path / "images", size=32)
     run = good(f"-a resnet20_cifar --dataset imagefolder {data} -e", tmp_path)
