@@ -324,6 +324,16 @@ def test_too_few_bits_for_a_method() -> None:
         quantization(Net(), spec(bits_weights=1))
 
 
+def test_a_relu_has_no_bits_of_its_own_where_inputs_have_them() -> None:
+    rules = {"relu.*": {"bits_activations": 6}}
+    quantization(Net(), spec(rules=rules))
+    expected = (
+        r"a\.yaml:5: 'relu\.\*' matches ReLUs and batch-norms alone, which have no bits under edges: inputs; name"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        quantization(Net(), spec(rules=rules, edges="inputs"))
+
+
 def test_all_mistakes_of_all_quantizers_at_once() -> None:
     wrong = spec(rules={"conv9": {"bits_weights": 2}}), spec("PACTQuantizer", rules={"fcc": {"bits_weights": 2}})
     with pytest.raises(ConfigError) as caught:

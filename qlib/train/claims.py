@@ -77,6 +77,8 @@ class Claim:
         absorbed = {**later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, (*rules, *more)), layer_infos(folded.graph), absorbed)
         self._check_bits(found)
+        if self.edges == "inputs":
+            _check_names(rules, [name for name in found if name not in absorbed])
         for node, module in layers(folded.graph):
             if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
                 # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
@@ -130,6 +132,18 @@ class Claim:
         """Whether it quantizes anything of a layer."""
         settings = self.settings[name]
         return bool(settings.bits_weights or settings.bits_activations)
+
+
+def _check_names(rules: Sequence[Rule], reading: Sequence[str]) -> None:
+    """Raises ConfigError for rules that give activation bits to modules whose outputs have those of their readers."""
+    problems = [
+        f"{rule.where}: {rule.pattern!r} matches ReLUs and batch-norms alone, which have no bits under edges: inputs;"
+        " name the layers that read what leaves them"
+        for rule in rules
+        if "bits_activations" in rule.settings and not any(rule.matches(name) for name in reading)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _named(rules: Sequence[Rule], name: str) -> bool:
