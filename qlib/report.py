@@ -16,15 +16,10 @@ __all__ = ["float_layers", "plan_table", "settings_table"]
 _PASSING = ("relu", "max_pool")
 _WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
 _OF_WEIGHTS = ("bits_weights", "mode_weights", "per_channel_wts", "clip_wts")
-_SHOWN: tuple[str, ...] = (
-    "bits_activations",
-    "bits_weights",
-    "mode_activations",
-    "mode_weights",
-    "clip_acts",
-    "clip_wts",
+_SHOWN = (
+    *("bits_activations", "bits_weights", "mode_activations", "mode_weights", "clip_acts", "clip_wts"),
+    *("per_channel_wts", "scale", "fpq", "input_overrides"),
 )
-_SHOWN += ("per_channel_wts", "scale", "fpq")
 
 
 def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed: Mapping[str, str]) -> str:

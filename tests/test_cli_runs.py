@@ -265,6 +265,22 @@ def test_check_prints_the_table_and_stops(folder: Path, quantized: Run) -> None:
     assert any("8 asym_u per channel" in line for line in planned.lines)
 
 
+def test_check_shows_the_bits_of_an_input_and_who_set_them(folder: Path) -> None:
+    text = f"""\
+quantizers:
+  linear:
+    class: PostTrainLinearQuantizer
+    model_activation_stats: {STATS}
+    overrides:
+      wide.conv:
+        input_overrides: {{0: {{bits_activations: 4}}}}
+"""
+    (folder / "own.yaml").write_text(text)
+    run = good(f"{DIGITS} --qe --qe-config-file own.yaml --check", folder)
+    (line,) = (line for line in run.lines if line.startswith("| wide.conv "))
+    assert re.split(r" *\| *", line)[5:-1] == ["8, input 0: 4", "sym / sym", "none", "own.yaml:7"]
+
+
 SUMMARIES = {
     "compute": "Total MACs: 93,440",
     "sparsity": "Total sparsity: 0.00",
