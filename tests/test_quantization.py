@@ -367,6 +367,31 @@ class Dropping(nn.Module):
         return self.fc(F.dropout(x.mean((2, 3)), 0.3, self.training))  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda x, training: F.dropout(input=x, p=0.25, training=training), nn.Dropout),
+        (lambda x, training: F.dropout(x, 0.25, training), nn.Dropout),
+        (lambda x, training: F.dropout1d(x.flatten(2), 0.25, training).reshape(x.shape), nn.Dropout1d),
+        (lambda x, training: F.dropout2d(x, p=0.25, training=training), nn.Dropout2d),
+        (lambda x, training: F.alpha_dropout(x, 0.25, training), nn.AlphaDropout),
+    ],
+)
+def test_dropout_that_is_called_as_a_function(call: Any, kind: type[nn.Module]) -> None:
+    class Calling(Twice):
+        def forward(self, x: Tensor) -> Tensor:
+            x = call(self.conv(x), self.training)
+            return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    graph = capture(Calling(), images(2), share=True)
+    found = [module for module in graph.modules() if isinstance(module, DROPOUTS)]
+    assert [type(module) for module in found] == [kind]
+    assert found[0].p == 0.25
+    kept = capture(Calling(), images(2))
+    assert not any(isinstance(module, DROPOUTS) for module in kept.modules())
+    assert [name for name, _ in kept.named_modules() if name] == ["conv", "fc", "mean"]
+
+
 def test_dropout_trains_and_is_not_deployed() -> None:
     work = quantization(Dropping(), spec())
     modules = [work.module.get_submodule(str(n.target)) for n in work.module.graph.nodes if n.op == "call_module"]

@@ -59,6 +59,21 @@ def test_every_layer_is_exact(net: str, settings: dict[str, Any], tmp_path: Path
         assert (found.agreeing, found.logit_difference) == (len(IMAGES), 0)
 
 
+def test_a_second_grid_is_computed_in_integers(tmp_path: Path) -> None:
+    exact, _, path = exported("convolutions", tmp_path, **OWN_5)
+    integer = {layer.layer: layer.integer for layer in verify(exact, path, [IMAGES]).layers}
+    assert len(second := [name for name in integer if name.startswith("quantize_") and name != "quantize_x"]) > 4
+    assert all(integer[name] for name in second), "a code that differs there is not rounding of a float layer"
+
+
+def test_products_of_16_bits_are_not_cut_at_32(tmp_path: Path) -> None:
+    """ONNX Runtime computes them in float; the sums of this net go beyond 2^31."""
+    exact, _, path = exported("attention", tmp_path, opset=21, bits_activations=16)
+    (product,) = (layer for layer in verify(exact, path, [IMAGES]).layers if layer.layer == "matmul")
+    assert product.kernel == "MatMul"
+    assert product.differing <= 0.01 * product.codes
+
+
 def test_float_layers_are_counted_apart(tmp_path: Path) -> None:
     exact, _, path = exported("floats", tmp_path)
     found = verify(exact, path, [IMAGES])

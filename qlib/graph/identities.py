@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import fx, nn
-from torchvision.ops import StochasticDepth
 
 from qlib.graph.ir import DROPOUTS, Graph
 from qlib.graph.norms import BATCH_NORMS
@@ -14,9 +13,11 @@ __all__ = ["drop_dropouts", "drop_identities", "keep_dropouts"]
 
 _FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
     "dropout": lambda input, p=0.5, *_, **__: nn.Dropout(p),
+    "dropout1d": lambda input, p=0.5, *_, **__: nn.Dropout1d(p),
+    "dropout2d": lambda input, p=0.5, *_, **__: nn.Dropout2d(p),
+    "dropout3d": lambda input, p=0.5, *_, **__: nn.Dropout3d(p),
     "alpha_dropout": lambda input, p=0.5, *_, **__: nn.AlphaDropout(p),
     "feature_dropout": lambda input, p=0.5, *_, **__: nn.Dropout2d(p),
-    "stochastic_depth": lambda input, p, mode, *_, **__: StochasticDepth(p, mode),
 }
 
 
@@ -30,7 +31,8 @@ def keep_dropouts(graph: Graph) -> None:
         if make is not None:
             target = f"dropout_{node.name}"
             graph.add_submodule(target, make(*node.args, **node.kwargs))
-            node.op, node.target, node.args, node.kwargs = "call_module", target, (node.args[0],), {}
+            source = node.all_input_nodes[0]  # it may have been given by name
+            node.op, node.target, node.args, node.kwargs = "call_module", target, (source,), {}
 
 
 def drop_identities(graph: Graph, *, dropouts: bool = True) -> None:
