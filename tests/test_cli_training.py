@@ -206,6 +206,14 @@ def test_the_last_good_checkpoint_is_one_that_a_step_could_use() -> None:
     assert not (done.folder / "checkpoint.new.pth.tar").exists()
 
 
+def test_a_checkpoint_counts_when_the_next_step_found_its_loss_to_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlib.train.run._Run._check_weights", lambda *_: None)
+    done = run(f"{MODEL} --epochs 1 --lr 1e12 --save-every 0 {FAST}")
+    step = int(done.out.partition("the loss is nan in epoch 0, step ")[2].split()[0])
+    assert step > 2
+    assert contents(done.folder / "checkpoint.pth.tar")["steps"] == step - 2
+
+
 def test_check_prints_the_timeline_and_the_settings() -> None:
     Path("two.yaml").write_text(TWO_QUANTIZERS)
     done = good(f"{MODEL} --compress two.yaml --epochs 3 --check", Path.cwd())

@@ -21,6 +21,7 @@ from qlib.job import FoldedGraph
 from qlib.lower import lower
 from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers
 from qlib.quant.plan import Plan
+from qlib.quantizers.grids import ClippedActivation
 from qlib.quantizers.lsq import LsqActivation
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
@@ -241,6 +242,13 @@ def test_bits_of_the_inputs_of_layers_with_weights() -> None:
     work.on_epoch_begin(0)
     own = {name for name, each in trainable_layers(work.module) if not isinstance(each.inputs[0], nn.Identity)}
     assert own == {"conv1"}, "all others arrive on the bits that they want"
+
+
+def test_an_input_that_a_relu_gives_is_one_of_a_relu() -> None:
+    work = quantization(Residual(), spec("PACTQuantizer", edges="inputs"))
+    work.on_epoch_begin(0)
+    kinds = {name: isinstance(layer(work, name).inputs[0], ClippedActivation) for name in ("conv1", "conv2", "conv3")}
+    assert kinds == {"conv1": False, "conv2": True, "conv3": False}
 
 
 def test_a_layer_puts_what_others_read_too_on_a_grid_of_its_own() -> None:
