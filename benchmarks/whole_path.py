@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.checkpoint import QuantizedHeader, read_header, restore_quantized, save_quantized
-from qlib.checkpoint_file import read_checkpoint
+from qlib.checkpoint.quantized import QuantizedHeader, read_header, restore_quantized, save_quantized
+from qlib.checkpoint.read import read_checkpoint
 from qlib.config.ptq_config import LayerSettings
 from qlib.deploy.export_onnx import export_quantized
 from qlib.deploy.placement import int8_share, placement

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlib.checkpoint import weights_hash
+from qlib.checkpoint.quantized import weights_hash
 from qlib.data import ImageDataset, choose_subset
 from qlib.graph import Graph
 from qlib.job import LAYOUT, Job, loader_of, open_split, report_skipped

@@ -21,6 +21,7 @@ from qlib.config.flag_groups import GROUPS as ARGUMENT_GROUPS
 from qlib.config.flag_kinds import SWITCH, split_names
 from qlib.config.run_config import RunConfig, needs_folder, read_run_config
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
+from qlib.models.names import refuse_python_file
 
 __all__ = ["build_parser", "main", "parse"]
 
@@ -110,6 +111,9 @@ def _repeated(file: Path, texts: _Texts, folder: str | None) -> tuple[_Texts, fr
             continue
         parts = [str(part) for part in (value if isinstance(value, list) else [value])]
         saved[flags[target].name] = parts if flags[target].kind.many else [",".join(parts)]
+    for flag in ("--arch", "--kd-teacher"):
+        for arch in saved.get(flag, ()) if flag not in texts else ():
+            refuse_python_file(arch, str(file), flag)
     given = frozenset(saved if saved_given is None else map(str, saved_given))
     if unknown := sorted(given - {flag.name for flag in FLAGS}):
         raise ConfigError(f"{file}: 'given' names flags that do not exist: {', '.join(unknown)}")

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from qlib.calibrate import calibrate
-from qlib.checkpoint import (
+from qlib.checkpoint.quantized import (
     QuantizedHeader,
     is_quantized,
     read_header,
     restore_quantized,
     save_quantized,
 )
-from qlib.checkpoint_file import read_checkpoint
+from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flag_checks import startup_warnings
 from qlib.config.run_config import RunConfig, asks_for_something, exports, nothing_to_do, trains
 from qlib.config.schedule import load_schedule
@@ -31,7 +31,7 @@ from qlib.handover import Model, hand_over, hand_over_float
 from qlib.job import Job, choose_device, fold, load_job, test_loader
 from qlib.lower import lower
 from qlib.measure import measure, tell_confusion, tell_interval, tell_result
-from qlib.models import create_model
+from qlib.models import create_model, refuse_python_file
 from qlib.planning import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.quant.plan_file import check_plan, write_plan
 from qlib.quantizers.widen import find_wide_model
@@ -164,6 +164,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     header = read_header(checkpoint, f"checkpoint {file!r}")
     if "--arch" in config.given and config.arch != header.arch:
         raise UsageError(f"{file} is a quantized {header.arch}, not {config.arch}; drop --arch, as the file knows it")
+    refuse_python_file(header.arch, f"checkpoint {file!r}", "-a", named=config.arch)
     spec = find_wide_model(header.arch)
     model = create_model(spec, num_classes=header.num_classes).to(device)
     job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)

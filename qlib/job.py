@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qlib.checkpoint import float_weights, is_quantized
-from qlib.checkpoint_file import load_state, model_state, read_checkpoint
+from qlib.checkpoint.fit import load_state, model_state
+from qlib.checkpoint.quantized import float_weights, is_quantized
+from qlib.checkpoint.read import read_checkpoint
 from qlib.config.run_config import RunConfig, trains
 from qlib.data import ImageDataset, Loader, Split, choose_subset, make_loader, open_dataset, split_train
 from qlib.errors import CheckpointError, ModelError, UsageError
@@ -27,9 +28,9 @@ from qlib.graph import (
     norm_statistics,
 )
 from qlib.graph.ir import layer_inputs, layers, name_of
-from qlib.models import ModelSpec, create_model
+from qlib.models import ModelSpec, create_model, refuse_python_file
 from qlib.models.transforms import standard_classes
-from qlib.quantizers.widen import find_wide_model
+from qlib.quantizers.widen import find_wide_model, is_wide
 from qlib.runlog import RunLog
 
 __all__ = [
@@ -137,7 +138,10 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
     if config.exp_load_weights_from is not None:
         checkpoint = _weights_only(config.exp_load_weights_from)
     arch, saved = config.arch, checkpoint.get("arch")
-    if isinstance(saved, str) and ("--arch" not in config.given or saved.startswith(f"{arch}.wide")):
+    if isinstance(saved, str) and is_wide(saved, arch):
+        arch = saved
+    elif isinstance(saved, str) and "--arch" not in config.given:
+        refuse_python_file(saved, f"checkpoint {str(weights_file)!r}", "-a")
         arch = saved
     spec = find_wide_model(arch)
     dataset_name = config.dataset or spec.dataset

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from qlib.calibrate import calibrate
-from qlib.checkpoint import weights_hash
+from qlib.checkpoint.quantized import weights_hash
 from qlib.config.ptq_config import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
 from qlib.config.resolve import resolve, wants_histograms
 from qlib.config.run_config import RunConfig

@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import CLASSES, Run, finish, good, make_images, run, start, user_model
 
-from qlib.checkpoint_file import write_checkpoint
+from qlib.checkpoint.read import write_checkpoint
 
 DIGITS = "-a digits_cnn --pretrained"
 QUANTIZE = f"{DIGITS} --quantize-eval"

@@ -13,7 +13,8 @@ import torchvision
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from qlib.checkpoint_file import load_state, model_state, read_checkpoint
+from qlib.checkpoint.fit import load_state, model_state
+from qlib.checkpoint.read import read_checkpoint
 from qlib.data import ImageDataset, choose_subset, make_loader, open_dataset, split_train
 from qlib.errors import DataError
 from qlib.models import create_model, find_model

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from qlib.checkpoint import weights_hash
+from qlib.checkpoint.quantized import weights_hash
 from qlib.config.flag_groups import KdArgs, TrainArgs
 from qlib.config.run_config import RunConfig
 from qlib.config.schedule import Component, PolicySpec, Schedule

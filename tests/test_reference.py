@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlib.checkpoint_file import load_state, model_state, read_checkpoint
+from qlib.checkpoint.fit import load_state, model_state
+from qlib.checkpoint.read import read_checkpoint
 from qlib.config.ptq_config import ptq_config_from_flags
 from qlib.config.resolve import resolve
 from qlib.evaluate import Evaluation, evaluate

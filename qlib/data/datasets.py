@@ -6,6 +6,7 @@ values back.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,6 +20,10 @@ from PIL import Image
 
 from qlib.data.names import DATASETS
 from qlib.errors import DataError, did_you_mean
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # not all that Pillow knows: it would run Ghostscript on EPS
+_MAX_DEPTH = 50
 
 Split = Literal["train", "val", "test"]
 
@@ -50,7 +55,7 @@ class ImageFiles:
     def read(self, index: int) -> Image.Image:
         """Opens and decodes the file."""
         with open(self.paths[index], "rb") as file:
-            return Image.open(file).convert("RGB")
+            return Image.open(file, formats=_FORMATS).convert("RGB")
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -165,8 +170,6 @@ def _from_folder(name: str, root: Path, split: Split) -> _Parts:
 
 
 def _image_folder(root: Path, split: Split) -> _Parts:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
     folder = root / ("train" if split == "train" else "val")
     if not folder.is_dir():
         raise DataError(
@@ -176,12 +179,39 @@ def _image_folder(root: Path, split: Split) -> _Parts:
     if not classes:
         raise DataError(f"{str(folder)!r} is empty; it needs a folder of images for each class")
     _check_same_classes(root, classes)
-    indices = {name: index for index, name in enumerate(classes)}
-    samples = make_dataset(str(folder), indices, extensions=IMG_EXTENSIONS, allow_empty=True)
+    samples = [(path, label) for label, name in enumerate(classes) for path in _image_paths(folder / name)]
     if not samples:
-        kinds = " ".join(IMG_EXTENSIONS)
+        kinds = " ".join(_EXTENSIONS)
         raise DataError(f"the {len(classes)} class folders in {str(folder)!r} hold no images; put some there ({kinds})")
     return ImageFiles([path for path, _ in samples]), [label for _, label in samples], classes
+
+
+def _image_paths(folder: Path) -> list[str]:
+    """The image files in a folder and those in it, in torchvision's order; a folder that links reach twice counts once.
+
+    Raises:
+        DataError: something with an image's name is no file, or the folders are nested too deep.
+    """
+    files: dict[str, list[str]] = {}
+    seen: set[tuple[int, int]] = set()
+    waiting = [(str(folder), 0)]
+    while waiting:
+        path, depth = waiting.pop()
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        if depth > _MAX_DEPTH:
+            raise DataError(f"{path[:200]!r} and what follows lies more than {_MAX_DEPTH} folders deep; move it up")
+        with os.scandir(path) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
+        waiting += [(entry.path, depth + 1) for entry in entries if entry.is_dir()]
+        images = [entry for entry in reversed(entries) if entry.name.lower().endswith(_EXTENSIONS)]
+        for entry in images:
+            if not entry.is_file() and not entry.is_dir():
+                raise DataError(f"{entry.path!r} has an image's name but is no file; remove it")
+        files[path] = [entry.path for entry in images if entry.is_file()]
+    return [path for _, paths in sorted(files.items()) for path in paths]
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, cast
 
 from qlib.errors import ModelError, did_you_mean
-from qlib.models.names import family_of, model_names
+from qlib.models.names import family_of, model_names, names_python_file, refuse_python_file
 from qlib.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["ModelSpec", "create_model", "find_model", "model_names"]
+__all__ = ["ModelSpec", "create_model", "find_model", "model_names", "refuse_python_file"]
 
 
 def find_model(arch: str) -> ModelSpec:
@@ -32,7 +32,7 @@ def find_model(arch: str) -> ModelSpec:
     qlib.errors.ModelError: unknown model 'resnet8'; give one of 121 names, or your own as path/to/file.py:function; \
 did you mean resnet18 or resnet50 or resnet34?
     """
-    if ".py" in arch:
+    if names_python_file(arch):
         family, name = "user_model", arch
     else:
         name = arch.lower()
@@ -69,7 +69,7 @@ def create_model(spec: ModelSpec, *, num_classes: int | None = None, pretrained:
         )
     model = spec.build(classes)
     if pretrained and spec.weights is not None:
-        from qlib.checkpoint_file import load_state
+        from qlib.checkpoint.fit import load_state
 
         load_state(model, spec.weights(), f"the pretrained {spec.arch}")
     return model.eval()

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlib.checkpoint_file import model_state, read_checkpoint
+from qlib.checkpoint.fit import model_state
+from qlib.checkpoint.read import read_checkpoint
 from qlib.models.add import Add
 from qlib.models.cifar import small_image_spec
 from qlib.models.spec import ModelSpec, StateDict

@@ -5,6 +5,8 @@ A family is a file beside this one with a function `model_spec(arch) -> ModelSpe
 
 from __future__ import annotations
 
+from qlib.errors import UsageError
+
 FAMILIES: dict[str, str] = {
     "torchvision_models": """
         alexnet convnext_base convnext_large convnext_small convnext_tiny
@@ -57,3 +59,33 @@ def family_of(arch: str) -> str | None:
     ('vgg_cifar', None)
     """
     return next((family for family, names in FAMILIES.items() if arch in names.split()), None)
+
+
+def names_python_file(arch: str) -> bool:
+    """Whether a model's name is that of a user's own file, which is run to build it.
+
+    >>> names_python_file("models/mine.py:net"), names_python_file("resnet18")
+    (True, False)
+    """
+    return ".py" in arch
+
+
+def refuse_python_file(arch: str, source: str, flag: str, named: str | None = None) -> None:
+    """Lets a file, `source`, name the model `arch` only if no Python file runs for it, or the user named that one too.
+
+    `named` is what the command line gave with `flag`.
+
+    Raises:
+        UsageError: `arch` is another Python file than the one that the command line names.
+
+    >>> refuse_python_file("mine.py:net", "a.yaml", "-a", named="mine.py:net")
+    >>> refuse_python_file("mine.py:net", "a.yaml", "-a")
+    Traceback (most recent call last):
+    qlib.errors.UsageError: a.yaml names the Python file 'mine.py:net', and reading a file runs no other; if you trust \
+it, name it on the command line: -a mine.py:net
+    """
+    if names_python_file(arch) and arch != named:
+        raise UsageError(
+            f"{source} names the Python file {arch!r}, and reading a file runs no other; if you trust it, name it on"
+            f" the command line: {flag} {arch}"
+        )

@@ -15,7 +15,7 @@ from qlib.graph.ir import is_layer, layer_inputs
 from qlib.graph.norms import BATCH_NORMS
 from qlib.models import ModelSpec, find_model
 
-__all__ = ["find_wide_model", "wide_name", "widened"]
+__all__ = ["find_wide_model", "is_wide", "wide_name", "widened"]
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -27,6 +27,15 @@ def wide_name(arch: str, factor: int) -> str:
     'resnet20_cifar.wide2'
     """
     return f"{arch}.wide{factor}"
+
+
+def is_wide(name: str, arch: str) -> bool:
+    """Whether `name` is that of the model `arch`, widened.
+
+    >>> is_wide("vgg11.wide2", "vgg11"), is_wide("vgg11", "vgg11"), is_wide("vgg11.wide2/x.py:f.wide2", "vgg11")
+    (True, False, False)
+    """
+    return re.fullmatch(re.escape(arch) + r"\.wide[2-8]", name) is not None
 
 
 def find_wide_model(arch: str) -> ModelSpec:

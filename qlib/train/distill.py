@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qlib.checkpoint import weights_hash
+from qlib.checkpoint.quantized import weights_hash
 from qlib.config.flag_groups import KdArgs
 from qlib.config.schedule import PolicySpec, Schedule
 from qlib.errors import CheckpointError, ConfigError, UsageError
 from qlib.job import Job, fold
+from qlib.models import refuse_python_file
 from qlib.train.matching import Matching
 from qlib.train.policy import Batch, Losses, Policy
 from qlib.train.teacher import SELF, cached_logits, load_teacher
@@ -151,6 +152,9 @@ def make_distillation(job: Job, student: nn.Module, schedule: Schedule | None = 
     extensions = schedule.of("extensions") if schedule else ()
     policies = tuple(policy for policy in extensions if policy.component.cls == _CLASS)
     flags = sorted(flag for flag in job.config.given if flag.startswith("--kd-"))
+    named = job.config.kd.teacher
+    if policies and named == policies[0].component.settings.get("teacher") and flags == ["--kd-teacher"]:
+        flags = []  # the user trusts the Python file that the schedule names
     if policies and flags:
         raise UsageError(
             f"{flags[0]} and the {_CLASS} at {policies[0].component.where} both say how to distill; drop one of them"
@@ -196,6 +200,7 @@ def _of_schedule(job: Job, student: nn.Module, policies: tuple[PolicySpec, ...])
     if cache and job.config.skip_corrupt:
         raise ConfigError(f"{where}: cache needs every image, and --skip-corrupt leaves some out; remove one of them")
     try:
+        refuse_python_file(str(args.teacher), "the schedule", "--kd-teacher", named=job.config.kd.teacher)
         teacher = load_teacher(job, args, prefix="")
     except UsageError as error:
         raise ConfigError(f"{where}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlib.checkpoint import QuantizedHeader, quantized_checkpoint
+from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule import Schedule, load_schedule
 from qlib.errors import ConfigError, UsageError
 from qlib.graph import Graph, capture

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlib.checkpoint import float_weights, is_quantized, weights_hash
-from qlib.checkpoint_file import load_state, model_state, read_checkpoint
+from qlib.checkpoint.fit import load_state, model_state
+from qlib.checkpoint.quantized import float_weights, is_quantized, weights_hash
+from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flag_groups import KdArgs
 from qlib.errors import CheckpointError, ModelError, OutputError, UsageError
 from qlib.evaluate import MICRO_BATCH

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.checkpoint_file import load_state, write_checkpoint
+from qlib.checkpoint.fit import load_state
+from qlib.checkpoint.read import write_checkpoint
 from qlib.correct.bias import give_bias
 from qlib.errors import CheckpointError
 from qlib.graph import Graph

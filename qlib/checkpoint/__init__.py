@@ -1,0 +1,1 @@
+"""Checkpoints: files read as data, weights fitted to a model, integers with their plan."""

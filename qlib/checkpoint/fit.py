@@ -1,0 +1,97 @@
+"""The weights in a checkpoint, and the model that they are loaded into."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from qlib.errors import CheckpointError
+
+__all__ = ["load_state", "model_state"]
+
+
+def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of the model in a checkpoint, by the model's own names: without the `module.` of DataParallel.
+
+    Raises:
+        CheckpointError: the checkpoint has no weights.
+
+    >>> import torch
+    >>> model_state({"state_dict": {"module.fc.bias": torch.zeros(1)}, "epoch": 3})["fc.bias"]
+    tensor([0.])
+    """
+    state = checkpoint.get("state_dict", checkpoint.get("model"))
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = ", ".join(map(str, checkpoint)) or "nothing"
+        raise CheckpointError(f"the checkpoint has no weights under 'state_dict', only {keys}; save model.state_dict()")
+    # The layers' versions, by which a model recognizes what an older one of its kind saved.
+    versions = getattr(state, "_metadata", None)
+    plain: OrderedDict[str, Tensor] = OrderedDict((_own_name(name), value) for name, value in state.items())
+    if versions is not None:
+        cast(Any, plain)._metadata = {_own_name(f"{name}.").rstrip("."): value for name, value in versions.items()}
+    return plain
+
+
+def _own_name(name: str) -> str:
+    """The name without `module.`, also behind `features.` (an alexnet or vgg of which only that part was parallel)."""
+    return re.sub(r"^(features\.)?module\.", r"\1", name)
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    remedy: str = "give the -a that it was made with, and data with as many classes",
+) -> None:
+    """Loads `state` into `model`; all names and shapes must agree. The error's sentence goes from `source` to `remedy`.
+
+    What only training needs may differ: auxiliary heads, and the counter that batch-norm has had since torch 0.4.1.
+
+    Raises:
+        CheckpointError: parameters are missing, too many, or of other shapes.
+    """
+    wanted = model.state_dict()
+    given = _without_auxiliary_heads(_with_modern_names(state), wanted)
+    misfits = [
+        f"{name} is {_shape(value)} in it and {_shape(wanted[name])} in the model"
+        for name, value in given.items()
+        if name in wanted and value.shape != wanted[name].shape
+    ]
+    if misfits:
+        raise _unfit(source, [_some("of another shape", misfits)], remedy)
+    versions = getattr(state, "_metadata", None) or {"": {"version": getattr(model, "_version", None)}}
+    cast(Any, given)._metadata = versions
+    result = model.load_state_dict(given, strict=False)
+    missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
+    problems = [("missing", missing), ("unexpected", result.unexpected_keys)]
+    if any(names for _, names in problems):
+        raise _unfit(source, [_some(what, names) for what, names in problems if names], remedy)
+
+
+def _unfit(source: str, problems: list[str], remedy: str) -> CheckpointError:
+    return CheckpointError(f"{source} does not fit the model: {', '.join(problems)}; {remedy}")
+
+
+def _some(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"
+
+
+def _with_modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the names that torchvision's densenets have now; their published weights have older ones."""
+    old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+    return OrderedDict((old.sub(r"\1\2.", name), value) for name, value in state.items())
+
+
+def _without_auxiliary_heads(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without the auxiliary heads of googlenet and inception_v3, if the model has none."""
+    heads = ("aux1.", "aux2.", "AuxLogits.")
+    absent = tuple(head for head in heads if not any(name.startswith(head) for name in wanted))
+    return OrderedDict((name, value) for name, value in state.items() if not name.startswith(absent))

@@ -1,0 +1,167 @@
+"""What `unpickle` gives, with tensors in the place of the calls that would rebuild them."""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlib.checkpoint.unpickle import Inert, Persistent
+
+__all__ = ["Storages", "storage_of", "with_tensors"]
+
+_MAX_DEPTH = 100
+
+_STORAGE_TYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "UntypedStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+
+Storages = Callable[[str, int], bytearray]
+"""The bytes of the storage with a key; the number is how many there should be."""
+
+
+def with_tensors(value: Any, storages: Storages) -> Any:
+    """`value` as `unpickle` gave it, with its tensors (on the CPU), dtypes, sizes and ordered dictionaries made.
+
+    Objects of other classes stay `Inert`, with what they hold made in the same way. `storages` is asked once for each
+    storage.
+
+    Raises:
+        pickle.UnpicklingError: a call has other arguments than torch writes, a tensor lies outside its storage or is of
+            a kind that no weights have (sparse, quantized, without values), or the value contains itself.
+
+    >>> size = Inert("torch.Size", ((2, 3),))
+    >>> with_tensors({"size": size, "dtype": Inert("torch.float16")}, lambda key, count: bytearray(count))
+    {'size': (2, 3), 'dtype': torch.float16}
+    """
+    return _Builder(storages).built(value, 0)
+
+
+def storage_of(identifier: Any) -> tuple[str, torch.dtype, int]:
+    """Key, type and number of bytes of the storage that an identifier names (those of an untyped one: at least).
+
+    Raises UnpicklingError for an identifier of something else.
+    """
+    match identifier:
+        case ("storage", Inert(name=name, args=None), str(key), str(), int(count), *_):
+            kind = name.rpartition(".")[2]
+            if kind in _STORAGE_TYPES and count >= 0:
+                return key, _STORAGE_TYPES[kind], count * _STORAGE_TYPES[kind].itemsize
+            raise pickle.UnpicklingError(f"a storage of {count} values of {name}")
+    raise pickle.UnpicklingError("an identifier of no storage")
+
+
+class _Builder:
+    """Builds each object once, however often it is referred to."""
+
+    def __init__(self, storages: Storages) -> None:
+        self._storages = storages
+        self._opened: dict[str, Tensor] = {}
+        self._built: dict[int, Any] = {}
+
+    def built(self, value: Any, depth: int) -> Any:
+        """The value with everything in it that can be made."""
+        if not isinstance(value, (list, tuple, dict, Inert, Persistent)):
+            return value
+        if id(value) not in self._built:
+            if depth == _MAX_DEPTH:
+                raise pickle.UnpicklingError(f"it is nested more than {_MAX_DEPTH} deep, or contains itself")
+            self._built[id(value)] = self._new(value, depth + 1)
+        return self._built[id(value)]
+
+    def _new(self, value: Any, depth: int) -> Any:
+        if isinstance(value, Persistent):
+            return self._storage(value.identifier)
+        if isinstance(value, dict):
+            return {self.built(key, depth): self.built(item, depth) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.built(item, depth) for item in value)
+        args = None if value.args is None else tuple(self.built(arg, depth) for arg in value.args)
+        items = [self.built(item, depth) for item in value.items]
+        state = self.built(value.state, depth)
+        if args is None:
+            dtype = getattr(torch, value.name.removeprefix("torch."), None) if value.name.count(".") == 1 else None
+            return dtype if isinstance(dtype, torch.dtype) else value
+        if value.name in _CALLS:
+            try:
+                return _CALLS[value.name](args, items, state)
+            except (IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise pickle.UnpicklingError(f"{value.name} with other arguments than torch writes") from error
+        if value.name.startswith("torch._utils."):
+            raise pickle.UnpicklingError(f"a tensor of a kind that weights do not have ({value.name})")
+        return Inert(value.name, args, state, items)
+
+    def _storage(self, identifier: Any) -> Tensor:
+        key, dtype, size = storage_of(identifier)
+        if key not in self._opened:
+            found = self._storages(key, size)
+            self._opened[key] = torch.frombuffer(found, dtype=torch.uint8) if found else torch.empty(0).byte()
+        content = self._opened[key]
+        if len(content) < size:
+            raise pickle.UnpicklingError(f"storage {key} has {len(content)} bytes, not {size}")
+        if dtype == torch.uint8:  # an untyped storage, whose identifier counts values of the tensor's own type
+            return content
+        return content[:size] != 0 if dtype == torch.bool else content[:size].view(dtype)
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """The part of a storage that a tensor is, if it lies inside and holds no value twice."""
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("sizes and strides that are no numbers")
+    count = prod(size)
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if count and (last >= storage.numel() or count > storage.numel()):
+        raise ValueError("a tensor outside its storage")
+    return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
+
+
+def _typed_tensor(args: tuple[Any, ...], *_: Any) -> Tensor:
+    storage, offset, size, stride, _requires_grad, _hooks, dtype, *_metadata = args
+    width = dtype.itemsize
+    whole = storage[: storage.numel() // width * width]
+    return _tensor(whole != 0 if dtype == torch.bool else whole.view(dtype), offset, size, stride)
+
+
+def _parameter(args: tuple[Any, ...], *_: Any) -> Tensor:
+    if not isinstance(args[0], Tensor):
+        raise TypeError("a parameter that is no tensor")
+    return args[0]
+
+
+def _ordered(args: tuple[Any, ...], items: list[Any], state: Any) -> OrderedDict[Any, Any]:
+    made: OrderedDict[Any, Any] = OrderedDict([*(args[0] if args else ()), *items])
+    versions = state.get("_metadata") if isinstance(state, Mapping) else None
+    if isinstance(versions, Mapping):
+        made._metadata = versions  # type: ignore[attr-defined]  # where torch keeps the versions of layers
+    return made
+
+
+_CALLS: dict[str, Callable[[tuple[Any, ...], list[Any], Any], Any]] = {
+    "torch._utils._rebuild_tensor": lambda args, *_: _tensor(*args),
+    "torch._utils._rebuild_tensor_v2": lambda args, *_: _tensor(*args[:4]),
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.nn.parameter.Parameter": _parameter,
+    "torch.Size": lambda args, *_: tuple(args[0]),
+    "collections.OrderedDict": _ordered,
+    "_codecs.encode": lambda args, *_: args[0].encode("latin1"),
+}
