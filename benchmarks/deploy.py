@@ -24,16 +24,16 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from whole_path import build, seconds
 
-from qlib.config.ptq_config import LayerSettings
+from qlib.app.job import LAYOUT
+from qlib.config.layers.read import LayerSettings
 from qlib.data import open_dataset
-from qlib.deploy.export_onnx import INPUT, export_float, export_quantized
+from qlib.deploy.export import INPUT, export_float, export_quantized
 from qlib.deploy.session import open_session, run_session
 from qlib.graph import capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
-from qlib.job import LAYOUT
 from qlib.lower import lower
 from qlib.models import ModelSpec, create_model, find_model
-from qlib.quantizers import plan_post_train_linear
+from qlib.ptq.planner import plan_post_train_linear
 from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.tensor_stats import ModelStats
 

@@ -26,21 +26,21 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from qlib.cli import main as compress
-from qlib.config.ptq_config import PtqConfig
-from qlib.config.resolve import resolve
-from qlib.config.settings import LayerSettings
+from qlib.config.layers.read import PtqConfig
+from qlib.config.layers.resolve import resolve
+from qlib.config.layers.settings import LayerSettings
+from qlib.correct._base import CalibrationImages
 from qlib.correct.absorb_bias import absorb_bias
-from qlib.correct.base import CalibrationImages
 from qlib.correct.bias_correction import analytic_bias_correction, bias_correction
 from qlib.correct.bn_reestimation import bn_reestimation
 from qlib.correct.equalize import equalize
 from qlib.data import Split, open_dataset
-from qlib.evaluate import evaluate
 from qlib.graph import Graph, NormStatistics, after_folding, capture, fold_batch_norm, norm_statistics
 from qlib.lower import exact_arithmetic, lower
+from qlib.metrics import evaluate
 from qlib.models import find_model
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import Plan
-from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.data_free import data_free_stats, image_range_of
 from qlib.stats.tensor_stats import ModelStats

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import torch
 from tabulate import tabulate
 
-from qlib.config.ptq_config import LayerSettings
-from qlib.evaluate import Meter, evaluate_together
+from qlib.config.layers.read import LayerSettings
 from qlib.graph import capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
+from qlib.metrics import Meter, evaluate_together
 from qlib.models import create_model, find_model
-from qlib.quantizers import plan_post_train_linear
+from qlib.ptq.planner import plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qlib.config.schedule import Component, PolicySpec
+from qlib.app.job import LAYOUT, FoldedGraph
+from qlib.config.schedule.read import Component, PolicySpec
 from qlib.graph import Graph, capture, fold_batch_norm
-from qlib.job import LAYOUT, FoldedGraph
 from qlib.models import create_model, find_model
-from qlib.quantizers.training import TRAINING_QUANTIZERS
+from qlib.qat.base import TRAINING_QUANTIZERS
+from qlib.qat.quantization import Quantization
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
-from qlib.train.quantization import Quantization
 
 EXTRA = {"DorefaQuantizer": {"bits_gradients": 8}}
 

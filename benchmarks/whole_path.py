@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from qlib.checkpoint.quantized import QuantizedHeader, read_header, restore_quantized, save_quantized
 from qlib.checkpoint.read import read_checkpoint
-from qlib.config.ptq_config import LayerSettings
-from qlib.deploy.export_onnx import export_quantized
+from qlib.config.layers.read import LayerSettings
+from qlib.deploy.export import export_quantized
 from qlib.deploy.placement import int8_share, placement
 from qlib.deploy.session import open_session, run_session
 from qlib.deploy.verify import Verification, verify
@@ -28,8 +28,8 @@ from qlib.graph.ir import layers, name_of
 from qlib.lower import exact_arithmetic, lower
 from qlib.lower.ops.float_op import FloatOp
 from qlib.lower.ops.weighted import FloatWeighted
+from qlib.ptq.planner import plan_post_train_linear
 from qlib.quant.plan import Plan
-from qlib.quantizers import plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 

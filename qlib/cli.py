@@ -15,11 +15,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qlib.cli_flags import FLAGS, GROUPS, Flag
-from qlib.config.flag_checks import check_combination
-from qlib.config.flag_groups import GROUPS as ARGUMENT_GROUPS
-from qlib.config.flag_kinds import SWITCH, split_names
-from qlib.config.run_config import RunConfig, needs_folder, read_run_config
+from qlib.config.flags.checks import check_combination
+from qlib.config.flags.groups import GROUPS as ARGUMENT_GROUPS
+from qlib.config.flags.kinds import SWITCH, split_names
+from qlib.config.flags.run_config import RunConfig, needs_folder, read_run_config
+from qlib.config.flags.table import FLAGS, GROUPS, Flag
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
 from qlib.models.names import refuse_python_file
 
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         config = parse(words)
-        from qlib import compress_classifier
+        from qlib.app import run as application
 
-        return compress_classifier.run(config)
+        return application.run(config)
     except QlibError as error:
         if {"-v", "--verbose"} & set(words):
             traceback.print_exc()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from qlib.config.run_config import RunConfig
+from qlib.config.flags.run_config import RunConfig
 from qlib.errors import OutputError, QlibError
 from qlib.progress import FILE_ONLY
 

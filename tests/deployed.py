@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qlib.config.ptq_config import LayerSettings
+from qlib.config.layers.read import LayerSettings
 from qlib.graph import capture, fold_batch_norm
 from qlib.graph.cost import layer_costs
 from qlib.lower import lower
-from qlib.quantizers import layer_infos, plan_post_train_linear
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 
@@ -134,7 +134,7 @@ def exported(
     net: str, folder: Path, *, opset: int = 20, **settings: Any
 ) -> tuple[fx.GraphModule, dict[str, int], Path]:
     """As `lowered`, with the file that was exported."""
-    from qlib.deploy.export_onnx import export_quantized
+    from qlib.deploy.export import export_quantized
 
     exact, macs = lowered(net, **settings)
     path = folder / f"{net}.onnx"

@@ -7,12 +7,12 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from qlib.config.ptq_config import LayerSettings, PtqConfig
-from qlib.config.resolve import resolve
+from qlib.config.layers.read import LayerSettings, PtqConfig
+from qlib.config.layers.resolve import resolve
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.models import create_model, find_model
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import Plan
-from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.ptq_config import PtqConfig
-from qlib.config.resolve import resolve
-from qlib.config.settings import LayerSettings
-from qlib.correct.base import CalibrationImages
+from qlib.config.layers.read import PtqConfig
+from qlib.config.layers.resolve import resolve
+from qlib.config.layers.settings import LayerSettings
+from qlib.correct._base import CalibrationImages
+from qlib.correct._walk import channel_moments
 from qlib.correct.bias_correction import analytic_bias_correction, bias_correction
 from qlib.correct.bn_reestimation import bn_reestimation
-from qlib.correct.walk import channel_moments
 from qlib.graph import Graph, NormStatistics, after_folding, capture, fold_batch_norm, norm_statistics
 from qlib.lower.fake import FakeLayer, lower_fake
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import Plan
-from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import Run, finish, good, run, start
 
-from qlib.config.budget import parse_budget
+from qlib.config.layers.budget import parse_budget
 from qlib.quant.plan_file import read_plan
 from qlib.search.allocate import Costs, allocate, best_uniform, cost_of, error_of, smallest_cost
 

@@ -13,9 +13,9 @@ import pytest
 
 import qlib
 from qlib.cli import build_parser, main, parse
-from qlib.cli_flags import FLAGS
-from qlib.config.flag_checks import ignored_flags, startup_warnings
-from qlib.config.run_config import RunConfig, needs_folder
+from qlib.config.flags.checks import ignored_flags, startup_warnings
+from qlib.config.flags.run_config import RunConfig, needs_folder
+from qlib.config.flags.table import FLAGS
 from qlib.errors import ConfigError, ModelError, UsageError
 
 IN_RUN = Path("run-folder")
@@ -631,10 +631,10 @@ def _application(monkeypatch: pytest.MonkeyPatch, outcome: int | BaseException) 
             return outcome
         raise outcome
 
-    module = ModuleType("qlib.compress_classifier")
+    module = ModuleType("qlib.app.run")
     module.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qlib.compress_classifier", module)
-    monkeypatch.setattr(qlib, "compress_classifier", module, raising=False)
+    monkeypatch.setitem(sys.modules, "qlib.app.run", module)
+    monkeypatch.setattr(qlib.app, "run", module, raising=False)
 
 
 OUTCOMES = [

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlib.clip import CLIP_METHODS, ClipContext, gauss, laplace
-from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import StatsError
 from qlib.stats.tensor_stats import TensorStats
 

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlib.clip import CLIP_METHODS, ClipContext, choose
+from qlib.clip._search import expected_error
 from qlib.clip.kl import divergences
-from qlib.clip.search import expected_error
-from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import StatsError
+from qlib.ptq.activation_ranges import clipped
 from qlib.quant.affine import qparams_from_range
 from qlib.quant.spec import QuantSpec
-from qlib.quantizers.ranges import clipped
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qlib.config.ptq_config import load_ptq_config, ptq_config_from_flags
-from qlib.config.resolve import LayerInfo, resolve, wants_histograms
-from qlib.config.settings import LayerSettings, PtqConfig, Rule
-from qlib.config.yaml_source import Node, load_yaml
+from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
+from qlib.config.layers.resolve import LayerInfo, resolve, wants_histograms
+from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError
+from qlib.yaml_tree import Node, load_yaml
 
 SCHEDULES = Path(__file__).resolve().parents[1] / "schedules"
 

@@ -20,13 +20,13 @@ from torchvision.models import (
     squeezenet1_1,
 )
 
-from qlib.config.ptq_config import PtqConfig
-from qlib.config.resolve import resolve
-from qlib.config.settings import LayerSettings
+from qlib.config.layers.read import PtqConfig
+from qlib.config.layers.resolve import resolve
+from qlib.config.layers.settings import LayerSettings
 from qlib.errors import StatsError
 from qlib.graph import Graph, NormStatistics, after_folding, capture, fold_batch_norm, norm_statistics
 from qlib.graph.ir import name_of
-from qlib.quantizers import layer_infos, plan_post_train_linear
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.data_free import data_free_stats
 from qlib.stats.moments import clipped_normal, propagate

@@ -19,20 +19,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from qlib.app.job import Job, fold, open_split
+from qlib.app.teacher import load_teacher
 from qlib.checkpoint.quantized import weights_hash
-from qlib.config.flag_groups import KdArgs, TrainArgs
-from qlib.config.run_config import RunConfig
-from qlib.config.schedule import Component, PolicySpec, Schedule
+from qlib.config.flags.groups import KdArgs, TrainArgs
+from qlib.config.flags.run_config import RunConfig
+from qlib.config.schedule.read import Component, PolicySpec, Schedule
+from qlib.distill.loss import Distillation, DistillSettings, distillation_loss, make_distillation
+from qlib.distill.matching import Matching, Taps, attention_loss, feature_loss, named_outputs
 from qlib.errors import CheckpointError, ConfigError, ModelError, OutputError, QlibError, UsageError
 from qlib.graph import capture
-from qlib.job import Job, fold, open_split
 from qlib.lower.trainable import lower_trainable
 from qlib.models import create_model, find_model
 from qlib.runlog import RunLog
-from qlib.train.distill import Distillation, DistillSettings, distillation_loss, make_distillation
-from qlib.train.matching import Matching, Taps, attention_loss, feature_loss, named_outputs
 from qlib.train.policy import Batch, Losses
-from qlib.train.teacher import load_teacher
 
 MODELS = '''
 import torch

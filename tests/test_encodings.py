@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.config.ptq_config import LayerSettings
+from qlib.config.layers.read import LayerSettings
 from qlib.deploy.encodings import ENCODINGS, Encodings, collect_encodings, encodings_file, write_encodings
-from qlib.deploy.export_onnx import export_float
+from qlib.deploy.export import export_float
 from qlib.deploy.named import with_named_tensors
 from qlib.errors import ExportError, OutputError, QlibError, StatsError
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
+from qlib.ptq.planner import plan_post_train_linear
 from qlib.quant.affine import qparams_from_range
 from qlib.quant.plan import Plan, TensorPlan
 from qlib.quant.spec import QuantSpec
-from qlib.quantizers import plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 

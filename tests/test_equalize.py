@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
 
+from qlib.correct._base import CalibrationImages
+from qlib.correct._pairs import find_pairs
 from qlib.correct.absorb_bias import absorb_bias
-from qlib.correct.base import CalibrationImages
 from qlib.correct.equalize import equalize
-from qlib.correct.pairs import find_pairs
 from qlib.correct.smooth import smooth
 from qlib.graph import Graph, NormStatistics, after_folding, capture, fold_batch_norm, norm_statistics
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.evaluate import Meter, evaluate, evaluate_together, wilson_interval
+from qlib.metrics import Meter, evaluate, evaluate_together, wilson_interval
 
 
 def measured(logits: list[list[float]], labels: list[int]) -> Meter:

@@ -16,8 +16,8 @@ from deployed import IMAGES, NETS, Net, conv, exported, lowered
 from runs import ROOT
 from torch import Tensor, fx, nn
 
-from qlib.deploy import export_onnx
-from qlib.deploy.export_onnx import export_float, export_quantized
+from qlib.deploy import export as export_onnx
+from qlib.deploy.export import export_float, export_quantized
 from qlib.deploy.session import open_session, run_session
 from qlib.deploy.storage import choose_opset, refuse_unexportable, storage_notes
 from qlib.errors import ExportError, OutputError

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from runs import finish, good, run, start
 from torch import Tensor, nn
 
-from qlib.config.flag_groups import LapqArgs
-from qlib.config.settings import LayerSettings
+from qlib.config.flags.groups import LapqArgs
+from qlib.config.layers.settings import LayerSettings
 from qlib.errors import UsageError
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.lower import lower
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.affine import dequantize, quantize
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
-from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.search.lapq import search_ranges
 from qlib.search.least_error import least_error, mean_error
 from qlib.search.objective import Objective
@@ -101,7 +101,7 @@ def test_a_replayed_plan_computes_what_the_exact_lowering_does(per_channel: bool
 @given(st.sampled_from(["sym", "sym_restr", "asym_s", "asym_u"]), st.integers(2, 8), st.floats(-3, 0), st.floats(0, 3))
 @settings(deadline=None, max_examples=50)
 def test_rounding_is_quantizing_and_back(mode: str, bits: int, low: float, high: float) -> None:
-    from qlib.lower.ops.base import Edge
+    from qlib.lower.base import Edge
 
     params = TensorPlan(bits, mode, min=low, max=high).qparams()
     x = torch.linspace(-4, 4, 101)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qlib.config.ptq_config import LayerSettings
+from qlib.config.layers.read import LayerSettings
 from qlib.graph import Graph, capture, fold_batch_norm, kind_of
 from qlib.graph import ir as graph_ir
 from qlib.graph.ir import layers
 from qlib.lower import lower
 from qlib.lower.ops import LOWERINGS
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import Plan
-from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 

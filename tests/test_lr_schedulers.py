@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from qlib.config.schedule import Component, PolicySpec, Schedule, load_schedule
-from qlib.config.schedule_fields import LR_CLASSES, LR_REFUSED
+from qlib.config.schedule.keys import LR_CLASSES, LR_REFUSED
+from qlib.config.schedule.read import Component, PolicySpec, Schedule, load_schedule
 from qlib.errors import ConfigError, QlibError
-from qlib.train.lr_formulas import FORMULAS, MOMENTA
-from qlib.train.lr_schedulers import LR_SCHEDULERS, LrScheduler, counts_steps, make_lr_scheduler
+from qlib.train.lr.formulas import FORMULAS, MOMENTA
+from qlib.train.lr.schedulers import LR_SCHEDULERS, LrScheduler, counts_steps, make_lr_scheduler
 
 PUBLISHED = Path(__file__).with_name("schedules")
 BASE = 0.4

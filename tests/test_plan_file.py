@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.fields import CLIP_NAMES
-from qlib.config.ptq_config import LayerSettings
+from qlib.config.layers.keys import CLIP_NAMES
+from qlib.config.layers.read import LayerSettings
 from qlib.errors import ConfigError, OutputError, StatsError
 from qlib.graph import capture, fold_batch_norm, kind_of
 from qlib.graph.ir import layer_inputs, layers, name_of
 from qlib.lower.ops import LOWERINGS
+from qlib.ptq.planner import plan_post_train_linear
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.plan_file import (
     check_plan,
@@ -32,7 +33,6 @@ from qlib.quant.plan_file import (
 )
 from qlib.quant.plan_schema import KINDS
 from qlib.quant.spec import MODES
-from qlib.quantizers import plan_post_train_linear
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
 IN = TensorPlan(8, "asym_u", "avg", -1.0, 1e-05)

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS
-from qlib.config.ptq_config import LayerSettings
+from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.read import LayerSettings
 from qlib.errors import ConfigError, StatsError
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.lower import lower
 from qlib.lower.ops.weighted import ExactWeighted
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
-from qlib.quantizers import layer_infos, plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 

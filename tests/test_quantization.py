@@ -11,23 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from qlib.config.flag_groups import TrainArgs
-from qlib.config.schedule import Component, PolicySpec
-from qlib.config.settings import Rule
+from qlib.app.job import FoldedGraph
+from qlib.config.flags.groups import TrainArgs
+from qlib.config.layers.settings import Rule
+from qlib.config.schedule.read import Component, PolicySpec
 from qlib.errors import ConfigError
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.graph.ir import DROPOUTS
-from qlib.job import FoldedGraph
 from qlib.lower import lower
 from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers
+from qlib.qat.few_codes import ClippedActivation
+from qlib.qat.methods.lsq import LsqActivation
+from qlib.qat.quantization import Quantization
 from qlib.quant.plan import Plan
-from qlib.quantizers.grids import ClippedActivation
-from qlib.quantizers.lsq import LsqActivation
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 from qlib.train.optimizers import make_optimizer
 from qlib.train.policy import Batch, Losses
-from qlib.train.quantization import Quantization
 
 
 class Net(nn.Module):

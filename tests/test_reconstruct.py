@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from planned import planned
 from torch import Tensor, fx, nn
 
+from qlib.checkpoint.corrected import load_weights, save_weights
+from qlib.correct._base import CalibrationImages
+from qlib.correct._reconstruct import Options, RandomMask, reconstruct
+from qlib.correct._soft_rounding import SoftRounding
+from qlib.correct._stream import Buffer, Stream
+from qlib.correct._units import block_units, layer_units, unit_module
 from qlib.correct.adaround import adaround
-from qlib.correct.base import CalibrationImages
 from qlib.correct.brecq import brecq
 from qlib.correct.gptq import gptq, round_rows
 from qlib.correct.qdrop import qdrop
-from qlib.correct.reconstruct import Options, RandomMask, reconstruct
-from qlib.correct.soft_rounding import SoftRounding
-from qlib.correct.stream import Buffer, Stream
-from qlib.correct.units import block_units, layer_units, unit_module
-from qlib.correct.weights_file import load_weights, save_weights
 from qlib.errors import ConfigError
 from qlib.graph import Graph, capture
 from qlib.graph.ir import layers, name_of
@@ -143,7 +143,7 @@ def test_reconstruction_lowers_the_error_and_the_plan_gives_the_same_integers(me
 
 def test_a_broken_reconstruction_goes_on_where_it_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the third part, and called again: the first two are not learned again, and the end is the same."""
-    import qlib.correct.reconstruct as module
+    import qlib.correct._reconstruct as module
 
     optimize, seen = module._optimize, list[int]()
 

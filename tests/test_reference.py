@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.read import read_checkpoint
-from qlib.config.ptq_config import ptq_config_from_flags
-from qlib.config.resolve import resolve
-from qlib.evaluate import Evaluation, evaluate
+from qlib.config.layers.read import ptq_config_from_flags
+from qlib.config.layers.resolve import resolve
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.lower import lower
+from qlib.metrics import Evaluation, evaluate
 from qlib.models.resnet_cifar import ResNetCifar
-from qlib.quantizers import layer_infos, plan_post_train_linear
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.stats.stats_file import read_stats
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from qlib import runlog
-from qlib.config.flag_groups import QuantArgs
-from qlib.config.run_config import RunConfig
+from qlib.config.flags.groups import QuantArgs
+from qlib.config.flags.run_config import RunConfig
 from qlib.errors import ModelError, OutputError
 from qlib.progress import track
 from qlib.runlog import append_metrics, open_run

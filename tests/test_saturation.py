@@ -18,8 +18,8 @@ from qlib.lower import lower
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.lower.pairs import hazardous_pairs
 from qlib.lower.saturation import SaturatingWeighted, SaturationRate, emulated, pairs_at_risk, saturation_rates
+from qlib.ptq.reduce_range import reduce_range
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
-from qlib.quantizers.reduce_range import reduce_range
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 

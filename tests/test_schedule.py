@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlib.config.schedule import Component, PolicySpec, Schedule, load_schedule
-from qlib.config.schedule_fields import LR_CLASSES, QUANTIZER_CLASSES
-from qlib.config.timeline import timeline
+from qlib.config.schedule.keys import LR_CLASSES, QUANTIZER_CLASSES
+from qlib.config.schedule.read import Component, PolicySpec, Schedule, load_schedule
+from qlib.config.schedule.timeline import timeline
 from qlib.errors import ConfigError
 
 PUBLISHED = Path(__file__).with_name("schedules")

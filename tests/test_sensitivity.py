@@ -12,8 +12,8 @@ import torch
 from runs import finish, good, run, start
 from test_lapq import BATCHES, IMAGES, LABELS, graph_and_plan
 
-from qlib.evaluate import evaluate
-from qlib.search.plot import plot_sensitivity
+from qlib.metrics import evaluate
+from qlib.report.plots import plot_sensitivity
 from qlib.search.replay import FLOAT, WEIGHT, Replay, grid_of, slots
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity, Study, sqnr
 

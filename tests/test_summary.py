@@ -14,7 +14,7 @@ from qlib.errors import ModelError, OutputError, UsageError
 from qlib.graph import capture
 from qlib.graph.cost import LayerCost, layer_costs
 from qlib.models import create_model, find_model
-from qlib.summary import SUMMARIES, summary
+from qlib.report.summary import SUMMARIES, summary
 
 
 class Product(nn.Module):

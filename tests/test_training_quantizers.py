@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.resolve import resolve
-from qlib.config.schedule_fields import QUANTIZER_CLASSES
-from qlib.config.settings import LayerSettings, PtqConfig
+from qlib.config.layers.resolve import resolve
+from qlib.config.layers.settings import LayerSettings, PtqConfig
+from qlib.config.schedule.keys import QUANTIZER_CLASSES
 from qlib.errors import ModelError
 from qlib.graph import capture, fold_batch_norm
 from qlib.lower import lower
@@ -30,19 +30,19 @@ from qlib.lower.trainable import (
     lower_trainable,
     trainable_layers,
 )
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
+from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
+from qlib.qat.few_codes import CodedWeight
+from qlib.qat.methods.binary_connect import BinaryWeight
+from qlib.qat.methods.dorefa import DorefaGradient
+from qlib.qat.methods.lsq_plus import LsqPlusActivation
+from qlib.qat.methods.range_linear_qat import EmaActivation
 from qlib.quant.affine import QParams, dequantize, qparams_from_range, quantize, range_of_grid
 from qlib.quant.plan import Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import QuantSpec
-from qlib.quantizers import layer_infos, plan_post_train_linear
-from qlib.quantizers.binary_connect import BinaryWeight
-from qlib.quantizers.dorefa import DorefaGradient
-from qlib.quantizers.grids import CodedWeight
-from qlib.quantizers.lsq_plus import LsqPlusActivation
-from qlib.quantizers.range_linear_qat import EmaActivation
-from qlib.quantizers.training import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
-from qlib.quantizers.widen import widened
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
+from qlib.surgery.widen import widened
 
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
 OPTIONS: dict[str, list[dict[str, Any]]] = {

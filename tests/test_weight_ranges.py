@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.fields import WEIGHT_CLIPS
+from qlib.config.layers.keys import WEIGHT_CLIPS
 from qlib.graph import capture
 from qlib.lower import lower
 from qlib.lower.ops.weighted import swap_channels
+from qlib.ptq.weight_ranges import WEIGHT_METHODS, WeightContext, plan_weight, rounding_error
 from qlib.quant.affine import qparams_from_range
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import MODES, QuantSpec
-from qlib.quantizers.weight_ranges import WEIGHT_METHODS, WeightContext, plan_weight, rounding_error
 
 rows_of_values = st.integers(1, 4).flatmap(
     lambda rows: st.lists(

@@ -20,13 +20,13 @@ import whole_path
 from whole_path import Row, check, relative_error
 from zoo import append_row, read_rows, write_table
 
-from qlib.config.ptq_config import LayerSettings
+from qlib.config.layers.read import LayerSettings
 from qlib.graph import Graph, capture
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
 from qlib.lower.ops.float_op import FloatOp
 from qlib.models import create_model, find_model
-from qlib.quantizers import plan_post_train_linear
+from qlib.ptq.planner import plan_post_train_linear
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
 

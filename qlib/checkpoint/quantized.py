@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from qlib.checkpoint.fit import load_state
 from qlib.checkpoint.read import write_checkpoint
-from qlib.correct.bias import give_bias
+from qlib.correct._bias import give_bias
 from qlib.errors import CheckpointError
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from qlib.clip.base import ClipContext, need
+from qlib.clip._base import ClipContext, need
 from qlib.stats.tensor_stats import TensorStats
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from qlib.clip.base import CLIP_METHODS, ClipContext, need_histogram
-from qlib.clip.search import expected_error
+from qlib.clip._base import CLIP_METHODS, ClipContext, need_histogram
+from qlib.clip._search import expected_error
 from qlib.errors import StatsError
 from qlib.stats.tensor_stats import TensorStats
 

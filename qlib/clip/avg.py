@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qlib.clip.base import CLIP_METHODS, ClipContext, need
+from qlib.clip._base import CLIP_METHODS, ClipContext, need
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("avg")
+@CLIP_METHODS.register("avg", order=1)
 def avg(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The means over samples of each sample's own minimum and maximum: (avg_min, avg_max).
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from qlib.clip.base import CLIP_METHODS, ClipContext, folded, need_histogram
+from qlib.clip._base import CLIP_METHODS, ClipContext, folded, need_histogram
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats
 
@@ -17,7 +17,7 @@ __all__ = ["divergences", "kl"]
 Index = npt.NDArray[np.int64]
 
 
-@CLIP_METHODS.register("kl")
+@CLIP_METHODS.register("kl", order=6)
 def kl(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The window of the histogram with the least `divergences` between its values and what codes make of them.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
+from qlib.clip._base import CLIP_METHODS, ClipContext, need
 from qlib.clip.aciq import aciq_range, factor
-from qlib.clip.base import CLIP_METHODS, ClipContext, need
 from qlib.stats.tensor_stats import TensorStats
 
 _ALPHA = {0: 1.05, 1: 1.86, 2: 2.83, 3: 3.89, 4: 5.03, 5: 6.2, 6: 7.41, 7: 8.64, 8: 9.89}
 _ALPHA_HALF = {0: 1.86, 1: 2.83, 2: 3.89, 3: 5.02, 4: 6.2, 5: 7.41, 6: 8.64, 7: 9.89, 8: 11.16}
 
 
-@CLIP_METHODS.register("laplace")
+@CLIP_METHODS.register("laplace", order=4)
 def laplace(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range of least expected error if the values follow a Laplace distribution of scale b = E|x - mean|.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qlib.clip.base import CLIP_METHODS, ClipContext
-from qlib.clip.search import best_range
+from qlib.clip._base import CLIP_METHODS, ClipContext
+from qlib.clip._search import best_range
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("lp")
+@CLIP_METHODS.register("lp", order=8)
 def lp(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range with the least mean of ``|x - Q(x)|^p`` over the histogram: a large p keeps outliers, a small one cuts.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from qlib.clip.base import CLIP_METHODS, ClipContext
-from qlib.clip.search import best_range
+from qlib.clip._base import CLIP_METHODS, ClipContext
+from qlib.clip._search import best_range
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("mse")
+@CLIP_METHODS.register("mse", order=7)
 def mse(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range with the least mean of (x - Q(x))^2 over the histogram: never worse than `none`.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qlib.clip.base import CLIP_METHODS, ClipContext, need
+from qlib.clip._base import CLIP_METHODS, ClipContext, need
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("n_std")
+@CLIP_METHODS.register("n_std", order=2)
 def n_std(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """mean -+ n_stds * std, held inside [min, max].
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qlib.clip.base import CLIP_METHODS, ClipContext
+from qlib.clip._base import CLIP_METHODS, ClipContext
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("none")
+@CLIP_METHODS.register("none", order=0)
 def none(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The whole range seen: (min, max).
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlib.clip.base import CLIP_METHODS, ClipContext, folded, need_histogram
+from qlib.clip._base import CLIP_METHODS, ClipContext, folded, need_histogram
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("percentile")
+@CLIP_METHODS.register("percentile", order=5)
 def percentile(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """From percentile 100 - P to percentile P, both of the histogram; for a symmetric range, percentile P of |x|.
 

@@ -7,8 +7,8 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor, nn
 
-from qlib.correct.bias import give_bias
-from qlib.correct.pairs import Pair, find_pairs, grouped
+from qlib.correct._bias import give_bias
+from qlib.correct._pairs import Pair, find_pairs, grouped
 from qlib.graph import Graph, NormStatistics, kind_of
 from qlib.graph.ir import name_of
 

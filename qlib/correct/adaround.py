@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from qlib.correct.base import CalibrationImages
-from qlib.correct.reconstruct import Options, reconstruct
-from qlib.correct.units import layer_units
+from qlib.correct._base import CalibrationImages
+from qlib.correct._reconstruct import Options, reconstruct
+from qlib.correct._units import layer_units
 from qlib.graph import Graph
 from qlib.quant.plan import Plan
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qlib.correct.base import CalibrationImages
-from qlib.correct.bias import give_bias, over_channels
-from qlib.correct.pairs import shared_layers, single_layers
-from qlib.correct.walk import channel_moments, layer_outputs
+from qlib.correct._base import CalibrationImages
+from qlib.correct._bias import give_bias, over_channels
+from qlib.correct._pairs import shared_layers, single_layers
+from qlib.correct._walk import channel_moments, layer_outputs
 from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import layer_inputs, name_of
 from qlib.lower.fake import FakeLayer, FakeWeight, lower_fake

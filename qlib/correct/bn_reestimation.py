@@ -7,11 +7,11 @@ import logging
 import torch
 from torch import Tensor
 
-from qlib.correct.base import CalibrationImages
-from qlib.correct.bias import give_bias
-from qlib.correct.pairs import shared_layers, single_layers
-from qlib.correct.walk import channel_moments, layer_outputs
-from qlib.correct.write_back import write_back
+from qlib.correct._base import CalibrationImages
+from qlib.correct._bias import give_bias
+from qlib.correct._pairs import shared_layers, single_layers
+from qlib.correct._walk import channel_moments, layer_outputs
+from qlib.correct._write_back import write_back
 from qlib.graph import Graph
 from qlib.graph.ir import name_of
 from qlib.lower.fake import FakeLayer, FakeWeight, lower_fake

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.correct.pairs import Pair, find_pairs, grouped
+from qlib.correct._pairs import Pair, find_pairs, grouped
 from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import name_of
 from qlib.lower.ops.weighted import swap_channels

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.correct.base import CalibrationImages
-from qlib.correct.stream import Buffer, Stream, track_nodes
-from qlib.correct.write_back import write_back
+from qlib.correct._base import CalibrationImages
+from qlib.correct._stream import Buffer, Stream, track_nodes
+from qlib.correct._write_back import write_back
 from qlib.graph import Graph
 from qlib.lower.fake import FakeLayer, FakeWeight, fake_quantize, lower_fake
 from qlib.quant.plan import Plan

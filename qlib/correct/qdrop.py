@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qlib.correct.base import CalibrationImages
+from qlib.correct._base import CalibrationImages
+from qlib.correct._reconstruct import Options, reconstruct
+from qlib.correct._units import block_units
 from qlib.correct.brecq import ITERATIONS
-from qlib.correct.reconstruct import Options, reconstruct
-from qlib.correct.units import block_units
 from qlib.graph import Graph
 from qlib.quant.plan import Plan
 

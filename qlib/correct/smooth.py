@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.correct.base import CalibrationImages
-from qlib.correct.pairs import grouped, passes, single_layers
+from qlib.correct._base import CalibrationImages
+from qlib.correct._pairs import grouped, passes, single_layers
 from qlib.graph import Graph
 from qlib.graph.channels import Origin, input_origins
 from qlib.graph.ir import name_of, tensor_users

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from qlib.deploy.export_onnx import INPUT, OUTPUT
+from qlib.deploy.export import INPUT, OUTPUT
 from qlib.deploy.named import is_named
 from qlib.errors import ExportError, OutputError, StatsError
 from qlib.graph import Graph, fused_activations

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.deploy.export_onnx import CODES, OUTPUT
+from qlib.deploy.export import CODES, OUTPUT
 from qlib.deploy.kernels import Kernels, exact_layers, kernels_of, open_with_graph
 from qlib.deploy.session import run_session
 from qlib.graph.ir import layer_inputs, source_of
+from qlib.lower.base import Edge
 from qlib.lower.exact import EDGE
-from qlib.lower.ops.base import Edge
 from qlib.lower.ops.quantize import Dequantize, Quantize
 
 if TYPE_CHECKING:

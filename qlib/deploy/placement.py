@@ -14,8 +14,8 @@ from torch import fx, nn
 from qlib.deploy.kernels import CLAMPS, MOVES, STEPS, Kernels, exact_layers, kernels_of, layer_of, open_with_graph
 from qlib.errors import OutputError
 from qlib.graph.ir import layer_inputs
+from qlib.lower.base import Edge
 from qlib.lower.exact import EDGE
-from qlib.lower.ops.base import Edge
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.lower.saturation import SaturationRate

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qlib.deploy.export_onnx import INPUT
+from qlib.deploy.export import INPUT
 
 if TYPE_CHECKING:
     import onnxruntime as ort

@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx
 
-from qlib.deploy.export_onnx import OUTPUT
+from qlib.deploy.export import OUTPUT
 from qlib.deploy.inspection import LOGITS, Inspection, dequantizes
 from qlib.deploy.kernels import Kernels
 from qlib.deploy.session import run_session

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlib.lower.ops.base import EXACT_LIMIT, Edge
+from qlib.lower.base import EXACT_LIMIT, Edge
 
 __all__ = ["accumulator_bounds", "rounded_sum", "split_points"]
 

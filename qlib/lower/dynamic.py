@@ -17,7 +17,7 @@ from qlib.errors import StatsError
 from qlib.graph import Graph, kind_of
 from qlib.graph.ir import layers, name_of
 from qlib.graph.ops import MatMul
-from qlib.lower.ops.base import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, Edge, Site
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.quant.affine import QParams, qparams_from_range
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan

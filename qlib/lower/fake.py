@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from qlib.graph import Graph, activation_bounds, fused_activations, kind_of
 from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
+from qlib.lower.base import Edge
 from qlib.lower.chunks import chunks, dense, laid_out_as
-from qlib.lower.ops.base import Edge
 from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan

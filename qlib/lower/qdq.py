@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from qlib.graph.ir import attribute, layer_inputs
 from qlib.graph.ops import WindowPartition
+from qlib.lower.base import Edge, Edges
 from qlib.lower.exact import EDGE
-from qlib.lower.ops.base import Edge, Edges
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.lower.qdq_layer import FromCodes, QdqLayer, ToCodes
 

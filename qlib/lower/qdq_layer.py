@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlib.lower.base import Edge, Edges
 from qlib.lower.onnx_ops import dequantize_linear, quantize_linear
-from qlib.lower.ops.base import Edge, Edges
 
 __all__ = ["FromCodes", "QdqLayer", "ToCodes"]
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.lower.accumulator import rounded_sum
+from qlib.lower.base import EXACT_LIMIT, Edge
 from qlib.lower.exact import EDGE
-from qlib.lower.ops.base import EXACT_LIMIT, Edge
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.lower.pairs import MOST_EXCESS, Pairs, Window, hazardous_pairs
 

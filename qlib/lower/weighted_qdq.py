@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qlib.lower.base import Edge, Edges
 from qlib.lower.onnx_ops import dequantize_stored
-from qlib.lower.ops.base import Edge, Edges
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ApplyWeight", "Stored", "weighted_qdq"]

@@ -29,11 +29,11 @@ from pathlib import Path
 
 import yaml
 
-from qlib.config.yaml_source import load_yaml
 from qlib.errors import ConfigError, OutputError, StatsError, did_you_mean
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.plan_schema import HEADER, SCALARS, VERSION, has_output, has_weight, plan_from_node
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
+from qlib.yaml_tree import load_yaml
 
 __all__ = ["check_plan", "is_plan_file", "plan_from_text", "plan_text", "read_plan", "stats_from_plan", "write_plan"]
 

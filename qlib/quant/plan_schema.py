@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlib.config.fields import CLIP_NAMES, HISTOGRAM_CLIPS
-from qlib.config.yaml_source import Node
+from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import MODES
+from qlib.yaml_tree import Node
 
 __all__ = ["HEADER", "KINDS", "SCALARS", "VERSION", "has_output", "has_weight", "plan_from_node"]
 

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qlib.config.flag_groups import LapqArgs
-from qlib.config.settings import LayerSettings, PtqConfig
+from qlib.app.job import Job
+from qlib.app.search_images import images_in_memory
+from qlib.config.flags.groups import LapqArgs
+from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import UsageError
 from qlib.graph import Graph
-from qlib.job import Job
 from qlib.quant.plan import Plan
-from qlib.search.images import images_in_memory
 from qlib.search.least_error import least_error
 from qlib.search.minimize import Vector, minimize, options_for
 from qlib.search.objective import Objective

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
-from qlib.lower.ops.base import Edge
+from qlib.lower.base import Edge
 from qlib.quant.plan import Plan, TensorPlan, WeightPlan
 from qlib.search.minimize import Vector, minimize
 from qlib.search.ranges import Coordinate, factor, moved

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlib.evaluate import Meter
 from qlib.graph import Graph
+from qlib.metrics import Meter
 from qlib.search.replay import Point, Replay
 from qlib.search.sensitivity import divergence
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.evaluate import Meter
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
+from qlib.metrics import Meter
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.search.replay import FLOAT, WEIGHT, Point, Replay, Slot, State, grid_of, slots
 

@@ -23,11 +23,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qlib.config.yaml_source import Node, load_yaml
 from qlib.errors import ConfigError, OutputError, StatsError, did_you_mean
 from qlib.stats.histogram import Histogram
 from qlib.stats.histogram_file import content_hash, histogram_bytes, histogram_path, read_histograms, write_histograms
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
+from qlib.yaml_tree import Node, load_yaml
 
 __all__ = ["check_fingerprint", "read_stats", "write_stats"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from qlib.config.flag_groups import TrainArgs
+from qlib.config.flags.groups import TrainArgs
 
 __all__ = ["Group", "make_optimizer"]
 

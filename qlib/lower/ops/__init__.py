@@ -1,5 +1,6 @@
 """One layer kind a file; importing the package registers them all."""
 
+from qlib.lower.base import LOWERINGS, Edge, Site
 from qlib.lower.ops import (
     add,
     avg_pool,
@@ -13,7 +14,6 @@ from qlib.lower.ops import (
     softmax,
     weighted,
 )
-from qlib.lower.ops.base import LOWERINGS, Edge, Site
 
 __all__ = [
     "LOWERINGS",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import Concat
-from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.quant.affine import quantize
 

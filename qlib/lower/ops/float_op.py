@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["FloatOp", "lower_float"]

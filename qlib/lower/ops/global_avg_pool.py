@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.onnx_ops import global_average_pool
-from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import LOWERINGS, Edge, Edges, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, Lowered, Site
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ClampCodes"]

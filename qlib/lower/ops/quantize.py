@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qlib.lower.ops.base import Edge, Grid
+from qlib.lower.base import Edge, Grid
 
 __all__ = ["Dequantize", "Quantize"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlib.lower.accumulator import accumulator_bounds, rounded_sum, split_points
-from qlib.lower.ops.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import FloatOp
 from qlib.lower.weighted_qdq import ApplyWeight, Stored, weighted_qdq
 from qlib.quant.affine import (

@@ -1,0 +1,1 @@
+"""What a command line does: the only package that knows the run."""

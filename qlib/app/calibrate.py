@@ -1,0 +1,123 @@
+"""Calibration: activation statistics in one pass, which goes on where an earlier, broken one stopped."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlib.app.job import LAYOUT, Job, loader_of, open_split, report_skipped
+from qlib.checkpoint.quantized import weights_hash
+from qlib.data import ImageDataset, choose_subset
+from qlib.graph import Graph
+from qlib.progress import track
+from qlib.stats.collect import MICRO_BATCH, Collector
+from qlib.stats.histogram_file import histogram_path
+from qlib.stats.stats_file import write_stats
+from qlib.stats.tensor_stats import ModelStats
+
+__all__ = ["calibrate"]
+
+_log = logging.getLogger(__name__)
+
+_FOLDER = Path("stats")
+_SAVE_EVERY_SECONDS = 5.0
+
+
+def calibrate(job: Job, graph: Graph, fraction: float, *, histograms: bool = False) -> ModelStats:
+    """Collects statistics on a fixed `fraction` of the calibration split and writes them to `stats/` and the run.
+
+    Histograms are collected where `histograms` or `--qe-histograms` asks for them.
+
+    The state is kept in `stats/*.partial.safetensors` from the first images on; the same command takes it up again, and
+    the result has the same bytes as that of an unbroken collection, whatever the batch size.
+
+    Raises:
+        DataError: images are missing or damaged.
+        StatsError: an activation is NaN or infinite.
+        OutputError: the statistics cannot be written.
+        KeyboardInterrupt: with a sentence for the user.
+    """
+    config = job.config
+    split = config.qe.calibration_split
+    dataset = open_split(job, split)
+    # In random order: images sorted by class would let the running means, from which b is taken, wander.
+    indices = choose_subset(len(dataset), fraction, config.seed, shuffled=True)
+    fingerprint: dict[str, str | int] = {
+        "arch": job.spec.arch,
+        "weights": weights_hash(job.model.state_dict()),
+        "dataset": job.dataset_name,
+        "split": split,
+        "samples": len(indices),
+    }
+    if corrections := config.ptq.of_float:
+        fingerprint["corrections"] = corrections
+    stem = "_".join(filter(None, (Path(job.spec.arch).name, job.dataset_name, corrections)))
+    stem = re.sub(r"[^\w.-]+", "_", stem)
+    partial = _FOLDER / f"{stem}.partial.safetensors"
+    histograms = histograms or config.qe.histograms
+    key = {**fingerprint, "seed": config.seed, "data": str(config.data), "histograms": histograms}
+    _log.info("Collecting quantization calibration stats based on %.1f%% of %s dataset", 100 * fraction, split)
+    collector = Collector(graph, histograms=histograms)
+    start = collector.load(partial, key)
+    if partial.exists() and not start:
+        _log.info("The unfinished collection in %s is of other settings, or damaged, and is replaced", partial)
+    if start:
+        _log.info("Going on from a broken collection: %d of %d images are done", start, len(indices))
+    _collect(job, collector, dataset, indices, start, partial, key)
+    stats = ModelStats(collector.result(), {**fingerprint, "samples": collector.samples})
+    path = _FOLDER / f"{stem}.yaml"
+    write_stats(path, stats)
+    write_stats(job.file("acts_quantization_stats.yaml"), stats)
+    partial.unlink(missing_ok=True)
+    _log.info("Stats collection complete")
+    _log.info("Stats saved to %s", path)
+    if histograms:
+        _log.info("Histograms saved to %s", histogram_path(path))
+    return stats
+
+
+def _collect(
+    job: Job,
+    collector: Collector,
+    dataset: ImageDataset,
+    indices: list[int],
+    start: int,
+    partial: Path,
+    key: Mapping[str, Any],
+) -> None:
+    """Feeds the images from `start` on to the collector, and saves its state now and then."""
+    if start >= len(indices):
+        return
+    # Batches of what the collector measures at once: its sums then depend neither on -b, nor on where a broken
+    # collection stopped, nor on how many corrupt images are left out.
+    loader = loader_of(job, dataset, indices[start:], MICRO_BATCH)
+    batches = track(
+        loader,
+        total_images=len(indices),
+        batch_size=MICRO_BATCH,
+        description="Calibration",
+        print_freq=job.config.print_freq,
+        images_done=start,
+    )
+    next_save = time.monotonic()  # the first state at once: a folder that cannot be written shows now, not at the end
+    skipped = 0
+    try:
+        for images, _ in batches:
+            images = images.to(job.device, memory_format=LAYOUT)
+            collector.update(images, consumed=len(images) + len(loader.skipped) - skipped)
+            skipped = len(loader.skipped)
+            if time.monotonic() >= next_save:
+                collector.save(partial, key)
+                next_save = time.monotonic() + _SAVE_EVERY_SECONDS
+    except KeyboardInterrupt:
+        if collector.samples:
+            collector.save(partial, key)
+        raise KeyboardInterrupt(
+            f"calibration stopped after {collector.samples} of {len(indices)} images;"
+            " run the same command again to go on"
+        ) from None
+    report_skipped(loader)

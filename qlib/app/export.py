@@ -1,0 +1,216 @@
+"""Handing a model over: the ONNX file, where each layer runs, the proof, and evaluation by ONNX Runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+import qlib
+from qlib.app.job import Job, calibration_batches, loader_of, open_split, report_skipped
+from qlib.config.flags.run_config import RunConfig, wants_onnx
+from qlib.data import choose_subset
+from qlib.deploy.encodings import encodings_file, write_encodings
+from qlib.deploy.extra import require_onnx
+from qlib.deploy.storage import choose_opset, refuse_unexportable, storage_notes
+from qlib.errors import UsageError
+from qlib.graph import Graph, capture
+from qlib.graph.cost import layer_costs
+from qlib.lower import exact_arithmetic
+from qlib.lower.saturation import SaturationRate, emulated, pairs_at_risk, saturation_rates
+from qlib.progress import track
+from qlib.quant.plan import Plan
+from qlib.quant.plan_file import plan_text
+from qlib.stats.tensor_stats import ModelStats
+
+__all__ = ["Deployed", "Model", "hand_over", "hand_over_float", "measure_saturation"]
+
+_log = logging.getLogger(__name__)
+
+Model = Callable[[Tensor], Tensor]
+
+SATURATION_IMAGES = 64
+"""Calibration images on which saturation is counted."""
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What is evaluated of a quantized model: the engine that computes it, and `others` beside it.
+
+    `exit_code` is 1 where the file does not compute the same integers.
+    """
+
+    engine: Model
+    others: tuple[Model, ...] = ()
+    exit_code: int = 0
+
+
+def hand_over(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, stats: ModelStats | None) -> Deployed:
+    """Exports and verifies the integer model as far as the flags ask; `graph` is its folded float graph."""
+    config = job.config
+    for kind in config.export_encodings:
+        file = job.file(encodings_file(kind, Path(job.spec.arch).name))
+        count = write_encodings(kind, file, graph, plan, lowered)
+        _log.info("Ranges of %d tensors written for %s to %s", count, kind, file)
+    if not wants_onnx(config):
+        return Deployed(lowered)
+    require_onnx(_flag(config))
+    if config.verify is not None:
+        _require_images(job, config.verify)
+    path = _export_quantized(job, lowered, plan, stats)
+    rates = measure_saturation(job, lowered)
+    _report_placement(job, path, lowered, rates)
+    exact = config.verify is None or _verify(job, path, lowered, config.verify)
+    engine = _onnx_engine(path, lowered, job.device) if config.engine == "onnxruntime" else lowered
+    saturates = any(rate.saturated for rate in rates.values())
+    return Deployed(engine, (emulated(lowered),) if saturates else (), 0 if exact else 1)
+
+
+def hand_over_float(job: Job, graph: Graph) -> Model:
+    """Exports the float model if the flags ask for it; answers what to evaluate.
+
+    Raises UsageError for what needs an integer model.
+    """
+    config = job.config
+    for flag, given in (("--verify", config.verify is not None), ("--export-encodings", config.export_encodings)):
+        if given:
+            raise UsageError(f"{flag} needs a quantized model, but this one is float; add --quantize-eval")
+    if not wants_onnx(config):
+        return job.model
+    require_onnx(_flag(config))
+    path = _export_float(job, graph)
+    return _onnx_engine(path, job.model, job.device) if config.engine == "onnxruntime" else job.model
+
+
+def measure_saturation(job: Job, lowered: fx.GraphModule) -> dict[str, SaturationRate]:
+    """How often each layer saturates on x86 without VNNI, on calibration images if there are any."""
+    pairs = pairs_at_risk(lowered)
+    if not any(pairs.values()) or not job.has_images:
+        return {name: SaturationRate(count, 0, 0) for name, count in pairs.items()}
+    with exact_arithmetic():
+        return saturation_rates(lowered, (x for x, _ in calibration_batches(job, SATURATION_IMAGES, BATCH)))
+
+
+def _flag(config: RunConfig) -> str:
+    """The flag that asks for ONNX."""
+    if config.export_onnx is not None:
+        return "--export-onnx"
+    return "--verify" if config.verify is not None else "--engine onnxruntime"
+
+
+def _path(job: Job, ending: str) -> Path:
+    """The file that the flag names, or one in the run's folder."""
+    wanted = job.config.export_onnx
+    if wanted is not None and wanted.suffix == ".onnx":
+        return wanted
+    stem = "".join(c if c.isalnum() or c in "._-" else "_" for c in Path(job.spec.arch).name)
+    return job.file(f"{stem}{ending}.onnx")
+
+
+def _metadata(job: Job, **more: str) -> dict[str, str]:
+    """What the file says of its origin; nothing of the machine: no folders, no addresses of functions."""
+    settings = {
+        "version": qlib.__version__,
+        "arch": Path(job.spec.arch).name,
+        "dataset": job.dataset_name,
+        "transform": re.sub(r" at 0x\w+", "", " ".join(str(job.spec.transform).split())),
+        "config": hashlib.sha256(job.config.to_yaml().encode()).hexdigest()[:16],
+    }
+    return {**settings, **more}
+
+
+def _export_float(job: Job, graph: Graph) -> Path:
+    """Writes the float model; answers where."""
+    from qlib.deploy.export import export_float
+
+    path = _path(job, "")
+    opset = choose_opset(None, job.config.export_opset)
+    export_float(graph, job.example.cpu(), path, opset=opset, metadata=_metadata(job))
+    _log.info("Exported the float model to %s (opset %d, %.1f MB)", path, opset, path.stat().st_size / 1e6)
+    return path
+
+
+def _export_quantized(job: Job, lowered: fx.GraphModule, plan: Plan, stats: ModelStats | None) -> Path:
+    """Writes the integer model, its placement as a table and as ``placement.csv``; answers where the model is."""
+    from qlib.deploy.export import export_quantized
+
+    refuse_unexportable(plan, lowered)
+    path, opset = _path(job, "_int8"), choose_opset(plan, job.config.export_opset)
+    metadata = _metadata(job, plan=hashlib.sha256(plan_text(plan).encode()).hexdigest()[:16])
+    if stats is not None:
+        known = {key: Path(str(value)).name if key == "arch" else value for key, value in stats.fingerprint.items()}
+        metadata["stats"] = json.dumps(known, sort_keys=True)
+    export_quantized(lowered, job.example, path, opset=opset, metadata=metadata)
+    in_float = sum(value.numel() * value.element_size() for value in job.model.state_dict().values())
+    size = path.stat().st_size
+    _log.info(
+        "Exported the integer model to %s (opset %d, %.1f MB, %.0f %% of the float weights)",
+        path,
+        opset,
+        size / 1e6,
+        100 * size / in_float,
+    )
+    for note in storage_notes(plan, opset):
+        _log.info("  %s", note)
+    return path
+
+
+def _report_placement(job: Job, path: Path, lowered: fx.GraphModule, rates: Mapping[str, SaturationRate]) -> None:
+    """Logs what kernel runs each layer, and writes it to ``placement.csv``."""
+    from qlib.deploy.placement import placement, placement_table, write_placement_csv
+
+    macs = {cost.name: cost.macs for cost in layer_costs(capture(job.model, job.example[:1]))}
+    placed = placement(path, lowered, macs, rates)
+    _log.info("%s", placement_table(placed))
+    write_placement_csv(job.file("placement.csv"), placed)
+
+
+def _require_images(job: Job, count: int) -> None:
+    """Raises UsageError where the test split has fewer images than are to be verified."""
+    if count > (there := len(open_split(job, "test"))):
+        raise UsageError(f"--verify {count} asks for more images than the {there} of the test split; lower it")
+
+
+def _verify(job: Job, path: Path, lowered: fx.GraphModule, count: int) -> bool:
+    """Compares the file with the exact model on `count` test images; logs a table and writes ``verify.csv``."""
+    from qlib.deploy.verify import table, verify, write_csv
+
+    dataset = open_split(job, "test")
+    loader = loader_of(job, dataset, choose_subset(len(dataset), 1.0, job.config.seed, shuffled=True)[:count], BATCH)
+    batches = track(loader, total_images=count, batch_size=BATCH, description="Verify", print_freq=1)
+    result = verify(lowered, path, (images for images, _ in batches))
+    report_skipped(loader)
+    _log.info("%s", table(result))
+    write_csv(job.file("verify.csv"), result)
+    return result.exact
+
+
+def _onnx_engine(path: Path, reference: Model, device: torch.device) -> Model:
+    """The file as a function of images, computed by ONNX Runtime with as many threads as torch uses.
+
+    Its first batch is compared with that of `reference`, and the log tells the difference.
+    """
+    from qlib.deploy.session import open_session, run_session
+
+    session, checked = open_session(path), False
+
+    def run(images: Tensor) -> Tensor:
+        nonlocal checked
+        (logits,) = run_session(session, images)
+        if not checked:
+            checked = True
+            difference = float((logits - reference(images.to(device)).cpu()).abs().max())
+            verdict = "the same to the last bit" if difference == 0 else f"logits differ by up to {difference:.3g}"
+            _log.info("First batch in ONNX Runtime and in torch: %s", verdict)
+        return logits
+
+    return run

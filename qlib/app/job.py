@@ -1,0 +1,280 @@
+"""What a run works on: its settings, folder, device, model and images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qlib.checkpoint.fit import load_state, model_state
+from qlib.checkpoint.quantized import float_weights, is_quantized
+from qlib.checkpoint.read import read_checkpoint
+from qlib.config.flags.run_config import RunConfig, trains
+from qlib.data import ImageDataset, Loader, Split, choose_subset, make_loader, open_dataset, split_train
+from qlib.errors import CheckpointError, ModelError, UsageError
+from qlib.graph import (
+    Graph,
+    NormStatistics,
+    after_folding,
+    capture,
+    fold_batch_norm,
+    fused_activations,
+    kind_of,
+    norm_statistics,
+)
+from qlib.graph.ir import layer_inputs, layers, name_of
+from qlib.models import ModelSpec, create_model, refuse_python_file
+from qlib.models.transforms import standard_classes
+from qlib.runlog import RunLog
+from qlib.surgery.widen import find_wide_model, is_wide
+
+__all__ = [
+    "LAYOUT",
+    "FoldedGraph",
+    "Job",
+    "calibration_batches",
+    "choose_device",
+    "fold",
+    "load_job",
+    "loader_of",
+    "open_split",
+    "report_skipped",
+    "split_size",
+    "test_loader",
+]
+
+_log = logging.getLogger(__name__)
+
+LAYOUT = torch.channels_last
+"""Memory layout of graphs and of the images they are given: convolutions take up to half the time on the CPU."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every verb works on: the settings, the run's folder, the device and the model."""
+
+    config: RunConfig
+    run: RunLog
+    device: torch.device
+    spec: ModelSpec
+    dataset_name: str
+    num_classes: int
+    model: nn.Module
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the run was given a dataset, or has one built in."""
+        return self.config.data is not None or self.dataset_name == "digits"
+
+    @property
+    def example(self) -> Tensor:
+        """A batch of two images of the model's size, on its device."""
+        return torch.zeros(2, *self.spec.input_shape, device=self.device)
+
+    def file(self, name: str) -> Path:
+        """A file in the run's folder; the run's name is its prefix, as people's scripts expect."""
+        return self.run.folder / (f"{self.config.name}_{name}" if self.config.name else name)
+
+
+@dataclass(frozen=True)
+class FoldedGraph:
+    """The captured graph after folding, which module went into which layer, and what the batch-norms knew.
+
+    `norms`: layer -> statistics of its output before the activation; corrections change graph and norms together.
+    """
+
+    graph: Graph
+    folded: Mapping[str, str]
+    norms: dict[str, NormStatistics] = field(default_factory=dict)
+
+    @property
+    def absorbed(self) -> dict[str, str]:
+        """Names of batch-norms and activations -> the layer that computes them."""
+        fused = {name_of(relu): name_of(producer) for producer, relu in fused_activations(self.graph).items()}
+        return {**self.folded, **fused}
+
+    @property
+    def layers(self) -> dict[str, tuple[str, int]]:
+        """Layer name -> kind and number of tensor inputs."""
+        return {name_of(node): (kind_of(module), len(layer_inputs(node))) for node, module in layers(self.graph)}
+
+
+def fold(job: Job) -> FoldedGraph:
+    """Captures the job's model and folds its batch-norms. Raises ModelError where it cannot be captured."""
+    graph = capture(job.model, job.example)
+    norms = norm_statistics(graph)
+    folded = fold_batch_norm(graph)
+    return FoldedGraph(graph.to(memory_format=LAYOUT), folded, after_folding(norms, folded))
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """The first GPU that the flags allow, else the CPU. Raises UsageError for a GPU that is not there."""
+    available = torch.cuda.device_count()
+    if config.cpu or (not available and not config.gpus):
+        return torch.device("cpu")
+    wrong = [gpu for gpu in config.gpus or () if gpu >= available]
+    if wrong:
+        there = f"0 to {available - 1}" if available else "none"
+        raise UsageError(f"--gpus names GPU {wrong[0]}, but this machine has {there}; use --cpu or another number")
+    if config.gpus is None or len(config.gpus) > 1:
+        _log.info("One GPU is used: %d", (config.gpus or (0,))[0])
+    return torch.device("cuda", (config.gpus or (0,))[0])
+
+
+def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: Mapping[str, Any]) -> Job:
+    """Builds the float model and loads its weights; `checkpoint` is what `--resume-from` holds.
+
+    Raises:
+        ModelError: the model is unknown or cannot be built.
+        CheckpointError: the weights do not fit.
+        DataError: the dataset's folder must tell the number of classes, and cannot.
+    """
+    weights_file = config.resume_from or config.exp_load_weights_from
+    if config.exp_load_weights_from is not None:
+        checkpoint = _weights_only(config.exp_load_weights_from)
+    arch, saved = config.arch, checkpoint.get("arch")
+    if isinstance(saved, str) and is_wide(saved, arch):
+        arch = saved
+    elif isinstance(saved, str) and "--arch" not in config.given:
+        refuse_python_file(saved, f"checkpoint {str(weights_file)!r}", "-a")
+        arch = saved
+    spec = find_wide_model(arch)
+    dataset_name = config.dataset or spec.dataset
+    num_classes, needs_images = spec.num_classes, not (config.summary or config.check)
+    if dataset_name not in (spec.dataset, "imagefolder"):
+        num_classes = standard_classes(dataset_name)
+    if dataset_name == "imagefolder" and (needs_images or config.data is not None):
+        num_classes = len(open_dataset(dataset_name, config.data, "val", spec.transform, num_classes=None).classes)
+    pretrained = config.pretrained and weights_file is None
+    model = create_model(spec, num_classes=num_classes, pretrained=pretrained)
+    if weights_file is not None:
+        _log.info("=> loading checkpoint %s", weights_file)
+        load_state(model, model_state(checkpoint), f"checkpoint {str(weights_file)!r}")
+    _log.info("=> created a %s%s model with the %s dataset", "pretrained " * pretrained, spec.arch, dataset_name)
+    if needs_images and not (pretrained or weights_file or trains(config)):
+        remedy = "give --pretrained, --resume-from or --exp-load-weights-from for trained ones"
+        _log.warning("Warning: the weights are random; %s", remedy)
+    _check_weights(model, spec.arch)
+    job = Job(config, run, device, spec, dataset_name, num_classes, model.to(device))
+    if needs_images:
+        _check_output(job)
+    return job
+
+
+def _check_weights(model: nn.Module, arch: str) -> None:
+    """Raises ModelError for NaN or infinity; buffers may hold infinities, as masks do."""
+    bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    bad += [name for name, value in model.named_buffers() if torch.isnan(value).any()]
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ModelError(f"the weights {bad[0]!r}{more} of {arch} hold NaN or infinity; give others")
+
+
+def _check_output(job: Job) -> None:
+    """A model of the user's own may answer anything. Raises ModelError unless it answers a logit for each class."""
+    try:
+        with torch.inference_mode():
+            logits: object = job.model(job.example)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{job.spec.arch!r} fails on images of {_sizes(job.spec.input_shape)}, with {type(error).__name__}"
+            f" ({reason}); correct its forward, or give the model an attribute input_shape"
+        ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
+    if shape != (2, job.num_classes):
+        returned = type(logits).__name__ if shape is None else f"a tensor of {_sizes(shape)}"
+        raise ModelError(
+            f"{job.spec.arch!r} returns {returned} for 2 images, and the dataset has {job.num_classes} classes;"
+            f" make it return a tensor of 2x{job.num_classes}, or give data with as many classes"
+        )
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _weights_only(path: Path) -> Mapping[str, Any]:
+    checkpoint = read_checkpoint(path)
+    if not is_quantized(checkpoint):
+        return checkpoint
+    kept = float_weights(checkpoint)
+    if kept is None:
+        raise CheckpointError(
+            f"{path} holds integers, not float weights; evaluate it with --resume-from,"
+            " or write it again with --qe-save-fp-weights"
+        )
+    return {"arch": checkpoint.get("arch"), "state_dict": kept}
+
+
+def open_split(job: Job, split: str) -> ImageDataset:
+    """The `train`, `val` or `test` images. Raises DataError where they are missing or of other classes."""
+    return open_dataset(
+        job.dataset_name, job.config.data, cast(Split, split), job.spec.transform, num_classes=job.num_classes
+    )
+
+
+def loader_of(job: Job, dataset: ImageDataset, indices: list[int], batch_size: int) -> Loader:
+    """The images at `indices`, in that order, read as the flags say."""
+    config = job.config
+    return make_loader(
+        dataset,
+        batch_size=batch_size,
+        workers=config.workers,
+        indices=indices,
+        skip_corrupt=config.skip_corrupt,
+    )
+
+
+def test_loader(job: Job) -> Loader:
+    """The test images; the sizes of all parts of the dataset are logged."""
+    config, dataset = job.config, open_split(job, "test")
+    indices = choose_subset(len(dataset), config.effective_test_size, config.seed)
+    train, validation = split_train(_train_images(job), config.validation_split, config.seed)
+    _log.info(
+        "Dataset sizes:\n\ttraining=%d\n\tvalidation=%d\n\ttest=%d",
+        round(len(train) * config.effective_train_size),
+        round(len(validation) * config.effective_valid_size),
+        len(indices),
+    )
+    return loader_of(job, dataset, indices, config.batch_size)
+
+
+def _train_images(job: Job) -> int:
+    """How many training images there are; a folder with val/ alone is enough to evaluate."""
+    root = job.config.data
+    if root is not None and (root / "val").is_dir() and not (root / "train").is_dir():
+        return 0
+    return len(open_split(job, "train"))
+
+
+def split_size(job: Job, split: str) -> int:
+    """How many images a split has."""
+    return len(open_split(job, split))
+
+
+def calibration_batches(
+    job: Job, count: int, batch_size: int, fraction: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images, on the job's device, and labels of the calibration split in its fixed random order.
+
+    They are a `fraction` of the split, but `count` at most.
+    """
+    dataset = open_split(job, job.config.qe.calibration_split)
+    indices = choose_subset(len(dataset), fraction, job.config.seed, shuffled=True)[:count]
+    loader = loader_of(job, dataset, indices, batch_size)
+    for images, labels in loader:
+        yield images.to(job.device, memory_format=LAYOUT), labels.to(job.device)
+    report_skipped(loader)
+
+
+def report_skipped(loader: Loader) -> None:
+    """Warns of the images that the last pass left out."""
+    if loader.skipped:
+        count, first = len(loader.skipped), loader.skipped[0]
+        _log.warning("Warning: %d corrupt images were left out, the first is %s", count, first)

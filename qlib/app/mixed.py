@@ -1,0 +1,209 @@
+"""`--qe-budget`: bits of each layer under a budget, from sensitivities, by an integer program."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+from qlib.app.job import Job
+from qlib.app.search import Planner, measure, write_csv
+from qlib.app.search_images import images_in_memory
+from qlib.config.layers.budget import Budget, parse_budget
+from qlib.config.layers.settings import LayerSettings, PtqConfig
+from qlib.config.layers.write import ptq_text
+from qlib.errors import OutputError, UsageError
+from qlib.graph import Graph, capture, kind_of
+from qlib.graph.cost import layer_costs
+from qlib.graph.ir import layers, name_of
+from qlib.search.allocate import Choice, Costs, allocate, best_uniform, cost_of, error_of, smallest_cost
+from qlib.search.bit_groups import Group, bit_operations, errors_of, groups_of, weight_bits, weight_count
+from qlib.search.replay import Point
+from qlib.search.score import Score, Scorer
+from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity
+
+__all__ = ["choose_bits"]
+
+_log = logging.getLogger(__name__)
+
+_CURVE = 8
+_FIELDS = {WEIGHTS: "bits_weights", ACTIVATIONS: "bits_activations"}
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The groups, what they cost besides a fixed part, and the budget."""
+
+    groups: Sequence[Group]
+    costs: Costs
+    fixed: int
+    budget: Budget
+    weights: int
+
+    @property
+    def left(self) -> int:
+        """What the groups may cost."""
+        return self.budget.limit(self.weights) - self.fixed
+
+    def text(self, cost: int) -> str:
+        """A cost of the groups, with the fixed part, in the unit of the budget."""
+        return self.budget.text(cost + self.fixed, self.weights)
+
+    def mean_bits(self, choice: Choice, what: str) -> float:
+        """The mean over groups."""
+        bits = [group.options[i] for group, i in zip(self.groups, choice, strict=True) if group.what == what]
+        return sum(bits) / len(bits) if bits else 0.0
+
+
+def choose_bits(
+    job: Job,
+    graph: Graph,
+    config: PtqConfig,
+    settings: Mapping[str, LayerSettings],
+    planner: Planner,
+    stats_file: str | None,
+) -> dict[str, LayerSettings]:
+    """The settings with the bits that lose least under `--qe-budget`.
+
+    What the user left in float stays so, and what a rule of the user gives bits keeps them. Writes
+    ``sensitivity.csv``, ``tradeoff.csv`` and ``mixed_precision.yaml``.
+
+    Raises UsageError where no choice is within the budget, with the smallest feasible one.
+    """
+    problem = _problem(job, graph, config, settings, planner)
+    kinds = list(dict.fromkeys(group.what for group in problem.groups))
+    rows, _ = measure(job, graph, settings, planner, job.config.qe.bits_choices, kinds)
+    write_csv(job.file("sensitivity.csv"), rows)
+    choice = _best(job, graph, problem, rows, settings, planner)
+    chosen = _with_choice(settings, problem.groups, choice)
+    _report(job, problem, rows, choice)
+    kind = {name_of(node): kind_of(module) for node, module in layers(graph)}
+    path = job.file("mixed_precision.yaml")
+    text = ptq_text(
+        config,
+        {name: each for name, each in chosen.items() if kind[name] not in ("relu", "max_pool")},
+        {name for name in kind if kind[name] in ("conv", "conv_transpose", "linear", "embedding")},
+        stats_file,
+        f"Bits of each layer for a budget of {problem.budget}; pass it back with --qe-config-file",
+    )
+    _write(path, text)
+    _log.info("Settings saved to %s; pass them back with --qe-config-file", path)
+    return chosen
+
+
+def _problem(
+    job: Job, graph: Graph, config: PtqConfig, settings: Mapping[str, LayerSettings], planner: Planner
+) -> _Problem:
+    budget, plan = parse_budget(str(job.config.qe.budget)), planner(settings)
+    pinned = {
+        (name, what)
+        for name, each in settings.items()
+        for what, field in _FIELDS.items()
+        if each.origin.get(field) != config.defaults.origin.get(field)
+    }
+    operations = budget.unit == "BOPs"
+    groups = groups_of(graph, plan, job.config.qe.bits_choices, pinned, operations)
+    if not any(len(group.options) > 1 for group in groups):
+        raise UsageError("--qe-budget finds no bits to choose: each layer is in float, or a rule gives its bits")
+    if operations:
+        macs = {cost.name: cost.macs for cost in layer_costs(capture(job.model, job.example[:1]))}
+        costs, fixed = bit_operations(graph, plan, groups, macs)
+    else:
+        costs, fixed = weight_bits(graph, groups)
+    problem = _Problem(groups, costs, fixed, budget, weight_count(graph))
+    if problem.left < (least := smallest_cost(costs)):
+        allowed = ",".join(map(str, job.config.qe.bits_choices))
+        raise UsageError(
+            f"--qe-budget {budget} cannot be met: the smallest feasible one is {problem.text(least)}, with"
+            f" --qe-bits-choices {allowed} and what the other settings leave in float or give bits"
+        )
+    return problem
+
+
+def _best(
+    job: Job,
+    graph: Graph,
+    problem: _Problem,
+    rows: Sequence[Sensitivity],
+    settings: Mapping[str, LayerSettings],
+    planner: Planner,
+) -> Choice:
+    """Of the choices by divergence, by squared error of the logits, and uniform, the one that does best as a whole.
+
+    Sensitivities of single layers add up only roughly: the whole is measured on the calibration images.
+    """
+    scorer = Scorer(graph, images_in_memory(job, job.config.sense_images))
+    found: dict[str, Choice | None] = {}
+    for what, relative in (("divergence", False), ("squared error", True)):
+        found[what] = allocate(problem.costs, errors_of(problem.groups, rows, relative), problem.left)
+    found["uniform"] = best_uniform(problem.costs, errors_of(problem.groups, rows), problem.left)
+    scores: dict[str, tuple[Score, Choice]] = {}
+    for what, choice in found.items():
+        if choice is not None:
+            plan = planner(_with_choice(settings, problem.groups, choice))
+            scores[what] = scorer.score(Point.of(graph, plan)), choice
+            score = scores[what][0]
+            _log.info(
+                "Bits by %s: %s    Divergence %.5f    Loss %.5f    Top1 %.3f (calibration images)",
+                *(what, problem.text(cost_of(problem.costs, choice)), score.divergence, score.loss, score.top1),
+            )
+    return min(scores.values(), key=lambda item: item[0].divergence)[1]
+
+
+def _with_choice(
+    settings: Mapping[str, LayerSettings], groups: Sequence[Group], choice: Choice
+) -> dict[str, LayerSettings]:
+    changed = dict(settings)
+    for group, i in zip(groups, choice, strict=True):
+        for name in group.layers if len(group.options) > 1 else ():
+            field = _FIELDS[group.what]
+            changed[name] = changed[name].with_settings({field: group.options[i]}, {field: "--qe-budget"})
+    return changed
+
+
+def _report(job: Job, problem: _Problem, rows: Sequence[Sensitivity], choice: Choice) -> None:
+    """Logs the bits of each layer and the trade-off curve, which goes to ``tradeoff.csv`` as well."""
+    bits: dict[str, dict[str, int]] = {}
+    for group, i in zip(problem.groups, choice, strict=True):
+        for name in group.layers:
+            bits.setdefault(name, {})[group.what] = group.options[i]
+    lines = [[name, at.get(WEIGHTS, ""), at.get(ACTIVATIONS, "")] for name, at in bits.items()]
+    _log.info("%s", tabulate(lines, ["Layer", "W bits", "A bits"], tablefmt="psql"))
+    curve = _curve(problem, errors_of(problem.groups, rows))
+    headers = ["budget", "cost", "predicted_loss_increase", "mean_bits_weights", "mean_bits_activations"]
+    _log.info("%s", tabulate(curve, headers, tablefmt="psql", floatfmt=".4f"))
+    path = job.file("tradeoff.csv")
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([headers, *curve])
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    used = problem.text(cost_of(problem.costs, choice))
+    _log.info("Bits chosen for a budget of %s: %s are used; trade-off saved to %s", problem.budget, used, path)
+
+
+def _curve(problem: _Problem, errors: Sequence[Sequence[float]]) -> list[list[str | float]]:
+    """Budgets from the smallest feasible one to that of most bits, and the best that each allows."""
+    least = smallest_cost(problem.costs)
+    most = cost_of(problem.costs, tuple(len(group.options) - 1 for group in problem.groups))
+    table: list[list[str | float]] = []
+    for step in range(_CURVE):
+        limit = least + (most - least) * step // (_CURVE - 1)
+        choice = allocate(problem.costs, errors, limit)
+        assert choice is not None
+        means = (problem.mean_bits(choice, WEIGHTS), problem.mean_bits(choice, ACTIVATIONS))
+        table.append(
+            [problem.text(limit), problem.text(cost_of(problem.costs, choice)), error_of(errors, choice), *means]
+        )
+    return table
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,248 @@
+"""The application: one function a verb. `run` is what the command line calls."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlib.app.calibrate import calibrate
+from qlib.app.correct import correct_float
+from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
+from qlib.app.export import Model, hand_over, hand_over_float
+from qlib.app.job import Job, choose_device, fold, load_job, test_loader
+from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
+from qlib.app.search import analyse
+from qlib.app.train import make_quantization, train
+from qlib.checkpoint.quantized import (
+    QuantizedHeader,
+    is_quantized,
+    read_header,
+    restore_quantized,
+    save_quantized,
+)
+from qlib.checkpoint.read import read_checkpoint
+from qlib.config.flags.checks import startup_warnings
+from qlib.config.flags.run_config import RunConfig, asks_for_something, exports, nothing_to_do, trains
+from qlib.config.schedule.read import load_schedule
+from qlib.config.schedule.timeline import timeline
+from qlib.errors import ModelError, UsageError
+from qlib.lower import lower
+from qlib.metrics import Evaluation
+from qlib.models import create_model, refuse_python_file
+from qlib.quant.plan_file import check_plan, write_plan
+from qlib.report.summary import summary
+from qlib.report.tables import float_layers, plan_table, settings_table
+from qlib.runlog import RunLog, append_metrics, open_run
+from qlib.surgery.widen import find_wide_model
+from qlib.train.state import is_training
+
+__all__ = ["run"]
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> int:
+    """Does what the command line asks; 0 when it is done. Raises QlibError for a user's mistake."""
+    with open_run(config) as run_log:
+        for warning in startup_warnings(config):
+            _log.warning("Warning: %s", warning)
+        _log.info("Random seed: %d", config.seed)
+        torch.manual_seed(config.seed)
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+        device = choose_device(config)
+        checkpoint = read_checkpoint(config.resume_from) if config.resume_from is not None else {}
+        if is_quantized(checkpoint):
+            _refuse_flags(config)
+            return _use_checkpoint(config, run_log, device, checkpoint)
+        if is_training(checkpoint) and config.quantize_eval and not _names_settings(config):
+            return _use_checkpoint(config, run_log, device, _integers_of(config, checkpoint))
+        if not asks_for_something(config):
+            raise nothing_to_do()
+        job = load_job(with_corrections(config), run_log, device, checkpoint)
+        if config.summary:
+            _summarize(job)
+        elif config.check:
+            _check(job)
+        elif config.sense is not None:
+            _analyse(job)
+        elif config.quantize_eval:
+            return _quantize_and_evaluate(job)
+        elif config.qe.calibration is not None:
+            folded = fold(job)
+            correct_float(job, folded)
+            calibrate(job, folded.graph, config.qe.calibration)
+        elif trains(config) and not (config.evaluate or exports(config)):
+            return train(job, checkpoint)
+        else:
+            _use_float(job)
+    return 0
+
+
+def _summarize(job: Job) -> None:
+    for what in job.config.summary:
+        _log.info("%s", summary(what, job.model, job.example, job.run.folder))
+
+
+def _analyse(job: Job) -> None:
+    """Measures what few bits in each layer alone do."""
+    folded = fold(job)
+    if given_plan(job, folded) is not None:
+        raise UsageError("--sense needs settings, but --qe-config-file is a plan; give settings, or drop it")
+    ptq, settings = settings_of(job, folded)
+    correct_float(job, folded)
+    stats = stats_for(job, folded, ptq, settings)
+    analyse(job, folded.graph, settings, partial(plan_of, folded, stats))
+
+
+def _check(job: Job) -> None:
+    if job.config.train.compress is not None:
+        _check_schedule(job, job.config.train.compress)
+        return
+    folded = fold(job)
+    plan = given_plan(job, folded)
+    if plan is not None:
+        _log.info("%s", plan_table(folded.graph, plan))
+        return
+    ptq, settings = settings_of(job, folded)
+    if ptq.stats_file is not None:
+        plan_of(folded, stats_for(job, folded, ptq, settings), settings)
+    _log.info("%s", settings_table(folded.graph, settings, folded.absorbed))
+
+
+def _check_schedule(job: Job, path: Path) -> None:
+    """Prints when each policy of a schedule acts, and what its quantizers do with each layer."""
+    schedule = load_schedule(path, job.config.train.epochs)
+    _log.info("%s", timeline(schedule, job.config.train.epochs))
+    folded, quantization = fold(job), make_quantization(job, schedule)
+    for spec, settings in quantization.settings if quantization else []:
+        table = settings_table(folded.graph, settings, folded.absorbed)
+        _log.info("%s (%s), from epoch %d on:\n%s", spec.component.name, spec.component.cls, spec.start, table)
+
+
+def _quantize_and_evaluate(job: Job) -> int:
+    folded = fold(job)
+    planned = make_plan(job, folded)
+    plan = planned.plan
+    plan_path = job.file("layer_quant_params.yaml")
+    write_plan(plan_path, plan)
+    _log.info("Plan of each layer saved to %s; edit it and pass it back with --qe-config-file", plan_path)
+    lowered = lower(folded.graph, plan).to(job.device)
+    for line in float_layers(plan):
+        _log.info("%s", line)
+    deployed = hand_over(job, folded.graph, lowered, plan, planned.stats)
+    result, reference, *others = _test(job, deployed.engine, job.model, *deployed.others)
+    _log.info("FP32:    Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
+    _log.info("Predictions that differ from FP32: %.2f %%", result.changed(reference))
+    _record(job, "fp32", reference)
+    _record(job, "quantized", result, changed=result.changed(reference))
+    _record_saturating(job, result, others)
+    path = job.file("quantized_checkpoint.pth.tar")
+    header = QuantizedHeader(job.spec.arch, job.dataset_name, job.num_classes, plan)
+    original = job.model if planned.keep_float_weights else None
+    save_quantized(path, header, lowered, {"quantized_top1": result.top1}, original)
+    _log.info("Saving checkpoint to: %s", path)
+    return deployed.exit_code
+
+
+def _use_float(job: Job) -> None:
+    """Exports and evaluates the float model, as the flags ask."""
+    engine = hand_over_float(job, fold(job).graph)
+    if job.config.evaluate:
+        result, *_ = _test(job, engine)
+        _record(job, "fp32", result)
+
+
+def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, checkpoint: Mapping[str, Any]) -> int:
+    """Exports, verifies and evaluates a quantized checkpoint, which knows its architecture and plan."""
+    file = str(config.resume_from)
+    header = read_header(checkpoint, f"checkpoint {file!r}")
+    if "--arch" in config.given and config.arch != header.arch:
+        raise UsageError(f"{file} is a quantized {header.arch}, not {config.arch}; drop --arch, as the file knows it")
+    refuse_python_file(header.arch, f"checkpoint {file!r}", "-a", named=config.arch)
+    spec = find_wide_model(header.arch)
+    model = create_model(spec, num_classes=header.num_classes).to(device)
+    job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)
+    _log.info("=> loaded a quantized %s model with the %s dataset", spec.arch, job.dataset_name)
+    folded = fold(job)
+    check_plan(header.plan, folded.layers, f"the plan in {file!r}")
+    lowered = restore_quantized(checkpoint, header, folded.graph, f"checkpoint {file!r}").to(device)
+    if config.check:
+        _log.info("%s", plan_table(folded.graph, header.plan))
+        return 0
+    deployed = hand_over(job, folded.graph, lowered, header.plan, None)
+    if config.evaluate or not exports(config):
+        result, *others = _test(job, deployed.engine, *deployed.others)
+        _record(job, "quantized", result)
+        _record_saturating(job, result, others)
+    return deployed.exit_code
+
+
+def _names_settings(config: RunConfig) -> bool:
+    """Whether flags say how to quantize: what a checkpoint of training has learned then does not count."""
+    return any(flag.startswith(("--qe-", "--ptq-")) for flag in config.given)
+
+
+def _integers_of(config: RunConfig, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The integer model in a checkpoint of training. Raises UsageError where it holds none."""
+    found = checkpoint.get("quantized")
+    if isinstance(found, dict) and is_quantized(found):
+        return found
+    raise UsageError(
+        f"{config.resume_from} was not trained in integers, or saved within an epoch; quantize it with --qe-calibration"
+        " or --qe-stats-file, or give best.pth.tar of a run whose schedule has quantizers"
+    )
+
+
+def _refuse_flags(config: RunConfig) -> None:
+    """Raises UsageError for what cannot be done with a quantized checkpoint."""
+    file = config.resume_from
+    if trains(config):
+        raise UsageError(f"{file} holds integers, which cannot be trained; give the checkpoint of the float model")
+    if config.quantize_eval or config.qe.calibration is not None:
+        raise UsageError(f"{file} is quantized already; drop --quantize-eval and --qe-calibration to evaluate it")
+    if config.sense is not None:
+        raise UsageError(f"--sense needs a float model, but {file} is quantized; give the original")
+    if config.summary:
+        raise UsageError(f"--summary needs a float model, but {file} is quantized; give the original")
+
+
+def _test(job: Job, *models: Model) -> list[Evaluation]:
+    """Evaluates the models on the same test images; the log lines people grep for are of the first one."""
+    loader = test_loader(job)
+    _log.info("--- test ---------------------")
+    results = measure(job, loader, "Test", *models)
+    if not all(math.isfinite(each.loss) for each in results):
+        raise ModelError(
+            f"{job.spec.arch} gives NaN or infinity for some of these images, so it has no loss;"
+            " --qe-calibration tells in which layer they arise"
+        )
+    result = results[0]
+    tell_result(result)
+    tell_interval(result)
+    if job.config.confusion:
+        tell_confusion(result)
+    return results
+
+
+def _record_saturating(job: Job, result: Evaluation, others: Sequence[Evaluation]) -> None:
+    """What the integer model would be on a CPU that saturates, if that was evaluated."""
+    for other in others:
+        _log.info(
+            "On x86 without VNNI, where products saturate in 16 bits: Top1 %.3f    Top5 %.3f    Loss %.5f"
+            " (%.2f %% of predictions differ); --qe-reduce-range auto avoids it",
+            *(other.top1, other.top5, other.loss, other.changed(result)),
+        )
+        _record(job, "saturating", other, changed=other.changed(result))
+
+
+def _record(job: Job, what: str, result: Evaluation, **more: float) -> None:
+    low, high = result.top1_interval
+    row = {"what": what, "arch": job.spec.arch, "samples": result.samples, "top1": result.top1, "top5": result.top5}
+    interval = {"top1_low": low, "top1_high": high}
+    append_metrics(job.run.folder / "metrics.csv", {**row, "loss": result.loss, **interval, **more})

@@ -1,0 +1,275 @@
+"""A run of training: model, schedule and images put together, epoch by epoch, to the last test."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
+from qlib.app.job import LAYOUT, Job, fold
+from qlib.app.training_images import TrainingImages
+from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
+from qlib.config.schedule.read import Schedule, load_schedule
+from qlib.distill.loss import make_distillation
+from qlib.errors import ConfigError, UsageError
+from qlib.graph import Graph, capture
+from qlib.lower import lower
+from qlib.models import create_model
+from qlib.qat.quantization import Quantization
+from qlib.stats.tensor_stats import ModelStats
+from qlib.surgery.widen import find_wide_model, wide_name
+from qlib.train.best import Score, nonzero, ranked
+from qlib.train.loop import Diverged, Progress, Settings, run_epoch
+from qlib.train.lr.policy import LrPolicy
+from qlib.train.optimizers import make_optimizer
+from qlib.train.policy import Policy
+from qlib.train.records import Records
+from qlib.train.state import TrainingState, is_training
+
+__all__ = ["make_quantization", "train"]
+
+_log = logging.getLogger(__name__)
+
+
+def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | None = None) -> Quantization | None:
+    """The quantizers of a schedule over the job's model, whose weights they share; None where it has none.
+
+    Raises ConfigError where their rules do not fit the model.
+    """
+    specs = schedule.of("quantizers")
+    if not specs:
+        return None
+    graph = capture(job.model, job.example, share=True).to(memory_format=LAYOUT)
+
+    def calibrate(folded: Graph, count: int) -> ModelStats:
+        assert images is not None
+        return images.statistics(folded, count)
+
+    quantization = Quantization(graph, fold(job), specs, calibrate)
+    left = _left_out(job.model, quantization.weights)
+    if left:
+        shown = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+        _log.warning(
+            "Warning: %d parameters stay as they are: the graph that is quantized does not compute with them, or holds"
+            " what follows from them as constants (%s)",
+            len(left),
+            shown,
+        )
+    return quantization
+
+
+def _left_out(model: nn.Module, weights: Iterable[nn.Parameter]) -> list[str]:
+    """The parameters that would train, but whose memory none of the `weights` shares."""
+    trained = {weight.untyped_storage().data_ptr() for weight in weights}
+    parameters = ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+    return [name for name, each in parameters if each.untyped_storage().data_ptr() not in trained]
+
+
+def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
+    """Trains as the flags and the schedule say; `checkpoint` is what `--resume-from` holds.
+
+    Answers the exit code: 1 where the loss became NaN or infinite.
+
+    Raises:
+        UsageError: there is no epoch left to train.
+        ConfigError: the schedule has mistakes, or does not fit the model.
+        CheckpointError: the checkpoint is of another run.
+    """
+    args = job.config.train
+    schedule = load_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())
+    run = _Run(job, schedule)
+    run.resume(checkpoint)
+    return run.train()
+
+
+class _Run:
+    """What the epochs of a run have in common."""
+
+    def __init__(self, job: Job, schedule: Schedule) -> None:
+        original, job = job, _wide(job, schedule)
+        self.job = job
+        self.args, self.schedule = job.config.train, schedule
+        self.images = TrainingImages.of(job)
+        self.quantization = make_quantization(job, schedule, self.images)
+        self.module: nn.Module = self.quantization.module if self.quantization else job.model
+        self.module.to(memory_format=LAYOUT)
+        weights = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+        if self.quantization:
+            weights = self.quantization.weights
+        self.optimizer = make_optimizer(self.args, weights, self.quantization.groups if self.quantization else ())
+        if self.quantization:
+            self.quantization.use(self.optimizer)
+        steps = -(-len(self.images.epoch(0).indices) // job.config.batch_size)
+        lr_policies = [LrPolicy(spec, self.optimizer, steps) for spec in schedule.of("lr_schedulers")]
+        distillation = make_distillation(original, self.module, schedule)
+        others = [each for each in (self.quantization, distillation) if each is not None]
+        self.policies: list[Policy] = [*others, *lr_policies]
+        self.progress = Progress()
+        self.state = TrainingState(job.model, self.optimizer, self.policies, self.progress, [])
+        self.records = Records(job.run.folder)
+        self._saved = time.monotonic()
+        self._new = self.job.file("checkpoint.new.pth.tar")
+
+    def resume(self, checkpoint: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""
+        last = checkpoint.get("epoch")
+        if not isinstance(last, int) or self.args.reset_optimizer:
+            return
+        if last + 1 >= self.args.epochs:
+            raise UsageError(
+                f"--epochs {self.args.epochs} leaves nothing to train: {self.job.config.resume_from} has done"
+                f" {last + 1} epochs; give a higher number, or --reset-optimizer to begin at epoch 0"
+            )
+        if is_training(checkpoint):
+            self.state.load(checkpoint, f"checkpoint {str(self.job.config.resume_from)!r}")
+        else:
+            self.progress.epoch = last + 1
+            _log.warning("Warning: %s holds no optimizer of ours; a new one begins", self.job.config.resume_from)
+
+    def train(self) -> int:
+        """All epochs that are left, and the test."""
+        config = self.job.config
+        settings = Settings(
+            config.batch_size,
+            config.seed,
+            config.print_freq,
+            self.args.label_smoothing,
+            self.args.grad_clip,
+            self.args.amp and self.job.device.type == "cuda",
+        )
+        started = False
+        while self.progress.epoch < self.args.epochs:
+            epoch, start = self.progress.epoch, time.monotonic()
+            loader = self.images.epoch(epoch)
+            _log.info("Training epoch: %d samples (%d per mini-batch)", len(loader.indices), config.batch_size)
+            self.module.train()
+            for policy in self.policies:
+                policy.on_epoch_begin(epoch)
+            if not started:  # there must be something to go back to
+                self._save("checkpoint.pth.tar", None)
+                started = True
+            try:
+                run_epoch(
+                    self.module,
+                    self.optimizer,
+                    self.policies,
+                    loader,
+                    self.progress,
+                    settings,
+                    self.job.device,
+                    self._after_step,
+                )
+                self._finish(epoch, time.monotonic() - start)
+            except Diverged as problem:
+                self._new.unlink(missing_ok=True)
+                _log.error(
+                    "%s; lower --lr, or clip gradients with --grad-clip. The last good checkpoint is %s",
+                    problem,
+                    self.job.file("checkpoint.pth.tar"),
+                )
+                return 1
+        self._test()
+        return 0
+
+    def _after_step(self) -> None:
+        """Saves a checkpoint now and then; it becomes `checkpoint.pth.tar` when the next step's loss is a number."""
+        if self._new.exists():
+            self._new.replace(self.job.file("checkpoint.pth.tar"))
+        if time.monotonic() - self._saved >= self.args.save_every:
+            self._check_weights(f"step {self.progress.steps} of epoch {self.progress.epoch}")
+            self._save("checkpoint.new.pth.tar", None)
+
+    def _check_weights(self, when: str) -> None:
+        for name, value in self.job.model.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                raise Diverged(f"{name} holds NaN or infinity after {when}")
+
+    def _finish(self, epoch: int, seconds: float) -> None:
+        """Validation, the policies' end of the epoch, and the checkpoints. Raises Diverged where nothing is left."""
+        self._new.unlink(missing_ok=True)
+        self._check_weights(f"epoch {epoch}")
+        lr, means = self.optimizer.param_groups[0]["lr"], self.progress.running.means
+        model, quantized = self._evaluated()
+        _log.info("--- validate (epoch=%d)-----------", epoch)
+        (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
+        tell_result(result)
+        if not math.isfinite(result.loss):
+            raise Diverged(f"the validation loss is {result.loss} after epoch {epoch}")
+        metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
+        for policy in self.policies:
+            policy.on_epoch_end(epoch, metrics)
+        left, sparsity = nonzero(self.job.model)
+        score = Score(epoch, result.top1, result.top5, result.loss, sparsity, left)
+        self.state.best[:] = ranked([*self.state.best, score], self.args.best_by, max(self.args.num_best_scores, 1))
+        for best in self.state.best:
+            _log.info("%s", best)
+        self.records.add(epoch, {**means, "LR": lr}, metrics, seconds)
+        self.progress.epoch, self.progress.steps = epoch + 1, 0
+        self.progress.running.sums, self.progress.running.images = {}, 0
+        if quantized is not None:
+            quantized["extras"] = {"quantized_top1": result.top1}
+        self._save("checkpoint.pth.tar", quantized)
+        if self.state.best[0].epoch == epoch:
+            self._save("best.pth.tar", quantized)
+
+    def _evaluated(self) -> tuple[nn.Module, dict[str, Any] | None]:
+        """The model as it would be deployed, and its checkpoint if it is in integers."""
+        learned = self.quantization.deployed() if self.quantization else None
+        if learned is None:
+            return self.module.eval(), None
+        graph, plan = learned
+        lowered = lower(graph.eval(), plan).to(self.job.device)
+        header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
+        return lowered, quantized_checkpoint(header, lowered, {})
+
+    def _save(self, name: str, quantized: Mapping[str, Any] | None) -> None:
+        path = self.job.file(name)
+        job = self.job
+        header = {"arch": job.spec.arch, "dataset": job.dataset_name, "num_classes": job.num_classes}
+        best = self.state.best[0] if self.state.best else None
+        extras = {} if best is None else {"best_top1": best.top1, "best_epoch": best.epoch}
+        self.state.save(path, {**header, "extras": extras}, quantized)
+        self._saved = time.monotonic()
+        if quantized is not None or self.progress.steps == 0:
+            _log.info("Saving checkpoint to: %s", path)
+
+    def _test(self) -> None:
+        """The last epoch's model on the test images."""
+        model, quantized = self._evaluated()
+        _log.info("--- test ---------------------")
+        models = [model, *([self.module.eval()] if quantized is not None else [])]
+        result, *others = measure(self.job, self.images.test, "Test", *map(_laid_out, models))
+        tell_result(result)
+        for other in others:
+            _log.info("Predictions in integers that differ from those of training: %.2f %%", result.changed(other))
+        tell_interval(result)
+        if self.job.config.confusion:
+            tell_confusion(result)
+
+
+def _wide(job: Job, schedule: Schedule) -> Job:
+    """The job with the model that a quantizer's `widen` asks for, which begins with fresh weights."""
+    factors = {spec.component.settings.get("widen") for spec in schedule.of("quantizers")} - {None, 1}
+    if len(factors) > 1:
+        where = schedule.of("quantizers")[0].component.where
+        raise ConfigError(f"{where}: quantizers want models widened by {factors}; give them the same `widen`")
+    if not factors or ".wide" in job.spec.arch:
+        return job
+    (factor,) = factors
+    assert isinstance(factor, int)
+    spec = find_wide_model(wide_name(job.spec.arch, factor))
+    torch.manual_seed(job.config.seed)
+    model = create_model(spec, num_classes=job.num_classes).to(job.device)
+    _log.info("=> widened the model by %d: a %s model with random weights", factor, spec.arch)
+    return replace(job, spec=spec, model=model)
+
+
+def _laid_out(model: nn.Module) -> Any:
+    return lambda images: model(images.contiguous(memory_format=LAYOUT))

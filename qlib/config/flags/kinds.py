@@ -1,0 +1,194 @@
+"""What the value of a flag may be: a reader of its text, and the words that say what is allowed."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlib.config.layers.budget import parse_budget
+from qlib.errors import UsageError, did_you_mean
+
+__all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
+__all__ += ["names", "path", "real"]
+__all__ += ["new_file", "run_name", "split_names", "whole"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a flag's text becomes a value. `read` answers ValueError to a text that is not `allowed`.
+
+    `many`: the flag takes several words (`words`), or may be repeated with one each (`repeat`).
+    `without`: what the flag alone, without a value, stands for.
+    """
+
+    read: Callable[[str], object]
+    allowed: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    many: str = ""
+    without: str | None = None
+
+    def value(self, flag: str, text: str) -> object:
+        """The value of `text`.
+
+        >>> whole(1, 9).value("--batch-size", "12")
+        Traceback (most recent call last):
+        qlib.errors.UsageError: --batch-size '12' is not allowed: it must be a whole number from 1 to 9
+        """
+        try:
+            return self.read(text)
+        except ValueError:
+            hint = did_you_mean(text.lower(), self.choices)
+            raise UsageError(f"{flag} {text!r} is not allowed: it must be {self.allowed}{hint}") from None
+
+
+def _require(accepted: bool) -> None:
+    if not accepted:
+        raise ValueError
+
+
+def _switch(text: str) -> bool:
+    _require(text in ("True", "False"))
+    return text == "True"
+
+
+SWITCH = Kind(_switch, "true or false")
+
+
+def whole(low: int, high: int | None = None, *, zero: str = "", metavar: str = "N", without: str | None = None) -> Kind:
+    """A whole number from `low` to `high`; also 0 if `zero` says what that means."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        _require((bool(zero) and number == 0) or (number >= low and (high is None or number <= high)))
+        return number
+
+    span = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
+    return Kind(read, f"0 ({zero}) or {span}" if zero else span, metavar, without=without)
+
+
+def real(accept: Callable[[float], bool], allowed: str, metavar: str = "F") -> Kind:
+    """A finite number that `accept` accepts."""
+
+    def read(text: str) -> float:
+        number = float(text)
+        _require(math.isfinite(number) and accept(number))
+        return number
+
+    return Kind(read, allowed, metavar)
+
+
+def fraction() -> Kind:
+    """A number in (0, 1]."""
+    return real(lambda number: 0 < number <= 1, "a fraction above 0 and at most 1, such as 0.05 for 5 %")
+
+
+def choice(allowed: Iterable[str], *, many: str = "") -> Kind:
+    """One of some names, in any case."""
+    choices = tuple(allowed)
+
+    def read(text: str) -> str:
+        _require(text.lower() in choices)
+        return text.lower()
+
+    return Kind(read, f"one of {', '.join(choices)}", "{" + ",".join(choices) + "}", choices, many)
+
+
+def arch() -> Kind:
+    """A model's name, in any case, or `path/to/file.py:function` as it stands."""
+    return Kind(lambda text: text if ".py:" in text else text.lower(), "a model's name", "ARCH")
+
+
+def run_name() -> Kind:
+    """A name that can be part of a folder's name."""
+
+    def read(text: str) -> str:
+        _require(bool(text.strip()) and not re.search(r"[/\\\0]", text) and not text.startswith("."))
+        return text
+
+    return Kind(read, "a name that does not begin with a dot and has no slash in it, as a folder is called so", "NAME")
+
+
+def path(metavar: str = "DIR") -> Kind:
+    """A path; `~` is expanded."""
+
+    def read(text: str) -> Path:
+        _require(bool(text))
+        return Path(text).expanduser()
+
+    return Kind(read, "a path", metavar)
+
+
+def new_file(suffix: str, *, without: str) -> Kind:
+    """The path of a file to write, which ends in `suffix`; `~` is expanded. `without` is left as it stands."""
+
+    def read(text: str) -> Path:
+        file = Path(text).expanduser()
+        _require(text == without or (file.suffix == suffix and not file.is_dir() and os.access(file.parent, os.W_OK)))
+        return file
+
+    allowed = f"a file to write that ends in {suffix}, in a folder that exists and can be written"
+    return Kind(read, allowed, "FILE", without=without)
+
+
+def existing_file() -> Kind:
+    """The path of a file that exists; `~` is expanded."""
+
+    def read(text: str) -> Path:
+        file = Path(text).expanduser()
+        _require(file.is_file())
+        # The run moves latest_log_dir before it reads a file that was named through it.
+        return file.resolve() if file.parent.is_symlink() else file
+
+    return Kind(read, "a file that exists", "FILE")
+
+
+def devices() -> Kind:
+    """Device ids with commas between them: `0,1`."""
+
+    def read(text: str) -> tuple[int, ...]:
+        ids = tuple(int(each) for each in text.split(","))
+        _require(min(ids) >= 0 and len(set(ids)) == len(ids))
+        return ids
+
+    return Kind(read, "different device numbers with commas between them, such as 0 or 0,1", "IDS")
+
+
+def bit_widths() -> Kind:
+    """Bit-widths with commas between them: `2,3,4,8`; they are sorted."""
+
+    def read(text: str) -> tuple[int, ...]:
+        bits = sorted(int(each) for each in text.split(","))
+        _require(min(bits) >= 2 and max(bits) <= 16 and len(set(bits)) == len(bits))
+        return tuple(bits)
+
+    return Kind(read, "different whole numbers from 2 to 16 with commas between them, such as 2,3,4,8", "BITS")
+
+
+def budget() -> Kind:
+    """A budget such as `3.2MB`, as text."""
+    allowed = "a number above 0 with its unit: 3.2MB of weights, 4.5bits for each weight, or 12GBOPs"
+    return Kind(lambda text: str(parse_budget(text)), allowed, "BUDGET")
+
+
+def names() -> Kind:
+    """One name or regular expression of a list of them."""
+
+    def read(text: str) -> str:
+        _require(bool(text.strip()))
+        return text.strip()
+
+    return Kind(read, "layer names", "LAYER", many="words")
+
+
+def split_names(text: str) -> list[str]:
+    """Splits at commas, but not at those inside the brackets of a regular expression.
+
+    >>> split_names("conv1,fc"), split_names("layer[1,2].{1,3}")
+    (['conv1', 'fc'], ['layer[1,2].{1,3}'])
+    """
+    return [name for name in re.split(r",(?![^\[({]*[\])}])", text) if name.strip()]

@@ -1,0 +1,168 @@
+"""All that a command line can say, as one frozen value that is saved with the run and repeats it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlib.config.flags.groups import GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
+from qlib.errors import ConfigError, UsageError, did_you_mean
+from qlib.yaml_tree import Node, load_yaml
+
+__all__ = [
+    "RunConfig",
+    "asks_for_something",
+    "exports",
+    "needs_folder",
+    "nothing_to_do",
+    "read_run_config",
+    "trains",
+    "wants_onnx",
+]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What one run does. A field is named as its flag; `given` holds the flags that the user wrote.
+
+    Law: the file that `to_yaml` makes, passed as `--run-config`, gives an equal `RunConfig`.
+    """
+
+    data: Path | None = None
+    arch: str = "resnet18"
+    pretrained: bool = False
+    resume_from: Path | None = None
+    exp_load_weights_from: Path | None = None
+    dataset: str | None = None
+    workers: int = 4
+    batch_size: int = 256
+    validation_split: float = 0.1
+    effective_train_size: float = 1.0
+    effective_valid_size: float = 1.0
+    effective_test_size: float = 1.0
+    skip_corrupt: bool = False
+    evaluate: bool = False
+    confusion: bool = False
+    engine: str = "torch"
+    summary: tuple[str, ...] = ()
+    check: bool = False
+    print_freq: int = 10
+    verbose: bool = False
+    name: str | None = None
+    out_dir: Path = Path("logs")
+    gpus: tuple[int, ...] | None = None
+    cpu: bool = False
+    seed: int = 0
+    deterministic: bool = False
+    quantize_eval: bool = False
+    qe: QuantArgs = field(default_factory=QuantArgs)
+    ptq: PtqArgs = field(default_factory=PtqArgs)
+    lapq: LapqArgs = field(default_factory=LapqArgs)
+    train: TrainArgs = field(default_factory=TrainArgs)
+    kd: KdArgs = field(default_factory=KdArgs)
+    sense: str | None = None
+    sense_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    sense_images: int = 256
+    export_onnx: Path | None = None
+    export_opset: int | None = None
+    export_encodings: tuple[str, ...] = ()
+    verify: int | None = None
+    given: frozenset[str] = frozenset()
+
+    def to_yaml(self) -> str:
+        """The config as YAML text, in the order of the fields.
+
+        >>> RunConfig(arch="vgg11").to_yaml().splitlines()[1:3]
+        ['data: null', 'arch: vgg11']
+        """
+        body = yaml.safe_dump(_plain(self), sort_keys=False, default_flow_style=None, allow_unicode=True)
+        return f"# repeat this run: compress.py --run-config THIS_FILE\n{body}"
+
+
+def _plain(value: Any) -> Any:
+    """`value` in the types that YAML has."""
+    if dataclasses.is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, (tuple, frozenset)):
+        return sorted(value) if isinstance(value, frozenset) else list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The settings in a `run_config.yaml`, by field (`arch`, `qe.mode`), as YAML gave them; `given` among them.
+
+    The command line checks the values, with the same rules as those of its flags.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or has a key that is no setting (all of them are named).
+    """
+    top = _entries(load_yaml(path))
+    settings = {key: node for key, node in top.items() if key not in GROUPS}
+    allowed = [each.name for each in dataclasses.fields(RunConfig) if each.name not in GROUPS]
+    for group, kind in GROUPS.items():
+        settings |= {f"{group}.{key}": node for key, node in (_entries(top[group]) if group in top else {}).items()}
+        allowed += [f"{group}.{each.name}" for each in dataclasses.fields(kind)]
+    unknown = {key: node for key, node in settings.items() if key not in allowed}
+    if unknown:
+        raise ConfigError(
+            [f"{node.where}: there is no setting {key!r}{did_you_mean(key, allowed)}" for key, node in unknown.items()]
+        )
+    return {key: _value(node) for key, node in settings.items()}
+
+
+def _entries(node: Node) -> Mapping[str, Node]:
+    if node.mapping is None:
+        raise ConfigError(f"{node.where}: 'setting: value' lines are expected here, as in configs/run_config.yaml")
+    return node.mapping
+
+
+def _value(node: Node) -> Any:
+    return [_value(item) for item in node.value] if isinstance(node.value, tuple) else node.value
+
+
+def wants_onnx(config: RunConfig) -> bool:
+    """Whether the run makes an ONNX file."""
+    return config.export_onnx is not None or config.verify is not None or config.engine == "onnxruntime"
+
+
+def exports(config: RunConfig) -> bool:
+    """Whether the run has something to hand over, so that a quantized checkpoint need not be evaluated as well."""
+    return config.export_onnx is not None or config.verify is not None or bool(config.export_encodings)
+
+
+def needs_folder(config: RunConfig) -> bool:
+    """Whether the run cannot do without a DATASET_DIR, as far as the command line alone can tell.
+
+    A checkpoint or a model of the user's own may turn out to need one too.
+    """
+    digits = config.dataset == "digits" or (config.dataset is None and "digits" in config.arch)
+    loads = config.resume_from is not None or config.exp_load_weights_from is not None
+    unknown = loads or ".py:" in config.arch
+    asks = (config.qe.calibration, config.verify, config.sense)
+    looks_at_images = config.evaluate or trains(config) or any(each is not None for each in asks)
+    only_exports = exports(config) and not looks_at_images
+    return not (digits or unknown or config.summary or config.check or only_exports)
+
+
+def asks_for_something(config: RunConfig) -> bool:
+    """Whether a flag says what to do."""
+    verbs = (config.evaluate, config.quantize_eval, config.summary, config.check, config.qe.calibration is not None)
+    return any(verbs) or config.sense is not None or exports(config) or trains(config)
+
+
+def trains(config: RunConfig) -> bool:
+    """Whether the flags ask for training: by a schedule, or by how long it shall go on."""
+    return config.train.compress is not None or "--epochs" in config.given
+
+
+def nothing_to_do() -> UsageError:
+    """The error of a command line that asks for nothing."""
+    return UsageError(
+        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress or --epochs to train,"
+        " --export-onnx, --sense, --summary or --check"
+    )

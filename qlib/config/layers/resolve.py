@@ -1,0 +1,153 @@
+"""From the settings of a run to those of each layer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
+from qlib.errors import ConfigError, did_you_mean
+
+__all__ = ["LayerInfo", "resolve", "wants_histograms"]
+
+_OUTPUT_SETTINGS = (
+    *("bits_activations", "mode_activations", "scale"),
+    *("clip_acts", "clip_n_stds", "clip_percentile", "clip_p", "clip_half_range"),
+)
+_WEIGHT_SETTINGS = ("bits_weights", "per_channel_wts", "clip_wts")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What the settings must know of a layer: name, kind (``conv``, ``add``, ...) and whether it has weights."""
+
+    name: str
+    kind: str
+    has_weight: bool
+
+
+def resolve(
+    config: PtqConfig, layers: Sequence[LayerInfo], absorbed: Mapping[str, str] | None = None
+) -> dict[str, LayerSettings]:
+    """The settings of each layer, in the order of `layers`.
+
+    A rule whose pattern is the layer's very name wins; else the first whose pattern matches the whole name; else the
+    defaults stand. `absorbed` maps a module that the graph fused away (batch-norm, ReLU) to the layer that computes
+    it now (it may be listed in `layers` as well): where no rule matches that layer, the rule for its last absorbed
+    module gives its output settings.
+
+    >>> rules = (Rule("conv.*", {"bits_weights": 4}, {}, "a.yaml:9"), Rule("conv2", {}, {}, "a.yaml:11"))
+    >>> layers = [LayerInfo("conv1", "conv", True), LayerInfo("conv2", "conv", True)]
+    >>> {name: settings.bits_weights for name, settings in resolve(PtqConfig(rules=rules), layers).items()}
+    {'conv1': 4, 'conv2': 8}
+
+    Raises:
+        ConfigError: all of: a rule that is no regular expression, matches no layer, or sets weights where there are
+            none; n_std clipping without clip_n_stds; a clip method that needs histograms where ranges are dynamic.
+    """
+    absorbed = absorbed or {}
+    problems = [f"{rule.where}: {problem}" for rule in config.rules if (problem := pattern_problem(rule.pattern))]
+    if problems:
+        raise ConfigError(problems)
+    winners = {name: _winner(config.rules, name) for name in [*(layer.name for layer in layers), *absorbed]}
+    problems += _rule_problems(config.rules, layers, absorbed)
+    _warn_of_shadowed(config.rules, winners)
+    resolved = {layer.name: _settings(config.defaults, layer.name, winners, absorbed) for layer in layers}
+    problems += dict.fromkeys(problem for settings in resolved.values() for problem in _clip_problems(settings))
+    if config.dynamic:
+        problems += dict.fromkeys(problem for settings in resolved.values() for problem in _dynamic_problems(settings))
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _winner(rules: Sequence[Rule], name: str) -> Rule | None:
+    exact = next((rule for rule in rules if rule.names(name)), None)
+    return exact or next((rule for rule in rules if rule.matches(name)), None)
+
+
+def _settings(
+    defaults: LayerSettings, name: str, winners: Mapping[str, Rule | None], absorbed: Mapping[str, str]
+) -> LayerSettings:
+    rule = winners[name]
+    if rule is not None:
+        return defaults.with_settings(rule.settings, _origin(rule, rule.settings))
+    stand_ins = [winners[module] for module, layer in absorbed.items() if layer == name]
+    rule = next((rule for rule in reversed(stand_ins) if rule is not None), None)
+    if rule is None:
+        return defaults
+    settings = {key: value for key, value in rule.settings.items() if key in _OUTPUT_SETTINGS}
+    return defaults.with_settings(settings, _origin(rule, settings))
+
+
+def _origin(rule: Rule, settings: Mapping[str, object]) -> dict[str, str]:
+    return {setting: rule.lines.get(setting, rule.where) for setting in settings}
+
+
+def _rule_problems(rules: Sequence[Rule], layers: Sequence[LayerInfo], absorbed: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each rule that matches nothing, or sets weights on layers that all have none."""
+    names = [layer.name for layer in layers]
+    for rule in rules:
+        matched = [layer for layer in layers if rule.matches(layer.name)]
+        if not matched and not any(rule.matches(module) for module in absorbed):
+            hint = did_you_mean(rule.spellings[1], names) or "; --check lists the layers"
+            yield f"{rule.where}: {rule.pattern!r} matches no layer{hint}"
+        if matched and not any(layer.has_weight or layer.name in absorbed for layer in matched):
+            for setting in _WEIGHT_SETTINGS:
+                if rule.settings.get(setting):
+                    kinds = " and ".join(dict.fromkeys(layer.kind for layer in matched))
+                    yield f"{rule.where}: {rule.pattern!r} sets {setting}, but {kinds} layers have none; remove it"
+
+
+def _warn_of_shadowed(rules: Sequence[Rule], winners: Mapping[str, Rule | None]) -> None:
+    """Logs each rule that matches layers but wins none of them."""
+    winning = {id(rule) for rule in winners.values()}
+    for rule in rules:
+        name = next((name for name in winners if rule.matches(name)), None)
+        first = winners[name] if name else None
+        if id(rule) not in winning and first is not None:
+            _log.warning("%s: %r has no effect: %r (%s) wins wherever it matches", rule.where, rule.pattern,
+                         first.pattern, first.where)  # fmt: skip
+
+
+def _clip_problems(settings: LayerSettings) -> Iterator[str]:
+    """A sentence for the output and for each input that is clipped by n_std without a width."""
+    if settings.bits_activations and settings.clip_acts == "n_std" and settings.clip_n_stds is None:
+        where = settings.origin_of("clip_acts")
+        yield f"{where}: clip_acts n_std needs clip_n_stds above 0 (--qe-clip-n-stds on the command line)"
+    for index, override in settings.input_overrides.items():
+        clip = override.get("clip_acts", settings.clip_acts)
+        if override.get("clip_acts") and clip == "n_std" and not override.get("clip_n_stds", settings.clip_n_stds):
+            where = settings.origin_of("input_overrides")
+            yield f"{where}: clip_acts n_std of input {index} needs clip_n_stds above 0"
+
+
+def _histogram_clips(settings: LayerSettings) -> Iterator[tuple[str, str]]:
+    """Each setting that names a clip method which answers from a histogram, and that method."""
+    if settings.bits_activations and settings.clip_acts in HISTOGRAM_CLIPS:
+        yield "clip_acts", settings.clip_acts
+    for override in settings.input_overrides.values():
+        if override.get("clip_acts") in HISTOGRAM_CLIPS:
+            yield "input_overrides", str(override["clip_acts"])
+
+
+def _dynamic_problems(settings: LayerSettings) -> Iterator[str]:
+    others = ", ".join(name for name in CLIP_NAMES if name not in HISTOGRAM_CLIPS)
+    for setting, clip in _histogram_clips(settings):
+        yield (
+            f"{settings.origin_of(setting)}: clip_acts {clip} needs histograms, and dynamic quantization has none; use"
+            f" one of {others}, or statistics from --qe-calibration or --qe-stats-file"
+        )
+
+
+def wants_histograms(settings: Mapping[str, LayerSettings]) -> bool:
+    """Whether a clip method of a layer answers from a histogram.
+
+    >>> wants_histograms({"conv1": LayerSettings(clip_acts="kl")}), wants_histograms({"conv1": LayerSettings()})
+    (True, False)
+    """
+    return any(True for each in settings.values() for _ in _histogram_clips(each))

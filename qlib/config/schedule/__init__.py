@@ -1,0 +1,1 @@
+"""Training schedules: YAML with what acts in which epochs."""

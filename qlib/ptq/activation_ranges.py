@@ -1,0 +1,103 @@
+"""Ranges of activations: from the statistics of a tensor and a layer's settings to its plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from qlib.clip import CLIP_METHODS, ClipContext, choose
+from qlib.config.layers.settings import LayerSettings
+from qlib.quant.plan import TensorPlan
+from qlib.stats.tensor_stats import TensorStats
+
+__all__ = ["clipped", "constant_plan", "plan_tensor", "request_of", "softmax_plan"]
+
+
+def plan_tensor(stats: TensorStats, settings: LayerSettings, half_range: bool) -> TensorPlan:
+    """The plan of a tensor; `auto` is replaced by the method it chooses. Raises StatsError as that method does."""
+    mode, clip = settings.mode_activations, settings.clip_acts
+    context = ClipContext(
+        settings.bits_activations,
+        mode.startswith("sym"),
+        half_range,
+        settings.clip_n_stds,
+        percentile=settings.clip_percentile,
+        p=settings.clip_p,
+        restricted=mode == "sym_restr",
+        pow2=settings.scale == "pow2",
+    )
+    if clip == "auto":
+        clip, (low, high) = choose(stats, context)
+    else:
+        low, high = CLIP_METHODS[clip](stats, context)
+    n_stds = settings.clip_n_stds if clip == "n_std" else None
+    return TensorPlan(settings.bits_activations, mode, clip, low, high, n_stds, context.pow2)
+
+
+def request_of(settings: LayerSettings) -> tuple[object, ...]:
+    """All that decides the grid of a layer's output, besides its statistics.
+
+    >>> request_of(LayerSettings(clip_p=3.0)) == request_of(LayerSettings())
+    True
+    >>> request_of(LayerSettings(clip_acts="lp", clip_p=3.0)) == request_of(LayerSettings(clip_acts="lp"))
+    False
+    """
+    clip = settings.clip_acts
+    return (
+        settings.bits_activations,
+        settings.mode_activations,
+        settings.scale,
+        clip,
+        settings.clip_n_stds if clip in ("n_std", "auto") else None,
+        settings.clip_percentile if clip in ("percentile", "auto") else None,
+        settings.clip_p if clip in ("lp", "auto") else None,
+    )
+
+
+def constant_plan(value: Tensor, settings: LayerSettings) -> TensorPlan:
+    """The plan of an operand that does not depend on the images: all of its range."""
+    low, high = float(value.min()), float(value.max())
+    pow2 = settings.scale == "pow2"
+    return TensorPlan(settings.bits_activations, settings.mode_activations, "none", low, high, pow2=pow2)
+
+
+def softmax_plan(highest: float, size: int, settings: LayerSettings) -> TensorPlan:
+    """The plan of the output of a softmax over `size` elements."""
+    bits, pow2 = settings.bits_activations, settings.scale == "pow2"
+    return TensorPlan(bits, settings.mode_activations, "none", 0.0, _softmax_top(highest, bits, size), pow2=pow2)
+
+
+def _softmax_top(highest: float, bits: int, size: int) -> float:
+    """The top of a softmax's range, for a step of a power of two: the kernel multiplies by ``floor(1 / step)``.
+
+    The step is ``2^-(bits + j)`` with the largest j for which ``2^-j`` is at least the highest probability seen, so
+    that attention spread over many tokens does not round to zero. Over `size` elements the step stays above
+    ``1 / (e^5 size)``: below it the kernel's product overflows.
+
+    >>> _softmax_top(1.0, 8, 49) == 255 / 256, _softmax_top(0.2, 8, 49) == 255 / 1024
+    (True, True)
+    >>> _softmax_top(1 / 49, 8, 49) == 255 / 2**12
+    True
+    """
+    seen = math.floor(-math.log2(highest)) if 0 < highest <= 1 else 0
+    spare = max(0, min(seen, math.floor(math.log2(math.exp(5) * size) - bits)))
+    top: float = (2**bits - 1) / 2 ** (bits + spare)
+    return top
+
+
+def clipped(stats: TensorStats, low: float, high: float) -> TensorStats:
+    """The ranges and the histogram cut to ``[low, high]``; mean, std and b stay those of the whole tensor."""
+
+    def cut(value: float | None) -> float | None:
+        return None if value is None else min(max(value, low), high)
+
+    return replace(
+        stats,
+        min=min(max(stats.min, low), high),
+        max=min(max(stats.max, low), high),
+        avg_min=cut(stats.avg_min),
+        avg_max=cut(stats.avg_max),
+        histogram=None if stats.histogram is None else stats.histogram.clipped(low, high),
+    )

@@ -1,0 +1,1 @@
+"""Quantization-aware training: which tensors get which quantizer, and the graph in which they train."""

@@ -1,0 +1,178 @@
+"""What each quantizer of a schedule wants of each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import fx
+
+from qlib.app.job import FoldedGraph
+from qlib.config.layers.resolve import resolve
+from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
+from qlib.config.schedule.read import PolicySpec
+from qlib.errors import ConfigError
+from qlib.graph import Graph, kind_of
+from qlib.graph.ir import layers, name_of
+from qlib.graph.ops import ChannelAffine
+from qlib.ptq.planner import layer_infos
+from qlib.qat.base import TRAINING_QUANTIZERS, TrainingQuantizer
+from qlib.qat.quantized_tensors import ends_in_relu, later_relus, on_inputs, producer_of
+
+__all__ = ["Claim", "Common", "make_claims", "planned_settings"]
+
+
+@dataclass(frozen=True)
+class Common:
+    """The keys that every quantizer of a schedule has.
+
+    `edges`: which tensors have `bits_activations`: the outputs of all layers, those of ReLUs alone, or the inputs of
+    layers with weights, each on a grid of its own; None is the method's own choice. `bits_first_last`: bits of the
+    first and the last layer with weights, and of the last one's input, where others have bits. `bits_other_edges`: bits
+    of outputs that go through no ReLU, such as those that are added, without it those of all; under `inputs` those of
+    all tensors that not only layers with weights read, without it 8.
+    `calibration_images`: how many the first ranges come from. `dampening` holds weights near their grid (Nagel et al.,
+    "Overcoming oscillations", 2022, section 4.1). From `freeze_bn_epoch` on batch-norms use their running statistics.
+    """
+
+    bits_activations: int = 0
+    bits_weights: int = 0
+    bits_bias: int = 32
+    edges: str | None = None
+    rounding: str = "nearest"
+    calibration_images: int = 256
+    lr_factor: float = 1.0
+    dampening: float = 0.0
+    bits_first_last: int | None = None
+    bits_other_edges: int | None = None
+    freeze_bn_epoch: int | None = None
+
+
+class Claim:
+    """A quantizer of the schedule, and what it wants of each layer."""
+
+    def __init__(self, index: int, spec: PolicySpec, folded: FoldedGraph) -> None:
+        component = spec.component
+        self.index, self.spec = index, spec
+        names = {each.name for each in dataclasses.fields(Common)}
+        given = {key: value for key, value in component.settings.items() if key in names}
+        self.common = Common(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        own = {key: value for key, value in component.settings.items() if key not in names}
+        self.method: TrainingQuantizer = TRAINING_QUANTIZERS[component.cls](**own)
+        self.edges = self.common.edges or ("relu" if self.method.only_relus else "all")
+        self.settings = self._resolved(component.rules, folded)
+
+    def _resolved(self, rules: Sequence[Rule], folded: FoldedGraph) -> dict[str, LayerSettings]:
+        given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
+        given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
+        defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
+        ours = {**self._other_edges(folded.graph), **self._ends(folded.graph)}
+        where = Path(self.spec.component.where).name
+        more = [
+            Rule(re.escape(name), settings, {}, where) for name, settings in ours.items() if not _named(rules, name)
+        ]
+        absorbed = {**later_relus(folded.graph), **folded.absorbed}
+        found = resolve(PtqConfig(defaults, (*rules, *more)), layer_infos(folded.graph), absorbed)
+        self._check_bits(found)
+        if self.edges == "inputs":
+            _check_names(rules, [name for name in found if name not in absorbed])
+        for node, module in layers(folded.graph):
+            if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
+                # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
+                found[name_of(node)] = replace(found[name_of(node)], bits_weights=8)
+        if self.edges == "inputs":
+            found = on_inputs(folded.graph, found, self.common.bits_other_edges or 8, where)
+        if self.edges == "relu":
+            ending = {name_of(node) for node, _ in layers(folded.graph) if ends_in_relu(folded.graph, node)}
+            found = {n: s if n in ending else replace(s, bits_activations=0) for n, s in found.items()}
+        return found
+
+    def _check_bits(self, settings: Mapping[str, LayerSettings]) -> None:
+        least, cls = self.method.least_bits, self.spec.component.cls
+        for name, each in settings.items():
+            if 0 < each.bits_weights < least:
+                raise ConfigError(
+                    f"{each.origin_of('bits_weights')}: bits_weights of {name!r} is {each.bits_weights}, but {cls}"
+                    f" needs {least} or more; BinaryConnectQuantizer and XNORQuantizer have weights of 1 bit"
+                )
+
+    def _ends(self, graph: Graph) -> dict[str, dict[str, int]]:
+        """Settings of the first and the last layer with weights, and of what gives the last one its input."""
+        bits = self.common.bits_first_last
+        weighted = [node for node, module in layers(graph) if kind_of(module) in ("conv", "linear")]
+        if bits is None or not weighted:
+            return {}
+        acts = {"bits_activations": bits} if self.common.bits_activations else {}
+        wanted = {name_of(node): {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
+        source = producer_of(graph, weighted[-1])
+        if source is not None and acts and self.edges != "inputs":
+            wanted.setdefault(name_of(source), acts)
+        return wanted
+
+    def _other_edges(self, graph: Graph) -> dict[str, dict[str, int]]:
+        """Settings of the layers whose outputs go through no ReLU."""
+        bits = self.common.bits_other_edges
+        if bits is None or not self.common.bits_activations or self.edges == "inputs":
+            return {}
+        others = [node for node, module in layers(graph) if kind_of(module) not in ("relu", "max_pool")]
+        return {name_of(node): {"bits_activations": bits} for node in others if not ends_in_relu(graph, node)}
+
+    def leaves_float(self, source: fx.Node) -> bool:
+        """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
+        if self.edges == "relu":
+            return True
+        while source.op not in ("placeholder", "get_attr", "call_module"):
+            source = source.all_input_nodes[0]
+        return source.op == "placeholder" and not getattr(self.method, "quantize_inputs", True)
+
+    def wants(self, name: str) -> bool:
+        """Whether it quantizes anything of a layer."""
+        settings = self.settings[name]
+        return bool(settings.bits_weights or settings.bits_activations)
+
+
+def _check_names(rules: Sequence[Rule], reading: Sequence[str]) -> None:
+    """Raises ConfigError for rules that give activation bits to modules whose outputs have those of their readers."""
+    problems = [
+        f"{rule.where}: {rule.pattern!r} matches ReLUs and batch-norms alone, which have no bits under edges: inputs;"
+        " name the layers that read what leaves them"
+        for rule in rules
+        if "bits_activations" in rule.settings and not any(rule.matches(name) for name in reading)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _named(rules: Sequence[Rule], name: str) -> bool:
+    """Whether a rule of the file speaks of a layer: it has the last word."""
+    return any(rule.matches(name) for rule in rules)
+
+
+def make_claims(specs: Iterable[PolicySpec], folded: FoldedGraph) -> list[Claim]:
+    """The quantizers, with the mistakes of all of them at once."""
+    claims, problems = list[Claim](), list[str]()
+    for index, spec in enumerate(specs):
+        try:
+            claims.append(Claim(index, spec, folded))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return claims
+
+
+def planned_settings(claim: Claim | None, name: str) -> LayerSettings:
+    """The settings that a layer's grids are planned with: 1 bit has no range of its own, and starts from that of 2."""
+    if claim is None:
+        return LayerSettings(bits_activations=0, bits_weights=0)
+    settings = claim.settings[name]
+    acts, weights = settings.bits_activations, settings.bits_weights
+    inputs = {
+        index: {"bits_activations": max(settings.of_input(index).bits_activations, 2)}
+        for index in settings.input_overrides
+    }
+    bits = replace(settings, bits_activations=acts and max(acts, 2), bits_weights=weights and max(weights, 2))
+    return replace(bits, input_overrides=inputs)

@@ -1,0 +1,237 @@
+"""The quantizers of a schedule at work: which layer each has in an epoch, and how a layer gets its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qlib.app.job import FoldedGraph
+from qlib.config.layers.settings import LayerSettings
+from qlib.config.schedule.read import PolicySpec
+from qlib.graph import Graph, drop_dropouts, fold_batch_norm
+from qlib.graph.ir import layer_inputs, layers, name_of, parameters_of
+from qlib.lower.ops.weighted import swap_channels
+from qlib.lower.trainable import (
+    TrainableLayer,
+    WeightQuantizer,
+    connect,
+    deployed,
+    lower_trainable,
+    trainable_layers,
+)
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
+from qlib.qat.assignment import Claim, make_claims, planned_settings
+from qlib.qat.drift import MOST_DRIFT, StepDrift
+from qlib.qat.layer_quantizers import LayerQuantizers
+from qlib.quant.plan import LayerPlan, Plan
+from qlib.quant.plan_file import plan_from_text, plan_text
+from qlib.stats.tensor_stats import ModelStats
+from qlib.train.optimizers import Group
+from qlib.train.policy import Batch, Losses, Policy
+
+__all__ = ["Calibrate", "Quantization"]
+
+_log = logging.getLogger(__name__)
+
+Calibrate = Callable[[Graph, int], ModelStats]
+"""(folded graph, number of images) -> statistics, with histograms, on training images."""
+
+
+class Quantization(Policy):
+    """All quantizers of a schedule, over one graph: `module` is what trains, `graph` holds its float weights.
+
+    A layer belongs to the quantizer that began last among those that give it bits, and keeps it until the next one
+    begins; until the first one begins it trains in float. Grids start from statistics of training images, taken when a
+    quantizer begins.
+    """
+
+    def __init__(self, graph: Graph, folded: FoldedGraph, specs: Iterable[PolicySpec], calibrate: Calibrate) -> None:
+        self.graph = graph
+        self.module = lower_trainable(graph)
+        self._calibrate = calibrate
+        self._claims = make_claims(specs, folded)
+        self._owners: dict[str, Claim | None] = dict.fromkeys((name for name, _ in trainable_layers(self.module)), None)
+        self._optimizer: Optimizer | None = None
+        self._epoch = -1
+        self._drift, self._warned = StepDrift(), False
+        self.plan: Plan | None = None
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The float weights that train: those of the model, or parts of them, in the same memory."""
+        return [parameter for parameter in parameters_of(self.graph) if parameter.requires_grad]
+
+    @property
+    def groups(self) -> list[Group]:
+        """What the optimizer must know of the parameters of each quantizer."""
+        return [Group(claim.common.lr_factor, claim.method.weight_decay) for claim in self._claims]
+
+    @property
+    def settings(self) -> list[tuple[PolicySpec, dict[str, LayerSettings]]]:
+        """Each quantizer with its settings of each layer."""
+        return [(claim.spec, claim.settings) for claim in self._claims]
+
+    def use(self, optimizer: Optimizer) -> None:
+        """The optimizer, made with `groups` behind the group of the weights, into which parameters are put."""
+        self._optimizer = optimizer
+
+    def deployed(self) -> tuple[Graph, Plan] | None:
+        """The folded graph and the plan of what has been learned; None while all is in float."""
+        return None if self.plan is None else deployed(self.graph, self.module, self.plan)
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        owners = self._owners_in(epoch)
+        if owners != self._owners:
+            before, self._epoch = self._owners, epoch
+            self.plan = self._new_plan(owners)
+            self._attach(owners, self.plan)
+            for claim in dict.fromkeys(each for each in owners.values() if each is not None):
+                names = [name for name, owner in owners.items() if owner is claim and before[name] is not claim]
+                if names:
+                    _log.info("%s quantizes %d layers from epoch %d on", claim.spec.component.cls, len(names), epoch)
+        self._freeze_norms(epoch)
+
+    def _owners_in(self, epoch: int) -> dict[str, Claim | None]:
+        begun = [claim for claim in self._claims if claim.spec.start <= epoch]
+        begun.sort(key=lambda claim: (claim.spec.start, claim.index))
+        return {name: next((c for c in reversed(begun) if c.wants(name)), None) for name in self._owners}
+
+    def _new_plan(self, owners: Mapping[str, Claim | None]) -> Plan:
+        folded = copy.deepcopy(self.graph)
+        drop_dropouts(folded)
+        fold_batch_norm(folded)
+        claims = [claim for claim in owners.values() if claim is not None]
+        images = max(claim.common.calibration_images for claim in claims)
+        stats = self._calibrate(folded, images)
+        settings = {info.name: planned_settings(owners.get(info.name), info.name) for info in layer_infos(folded)}
+        plan = plan_post_train_linear(folded, settings, stats)
+        plans = dict(plan.layers)
+        for node, _ in layers(folded):
+            claim, name = owners.get(name_of(node)), name_of(node)
+            if claim is not None:
+                inputs = zip(plans[name].inputs, layer_inputs(node), strict=True)
+                kept = tuple(None if claim.leaves_float(source) else planned for planned, source in inputs)
+                plans[name] = replace(plans[name], inputs=kept)
+                if self.plan is not None and claim is self._owners[name]:
+                    plans[name] = _with_starts_of(self.plan.layers[name], plans[name])
+        return replace(plan, layers=plans)
+
+    def _attach(self, owners: dict[str, Claim | None], plan: Plan) -> None:
+        """Gives each layer whose owner has changed its quantizers; inputs follow the plan."""
+        shared: dict[int, WeightQuantizer] = {}
+        nodes = {name_of(node): node for node in self.module.graph.nodes if "name" in node.meta}
+        for name, layer in trainable_layers(self.module):
+            claim = owners[name]
+            builder = (
+                None if claim is None else LayerQuantizers(claim, self.module, nodes[name], layer, plan.layers[name])
+            )
+            changed = claim is not self._owners[name]
+            if builder is None:
+                layer.weight, layer.output, layer.gradient = None, None, None
+            elif changed:
+                layer.weight = shared.setdefault(id(layer.module), weight) if (weight := builder.weight()) else None
+                layer.output, layer.gradient = builder.output(), builder.gradient()
+            for index in range(len(layer.inputs)):
+                planned = plan.layers[name].inputs[index] if builder else None
+                if planned is None:
+                    layer.inputs[index] = nn.Identity()
+                elif builder and (changed or isinstance(layer.inputs[index], nn.Identity)):
+                    layer.inputs[index] = builder.input(index, planned)
+        self._owners = owners
+        device = next(self.graph.parameters()).device
+        self.module.to(device)
+        connect(self.module)
+        self._drift.watch(self._quantizers())
+        self._fill_groups()
+
+    def _quantizers(self) -> dict[str, nn.Module]:
+        """All quantizers, as ``LAYER.PART``."""
+        return {
+            f"{name}.{part}": each
+            for name, layer in trainable_layers(self.module)
+            for part, each in _parts(layer).items()
+        }
+
+    def _fill_groups(self) -> None:
+        if self._optimizer is None:
+            return
+        for claim in self._claims:
+            mine = [p for layer in self._layers_of(claim) for part in _parts(layer).values() for p in part.parameters()]
+            group = self._optimizer.param_groups[1 + claim.index]
+            kept = set(mine)
+            for parameter in group["params"]:
+                if parameter not in kept:
+                    self._optimizer.state.pop(parameter, None)
+            group["params"] = list(dict.fromkeys(mine))
+
+    def _layers_of(self, claim: Claim) -> list[TrainableLayer]:
+        return [layer for name, layer in trainable_layers(self.module) if self._owners[name] is claim]
+
+    def _freeze_norms(self, epoch: int) -> None:
+        for claim in self._claims:
+            frozen = claim.common.freeze_bn_epoch
+            for layer in self._layers_of(claim) if frozen is not None and epoch >= frozen else []:
+                if layer.norm is not None:
+                    layer.norm.eval()
+
+    def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        name, factor = self._drift.worst()
+        if factor > MOST_DRIFT and not self._warned:
+            self._warned = True
+            _log.warning(
+                "Warning: the step of %s has moved by a factor of %.3g since it began: steps learn too fast; lower the"
+                " quantizer's lr_factor (0.1 under a distillation loss of temperature 4), or --lr",
+                name,
+                factor,
+            )
+
+    def before_backward(self, batch: Batch, logits: Tensor, losses: Losses) -> Losses:
+        for claim in self._claims:
+            if claim.common.dampening:
+                terms = [_distance(layer) for layer in self._layers_of(claim) if layer.weight is not None]
+                if terms:
+                    losses = losses.plus("Dampening Loss", claim.common.dampening * torch.stack(terms).sum())
+        return losses
+
+    def state_dict(self) -> dict[str, Any]:
+        modules = {name: dict(module.state_dict()) for name, module in self._quantizers().items()}
+        return {"epoch": self._epoch, "plan": None if self.plan is None else plan_text(self.plan), "modules": modules}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["plan"] is None:
+            return
+        self._epoch, self.plan = int(state["epoch"]), plan_from_text(state["plan"], "the checkpoint's plan")
+        self._attach(self._owners_in(self._epoch), self.plan)
+        for name, module in self._quantizers().items():
+            module.load_state_dict(state["modules"][name])
+
+
+def _with_starts_of(before: LayerPlan, now: LayerPlan) -> LayerPlan:
+    """The plan of a layer that keeps its quantizers, with the grids that they started from."""
+    inputs = tuple(new and (old or new) for old, new in zip(before.inputs, now.inputs, strict=True))
+    return replace(now, inputs=inputs, output=now.output and (before.output or now.output))
+
+
+def _parts(layer: TrainableLayer) -> dict[str, nn.Module]:
+    """The quantizers of a layer, by what they quantize."""
+    inputs = {f"input{index}": each for index, each in enumerate(layer.inputs) if not isinstance(each, nn.Identity)}
+    others = {"weight": layer.weight, "output": layer.output, "gradient": layer.gradient}
+    return {**inputs, **{part: module for part, module in others.items() if module is not None}}
+
+
+def _distance(layer: TrainableLayer) -> Tensor:
+    """``sum (w - Q(w))^2`` over the weights that are not clipped."""
+    weight = cast(Tensor, layer.module.weight)
+    with torch.no_grad():
+        rounded, scale = layer.rounded_weight()
+        shape = [-1 if scale.ndim and not axis else 1 for axis in range(weight.ndim)]
+        inside = swap_channels(layer.module, (weight - rounded).abs()) <= 0.5 * scale.view(shape)
+        inside = swap_channels(layer.module, inside)
+    return ((weight - rounded).square() * inside).sum()

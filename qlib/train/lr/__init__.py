@@ -1,0 +1,1 @@
+"""Learning rates: schedules as pure functions of the epoch and the step."""

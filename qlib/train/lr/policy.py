@@ -1,0 +1,36 @@
+"""Learning rates that change while a policy of the schedule is active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from qlib.config.schedule.read import PolicySpec
+from qlib.train.lr.schedulers import counts_steps, make_lr_scheduler
+from qlib.train.policy import Batch, Policy
+
+__all__ = ["LrPolicy"]
+
+
+class LrPolicy(Policy):
+    """Steps a learning-rate scheduler while its policy is active."""
+
+    def __init__(self, spec: PolicySpec, optimizer: Optimizer, steps_per_epoch: int) -> None:
+        self._spec, self._steps_per_epoch = spec, steps_per_epoch
+        self._scheduler = make_lr_scheduler(spec.component, optimizer, steps_per_epoch=steps_per_epoch)
+
+    def on_minibatch_end(self, batch: Batch) -> None:
+        if counts_steps(self._spec) and self._spec.active(batch.epoch):
+            self._scheduler.step(batch.epoch * self._steps_per_epoch + batch.step + 1)
+
+    def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        if not counts_steps(self._spec) and self._spec.active(epoch):
+            self._scheduler.step(epoch + 1, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._scheduler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._scheduler.load_state_dict(state)
