@@ -5,8 +5,8 @@
     diff -r before after
 
 For each command line, `--out` gets a file with its exit code, what it printed (without times and names of folders),
-the scores in `metrics.csv`, and hashes of the plan, of the other tables and of all weights that it wrote. All run on the
-digits that come with scikit-learn, with one thread. `--only` names some of them.
+the scores in `metrics.csv`, and hashes of the plan, of the other tables and of all weights that it wrote. All run on
+the digits that come with scikit-learn, with one thread. `--only` names some of them.
 """
 
 from __future__ import annotations
