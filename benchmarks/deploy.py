@@ -24,12 +24,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from whole_path import build, seconds
 
-from qlib.app.job import LAYOUT
 from qlib.config.layers.read import LayerSettings
 from qlib.data import open_dataset
 from qlib.deploy.export import INPUT, export_float, export_quantized
 from qlib.deploy.session import open_session, run_session
-from qlib.graph import capture, fold_batch_norm
+from qlib.graph import LAYOUT, capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
 from qlib.models import ModelSpec, create_model, find_model

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qlib.app.job import LAYOUT, FoldedGraph
 from qlib.config.schedule.read import Component, PolicySpec
-from qlib.graph import Graph, capture, fold_batch_norm
+from qlib.graph import LAYOUT, FoldedGraph, Graph, capture, fold_batch_norm
 from qlib.models import create_model, find_model
 from qlib.qat.base import TRAINING_QUANTIZERS
 from qlib.qat.quantization import Quantization

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from qlib.app.job import Job, fold, open_split
+from qlib.app.job import Job, open_split
 from qlib.app.teacher import load_teacher
 from qlib.checkpoint.quantized import weights_hash
 from qlib.config.flags.groups import KdArgs, TrainArgs
@@ -28,7 +28,7 @@ from qlib.config.schedule.read import Component, PolicySpec, Schedule
 from qlib.distill.loss import Distillation, DistillSettings, distillation_loss, make_distillation
 from qlib.distill.matching import Matching, Taps, attention_loss, feature_loss, named_outputs
 from qlib.errors import CheckpointError, ConfigError, ModelError, OutputError, QlibError, UsageError
-from qlib.graph import capture
+from qlib.graph import capture, fold
 from qlib.lower.trainable import lower_trainable
 from qlib.models import create_model, find_model
 from qlib.runlog import RunLog
@@ -700,7 +700,7 @@ class TestMatching:
         job = make_job()
         lowered = lower_trainable(capture(job.model, job.example)).eval()
         names = ("relu", "stem.relu", "stem", "wide", "maxpool", "pointwise", "fc")
-        there = named_outputs(lowered, fold(job).absorbed)
+        there = named_outputs(lowered, fold(job.model, job.example).absorbed)
         assert "stem.bn" not in there  # what leaves the layer has passed the ReLU
         taps = [Taps({name: layers[name] for name in names}, "student") for layers in (there, named_outputs(job.model))]
         images = batch_of(job, [0, 1]).images

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from qlib.app.job import FoldedGraph
 from qlib.config.flags.groups import TrainArgs
 from qlib.config.layers.settings import Rule
 from qlib.config.schedule.read import Component, PolicySpec
 from qlib.errors import ConfigError
-from qlib.graph import Graph, capture, fold_batch_norm
+from qlib.graph import FoldedGraph, Graph, capture, fold_batch_norm
 from qlib.graph.ir import DROPOUTS
 from qlib.lower import lower
 from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlib.app.job import LAYOUT, Job, loader_of, open_split, report_skipped
+from qlib.app.job import Job, loader_of, open_split, report_skipped
 from qlib.checkpoint.quantized import weights_hash
 from qlib.data import ImageDataset, choose_subset
-from qlib.graph import Graph
+from qlib.graph import LAYOUT, Graph
 from qlib.progress import track
 from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.histogram_file import histogram_path

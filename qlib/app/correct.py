@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from qlib.app.job import FoldedGraph, Job, calibration_batches, split_size
+from qlib.app.job import Job, calibration_batches, split_size
 from qlib.correct._base import BATCH, CalibrationImages
 from qlib.correct.absorb_bias import absorb_bias
 from qlib.correct.adaround import adaround
@@ -26,7 +26,7 @@ from qlib.correct.gptq import gptq
 from qlib.correct.qdrop import qdrop
 from qlib.correct.smooth import smooth
 from qlib.errors import UsageError
-from qlib.graph import Graph
+from qlib.graph import FoldedGraph, Graph
 from qlib.quant.plan import Plan
 from qlib.stats.data_free import image_range_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,29 +17,16 @@ from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.run_config import RunConfig, trains
 from qlib.data import ImageDataset, Loader, Split, choose_subset, make_loader, open_dataset, split_train
 from qlib.errors import CheckpointError, ModelError, UsageError
-from qlib.graph import (
-    Graph,
-    NormStatistics,
-    after_folding,
-    capture,
-    fold_batch_norm,
-    fused_activations,
-    kind_of,
-    norm_statistics,
-)
-from qlib.graph.ir import layer_inputs, layers, name_of
+from qlib.graph import LAYOUT
 from qlib.models import ModelSpec, create_model, refuse_python_file
 from qlib.models.transforms import standard_classes
 from qlib.runlog import RunLog
 from qlib.surgery.widen import find_wide_model, is_wide
 
 __all__ = [
-    "LAYOUT",
-    "FoldedGraph",
     "Job",
     "calibration_batches",
     "choose_device",
-    "fold",
     "load_job",
     "loader_of",
     "open_split",
@@ -49,9 +36,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-LAYOUT = torch.channels_last
-"""Memory layout of graphs and of the images they are given: convolutions take up to half the time on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -79,37 +63,6 @@ class Job:
     def file(self, name: str) -> Path:
         """A file in the run's folder; the run's name is its prefix, as people's scripts expect."""
         return self.run.folder / (f"{self.config.name}_{name}" if self.config.name else name)
-
-
-@dataclass(frozen=True)
-class FoldedGraph:
-    """The captured graph after folding, which module went into which layer, and what the batch-norms knew.
-
-    `norms`: layer -> statistics of its output before the activation; corrections change graph and norms together.
-    """
-
-    graph: Graph
-    folded: Mapping[str, str]
-    norms: dict[str, NormStatistics] = field(default_factory=dict)
-
-    @property
-    def absorbed(self) -> dict[str, str]:
-        """Names of batch-norms and activations -> the layer that computes them."""
-        fused = {name_of(relu): name_of(producer) for producer, relu in fused_activations(self.graph).items()}
-        return {**self.folded, **fused}
-
-    @property
-    def layers(self) -> dict[str, tuple[str, int]]:
-        """Layer name -> kind and number of tensor inputs."""
-        return {name_of(node): (kind_of(module), len(layer_inputs(node))) for node, module in layers(self.graph)}
-
-
-def fold(job: Job) -> FoldedGraph:
-    """Captures the job's model and folds its batch-norms. Raises ModelError where it cannot be captured."""
-    graph = capture(job.model, job.example)
-    norms = norm_statistics(graph)
-    folded = fold_batch_norm(graph)
-    return FoldedGraph(graph.to(memory_format=LAYOUT), folded, after_folding(norms, folded))
 
 
 def choose_device(config: RunConfig) -> torch.device:

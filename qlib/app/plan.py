@@ -11,7 +11,7 @@ from pathlib import Path
 from qlib.app.calibrate import calibrate
 from qlib.app.correct import correct_float, correct_plan, flag_of, image_range
 from qlib.app.export import measure_saturation
-from qlib.app.job import FoldedGraph, Job
+from qlib.app.job import Job
 from qlib.app.mixed import choose_bits
 from qlib.checkpoint.corrected import load_weights, save_weights
 from qlib.checkpoint.quantized import weights_hash
@@ -20,6 +20,7 @@ from qlib.config.flags.search_checks import searches
 from qlib.config.layers.read import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import resolve, wants_histograms
 from qlib.errors import UsageError
+from qlib.graph import FoldedGraph
 from qlib.lower import lower
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.ptq.reduce_range import reduce_range

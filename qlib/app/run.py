@@ -15,7 +15,7 @@ from qlib.app.calibrate import calibrate
 from qlib.app.correct import correct_float
 from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
 from qlib.app.export import Model, hand_over, hand_over_float
-from qlib.app.job import Job, choose_device, fold, load_job, test_loader
+from qlib.app.job import Job, choose_device, load_job, test_loader
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.search import analyse
 from qlib.app.train import make_quantization, train
@@ -32,6 +32,7 @@ from qlib.config.flags.run_config import RunConfig, asks_for_something, exports,
 from qlib.config.schedule.read import load_schedule
 from qlib.config.schedule.timeline import timeline
 from qlib.errors import ModelError, UsageError
+from qlib.graph import fold
 from qlib.lower import lower
 from qlib.metrics import Evaluation
 from qlib.models import create_model, refuse_python_file
@@ -74,7 +75,7 @@ def run(config: RunConfig) -> int:
         elif config.quantize_eval:
             return _quantize_and_evaluate(job)
         elif config.qe.calibration is not None:
-            folded = fold(job)
+            folded = fold(job.model, job.example)
             correct_float(job, folded)
             calibrate(job, folded.graph, config.qe.calibration)
         elif trains(config) and not (config.evaluate or exports(config)):
@@ -91,7 +92,7 @@ def _summarize(job: Job) -> None:
 
 def _analyse(job: Job) -> None:
     """Measures what few bits in each layer alone do."""
-    folded = fold(job)
+    folded = fold(job.model, job.example)
     if given_plan(job, folded) is not None:
         raise UsageError("--sense needs settings, but --qe-config-file is a plan; give settings, or drop it")
     ptq, settings = settings_of(job, folded)
@@ -104,7 +105,7 @@ def _check(job: Job) -> None:
     if job.config.train.compress is not None:
         _check_schedule(job, job.config.train.compress)
         return
-    folded = fold(job)
+    folded = fold(job.model, job.example)
     plan = given_plan(job, folded)
     if plan is not None:
         _log.info("%s", plan_table(folded.graph, plan))
@@ -119,14 +120,14 @@ def _check_schedule(job: Job, path: Path) -> None:
     """Prints when each policy of a schedule acts, and what its quantizers do with each layer."""
     schedule = load_schedule(path, job.config.train.epochs)
     _log.info("%s", timeline(schedule, job.config.train.epochs))
-    folded, quantization = fold(job), make_quantization(job, schedule)
+    folded, quantization = fold(job.model, job.example), make_quantization(job, schedule)
     for spec, settings in quantization.settings if quantization else []:
         table = settings_table(folded.graph, settings, folded.absorbed)
         _log.info("%s (%s), from epoch %d on:\n%s", spec.component.name, spec.component.cls, spec.start, table)
 
 
 def _quantize_and_evaluate(job: Job) -> int:
-    folded = fold(job)
+    folded = fold(job.model, job.example)
     planned = make_plan(job, folded)
     plan = planned.plan
     plan_path = job.file("layer_quant_params.yaml")
@@ -152,7 +153,7 @@ def _quantize_and_evaluate(job: Job) -> int:
 
 def _use_float(job: Job) -> None:
     """Exports and evaluates the float model, as the flags ask."""
-    engine = hand_over_float(job, fold(job).graph)
+    engine = hand_over_float(job, fold(job.model, job.example).graph)
     if job.config.evaluate:
         result, *_ = _test(job, engine)
         _record(job, "fp32", result)
@@ -169,7 +170,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     model = create_model(spec, num_classes=header.num_classes).to(device)
     job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)
     _log.info("=> loaded a quantized %s model with the %s dataset", spec.arch, job.dataset_name)
-    folded = fold(job)
+    folded = fold(job.model, job.example)
     check_plan(header.plan, folded.layers, f"the plan in {file!r}")
     lowered = restore_quantized(checkpoint, header, folded.graph, f"checkpoint {file!r}").to(device)
     if config.check:

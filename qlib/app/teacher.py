@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlib.app.job import LAYOUT, Job, loader_of, open_split
+from qlib.app.job import Job, loader_of, open_split
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.quantized import float_weights, is_quantized, weights_hash
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.groups import KdArgs
 from qlib.errors import CheckpointError, ModelError, OutputError, UsageError
+from qlib.graph import LAYOUT
 from qlib.metrics import MICRO_BATCH
 from qlib.models import ModelSpec, create_model, find_model
 from qlib.models.transforms import normalization

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
-from qlib.app.job import LAYOUT, Job, fold
+from qlib.app.job import Job
 from qlib.app.training_images import TrainingImages
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule.read import Schedule, load_schedule
 from qlib.distill.loss import make_distillation
 from qlib.errors import ConfigError, UsageError
-from qlib.graph import Graph, capture
+from qlib.graph import LAYOUT, Graph, capture, fold
 from qlib.lower import lower
 from qlib.models import create_model
 from qlib.qat.quantization import Quantization
@@ -52,7 +52,7 @@ def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | Non
         assert images is not None
         return images.statistics(folded, count)
 
-    quantization = Quantization(graph, fold(job), specs, calibrate)
+    quantization = Quantization(graph, fold(job.model, job.example), specs, calibrate)
     left = _left_out(job.model, quantization.weights)
     if left:
         shown = ", ".join(left[:3]) + ", ..." * (len(left) > 3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from qlib.app.job import LAYOUT, Job, loader_of, open_split
+from qlib.app.job import Job, loader_of, open_split
 from qlib.data import ImageDataset, Loader, augmented, choose_subset, epoch_order, split_train
-from qlib.graph import Graph
+from qlib.graph import LAYOUT, Graph
 from qlib.models.transforms import training_transform
 from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.tensor_stats import ModelStats

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qlib.app.job import Job, fold
+from qlib.app.job import Job
 from qlib.app.teacher import SELF, cached_logits, load_teacher
 from qlib.checkpoint.quantized import weights_hash
 from qlib.config.flags.groups import KdArgs
 from qlib.config.schedule.read import PolicySpec, Schedule
 from qlib.distill.matching import Matching
 from qlib.errors import CheckpointError, ConfigError, UsageError
+from qlib.graph import fold
 from qlib.models import refuse_python_file
 from qlib.train.policy import Batch, Losses, Policy
 
@@ -219,7 +220,7 @@ def _of_schedule(job: Job, student: nn.Module, policies: tuple[PolicySpec, ...])
 
 def _matching(job: Job, student: nn.Module, teacher: nn.Module, given: Mapping[str, Any], where: str) -> Matching:
     kind, pairs = given.get("match_kind", "attention"), given["match"]
-    absorbed = fold(job).absorbed if isinstance(student, fx.GraphModule) else None
+    absorbed = fold(job.model, job.example).absorbed if isinstance(student, fx.GraphModule) else None
     matching = Matching(student, teacher, pairs, kind, job.example, absorbed=absorbed, where=where)
     _log.info("Distillation: %s of %s", kind, ", ".join(f"{mine} as {theirs}" for mine, theirs in pairs.items()))
     return matching

@@ -2,19 +2,24 @@
 
 from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
+from qlib.graph.folded import LAYOUT, FoldedGraph, fold, fold_copy
 from qlib.graph.fuse import activation_bounds, fused_activations
 from qlib.graph.identities import drop_dropouts
 from qlib.graph.ir import Graph, kind_of
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
 
 __all__ = [
+    "LAYOUT",
+    "FoldedGraph",
     "Graph",
     "NormStatistics",
     "activation_bounds",
     "after_folding",
     "capture",
     "drop_dropouts",
+    "fold",
     "fold_batch_norm",
+    "fold_copy",
     "fused_activations",
     "kind_of",
     "norm_statistics",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, drop_dropouts, fold_batch_norm, fused_activations, kind_of
+from qlib.graph import Graph, drop_dropouts, fold_batch_norm, fold_copy, fused_activations, kind_of
 from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
 from qlib.lower.fake import fake_quantize
 from qlib.lower.ops.weighted import swap_channels
@@ -251,7 +251,7 @@ def lower_trainable(graph: Graph) -> fx.GraphModule:
 
 def _folding_norms(graph: Graph) -> dict[fx.Node, fx.Node]:
     """Layer -> the batch-norm that folding takes into it, as nodes of `graph`."""
-    folded = fold_batch_norm(copy.deepcopy(graph))
+    folded = fold_copy(graph).folded
     by_name = {name_of(node): node for node in graph.graph.nodes if "name" in node.meta}
     return {by_name[layer]: by_name[norm] for norm, layer in folded.items()}
 

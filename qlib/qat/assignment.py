@@ -10,12 +10,11 @@ from pathlib import Path
 
 from torch import fx
 
-from qlib.app.job import FoldedGraph
 from qlib.config.layers.resolve import resolve
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.config.schedule.read import PolicySpec
 from qlib.errors import ConfigError
-from qlib.graph import Graph, kind_of
+from qlib.graph import FoldedGraph, Graph, kind_of
 from qlib.graph.ir import layers, name_of
 from qlib.graph.ops import ChannelAffine
 from qlib.ptq.planner import layer_infos

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qlib.app.job import FoldedGraph
 from qlib.config.layers.settings import LayerSettings
 from qlib.config.schedule.read import PolicySpec
-from qlib.graph import Graph, drop_dropouts, fold_batch_norm
+from qlib.graph import FoldedGraph, Graph, fold_copy
 from qlib.graph.ir import layer_inputs, layers, name_of, parameters_of
 from qlib.lower.ops.weighted import swap_channels
 from qlib.lower.trainable import (
@@ -104,9 +102,7 @@ class Quantization(Policy):
         return {name: next((c for c in reversed(begun) if c.wants(name)), None) for name in self._owners}
 
     def _new_plan(self, owners: Mapping[str, Claim | None]) -> Plan:
-        folded = copy.deepcopy(self.graph)
-        drop_dropouts(folded)
-        fold_batch_norm(folded)
+        folded = fold_copy(self.graph).graph
         claims = [claim for claim in owners.values() if claim is not None]
         images = max(claim.common.calibration_images for claim in claims)
         stats = self._calibrate(folded, images)
