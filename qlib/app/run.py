@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,8 @@ from qlib.app.export import Model, hand_over, hand_over_float
 from qlib.app.job import Job, choose_device, load_job, test_loader
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.search import analyse
-from qlib.app.train import make_quantization, train
+from qlib.app.show import check, summarize
+from qlib.app.train import train
 from qlib.checkpoint.quantized import (
     QuantizedHeader,
     is_quantized,
@@ -29,16 +29,13 @@ from qlib.checkpoint.quantized import (
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.run_config import RunConfig, asks_for_something, exports, nothing_to_do, trains
-from qlib.config.schedule.read import load_schedule
-from qlib.config.schedule.timeline import timeline
 from qlib.errors import ModelError, UsageError
 from qlib.graph import fold
 from qlib.lower import lower
 from qlib.metrics import Evaluation
 from qlib.models import create_model, refuse_python_file
 from qlib.quant.plan_file import check_plan, write_plan
-from qlib.report.summary import summary
-from qlib.report.tables import float_layers, plan_table, settings_table
+from qlib.report.tables import float_layers, plan_table
 from qlib.runlog import RunLog, append_metrics, open_run
 from qlib.surgery.widen import find_wide_model
 from qlib.train.state import is_training
@@ -67,9 +64,9 @@ def run(config: RunConfig) -> int:
             raise nothing_to_do()
         job = load_job(with_corrections(config), run_log, device, checkpoint)
         if config.summary:
-            _summarize(job)
+            summarize(job)
         elif config.check:
-            _check(job)
+            check(job)
         elif config.sense is not None:
             _analyse(job)
         elif config.quantize_eval:
@@ -85,11 +82,6 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def _summarize(job: Job) -> None:
-    for what in job.config.summary:
-        _log.info("%s", summary(what, job.model, job.example, job.run.folder))
-
-
 def _analyse(job: Job) -> None:
     """Measures what few bits in each layer alone do."""
     folded = fold(job.model, job.example)
@@ -99,31 +91,6 @@ def _analyse(job: Job) -> None:
     correct_float(job, folded)
     stats = stats_for(job, folded, ptq, settings)
     analyse(job, folded.graph, settings, partial(plan_of, folded, stats))
-
-
-def _check(job: Job) -> None:
-    if job.config.train.compress is not None:
-        _check_schedule(job, job.config.train.compress)
-        return
-    folded = fold(job.model, job.example)
-    plan = given_plan(job, folded)
-    if plan is not None:
-        _log.info("%s", plan_table(folded.graph, plan))
-        return
-    ptq, settings = settings_of(job, folded)
-    if ptq.stats_file is not None:
-        plan_of(folded, stats_for(job, folded, ptq, settings), settings)
-    _log.info("%s", settings_table(folded.graph, settings, folded.absorbed))
-
-
-def _check_schedule(job: Job, path: Path) -> None:
-    """Prints when each policy of a schedule acts, and what its quantizers do with each layer."""
-    schedule = load_schedule(path, job.config.train.epochs)
-    _log.info("%s", timeline(schedule, job.config.train.epochs))
-    folded, quantization = fold(job.model, job.example), make_quantization(job, schedule)
-    for spec, settings in quantization.settings if quantization else []:
-        table = settings_table(folded.graph, settings, folded.absorbed)
-        _log.info("%s (%s), from epoch %d on:\n%s", spec.component.name, spec.component.cls, spec.start, table)
 
 
 def _quantize_and_evaluate(job: Job) -> int:
