@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qlib.clip import CLIP_METHODS, ClipContext, gauss, laplace
 from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import StatsError
+from qlib.quant.spec import QuantSpec
 from qlib.stats.tensor_stats import TensorStats
 
 STATS = TensorStats(
@@ -17,7 +18,7 @@ STATS = TensorStats(
 
 
 def context(bits: int = 8, symmetric: bool = False, half_range: bool = False, n_stds: float = 2.0) -> ClipContext:
-    return ClipContext(bits, symmetric, half_range, n_stds)
+    return ClipContext(QuantSpec.of_mode("sym" if symmetric else "asym_u", bits), half_range, n_stds)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def tensor_stats(draw: st.DrawFn) -> TensorStats:
     return TensorStats(10, 1, low, high, avg_low, avg_high, mean, std=draw(widths), b=draw(widths))
 
 
-contexts = st.builds(ClipContext, st.integers(2, 16), st.booleans(), st.booleans(), st.floats(0.01, 10))
+contexts = st.builds(context, st.integers(2, 16), st.booleans(), st.booleans(), st.floats(0.01, 10))
 
 
 @given(tensor_stats(), contexts, st.sampled_from(sorted(set(CLIP_METHODS) - set(HISTOGRAM_CLIPS))))
@@ -90,14 +91,14 @@ def test_cutting_methods_stay_inside_what_was_seen(stats: TensorStats, any_conte
 
 @given(tensor_stats(), st.floats(0.01, 10), st.floats(0.01, 10))
 def test_more_standard_deviations_never_narrow(stats: TensorStats, one: float, other: float) -> None:
-    narrow = CLIP_METHODS["n_std"](stats, ClipContext(n_stds=min(one, other)))
-    wide = CLIP_METHODS["n_std"](stats, ClipContext(n_stds=max(one, other)))
+    narrow = CLIP_METHODS["n_std"](stats, context(n_stds=min(one, other)))
+    wide = CLIP_METHODS["n_std"](stats, context(n_stds=max(one, other)))
     assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
 
 
 @given(tensor_stats(), st.integers(2, 15), st.booleans(), st.booleans(), st.sampled_from(["gauss", "laplace"]))
 def test_more_bits_reach_further(stats: TensorStats, bits: int, symmetric: bool, half: bool, method: str) -> None:
-    few = CLIP_METHODS[method](stats, ClipContext(bits, symmetric, half))
-    many = CLIP_METHODS[method](stats, ClipContext(bits + 1, symmetric, half))
+    few = CLIP_METHODS[method](stats, context(bits, symmetric, half))
+    many = CLIP_METHODS[method](stats, context(bits + 1, symmetric, half))
     assert many[0] <= few[0]
     assert many[1] - many[0] >= few[1] - few[0]

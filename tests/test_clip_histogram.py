@@ -20,13 +20,13 @@ from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import StatsError
 from qlib.ptq.activation_ranges import clipped
 from qlib.quant.affine import qparams_from_range
-from qlib.quant.spec import QuantSpec
+from qlib.quant.spec import MODES, QuantSpec
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats
 
 
 def context(bits: int = 8, symmetric: bool = False) -> ClipContext:
-    return ClipContext(bits, symmetric)
+    return ClipContext(QuantSpec.of_mode("sym" if symmetric else "asym_u", bits))
 
 
 def stats_of(values: npt.ArrayLike) -> TensorStats:
@@ -93,13 +93,10 @@ def test_without_a_histogram_the_flag_is_named(method: str) -> None:
 
 histogram_contexts = st.builds(
     ClipContext,
-    st.integers(2, 16),
-    st.booleans(),
+    st.builds(QuantSpec.of_mode, st.sampled_from(MODES), st.integers(2, 16), pow2=st.booleans()),
     st.booleans(),
     percentile=st.floats(50.5, 100),
     p=st.floats(1, 4),
-    restricted=st.booleans(),
-    pow2=st.booleans(),
 )
 value_lists = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=200)
 
@@ -128,10 +125,10 @@ def test_mse_and_lp_are_never_worse_than_none(values: list[float], any_context: 
 def test_percentile_is_monotone(values: list[float], one: float, other: float, symmetric: bool) -> None:
     stats = stats_of(values)
     narrow, wide = (
-        CLIP_METHODS["percentile"](stats, ClipContext(symmetric=symmetric, percentile=p)) for p in sorted((one, other))
+        CLIP_METHODS["percentile"](stats, replace(context(8, symmetric), percentile=p)) for p in sorted((one, other))
     )
     assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
-    everything = CLIP_METHODS["percentile"](stats, ClipContext(symmetric=symmetric, percentile=100.0))
+    everything = CLIP_METHODS["percentile"](stats, replace(context(8, symmetric), percentile=100.0))
     assert everything == (stats.min, stats.max)
 
 
@@ -182,14 +179,13 @@ def test_expected_error_is_that_of_quantized_values(bits: int, mode: str, pow2: 
     inside = (np.arange(64) + 0.5) / 64 * histogram.width
     x = torch.from_numpy((histogram.edges()[:-1, None] + inside).ravel())
     weights = torch.tensor(histogram.counts, dtype=torch.float64).repeat_interleave(64) / 64
-    sym = mode.startswith("sym")
-    given_context = ClipContext(bits, sym, restricted=mode == "sym_restr", pow2=pow2)
+    spec = QuantSpec.of_mode(mode, bits, pow2=pow2)
     for limits in ((-3.0, 4.0), (-1.0, 1.5)):
-        params = qparams_from_range(*limits, QuantSpec.of_mode(mode, bits, pow2=pow2))
+        params = qparams_from_range(*limits, spec)
         scale, zero = params.scale.double(), params.zero_point.double()
         codes = (torch.round(x / scale) + zero).clamp(params.spec.qmin, params.spec.qmax)
         want = float((((codes - zero) * scale - x).abs() ** p * weights).sum() / weights.sum())
-        got = float(expected_error(histogram, np.array([limits[0]]), np.array([limits[1]]), given_context, p)[0])
+        got = float(expected_error(histogram, np.array([limits[0]]), np.array([limits[1]]), ClipContext(spec), p)[0])
         assert got == pytest.approx(want, rel=2e-3)
 
 
@@ -224,7 +220,7 @@ def test_auto_prefers_the_simplest_and_leaves_out_what_cannot_answer() -> None:
 def test_power_of_two_scales_round_down_where_that_is_better() -> None:
     """With 4 bits, steps of 2^k round up to 0.5 for the whole of a normal tensor, and down to 0.25 for most of it."""
     stats = samples("normal")
-    given_context = ClipContext(3, True, pow2=True)
-    whole = qparams_from_range(stats.min, stats.max, QuantSpec.of_mode("sym", 3, pow2=True))
-    best = qparams_from_range(*CLIP_METHODS["mse"](stats, given_context), QuantSpec.of_mode("sym", 3, pow2=True))
+    spec = QuantSpec.of_mode("sym", 3, pow2=True)
+    whole = qparams_from_range(stats.min, stats.max, spec)
+    best = qparams_from_range(*CLIP_METHODS["mse"](stats, ClipContext(spec)), spec)
     assert float(best.scale) < float(whole.scale)

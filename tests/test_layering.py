@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LINES = (
     ("errors",),
-    ("registry", "progress", "files", "yaml_tree", "runlog"),
-    ("quant.spec", "quant.affine", "quant.plan", "config", "data", "metrics"),
+    ("registry", "progress", "files", "yaml_tree", "runlog", "quant.spec"),
+    ("quant.affine", "quant.plan", "config", "data", "metrics"),
     ("graph",),
     ("stats",),
     ("quant", "clip"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from qlib.errors import StatsError
+from qlib.quant.spec import QuantSpec
 from qlib.registry import Registry
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats
@@ -18,20 +19,16 @@ __all__ = ["CLIP_METHODS", "ClipContext", "ClipMethod", "folded", "need", "need_
 class ClipContext:
     """What a method may know of the tensor besides its statistics.
 
-    `bits` of the codes (>= 1); `symmetric`: the range will be made symmetric about 0; `half_range`: a ReLU follows,
-    so only values >= 0 matter (a histogram is cut already where that is so); `n_stds`: the width for `n_std`, in
-    standard deviations; `percentile`: that for `percentile`, above 50; `p`: the power of the error for `lp`, 1 or more.
-    `restricted`: a symmetric grid does not use its most negative code; `pow2`: its step is a power of two, rounded up.
+    `spec`: the grid that will cover the range; `half_range`: a ReLU follows, so only values >= 0 matter (a histogram
+    is cut already where that is so); `n_stds`: the width for `n_std`, in standard deviations; `percentile`: that for
+    `percentile`, above 50; `p`: the power of the error for `lp`, 1 or more.
     """
 
-    bits: int = 8
-    symmetric: bool = False
+    spec: QuantSpec
     half_range: bool = False
     n_stds: float | None = None
     percentile: float = 99.99
     p: float = 2.0
-    restricted: bool = False
-    pow2: bool = False
 
 
 ClipMethod: TypeAlias = Callable[[TensorStats, ClipContext], tuple[float, float]]

@@ -6,16 +6,17 @@ steps wider than a bin (few bits) as for narrower ones (many bits), and for what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from qlib.clip._base import ClipContext, need_histogram
+from qlib.quant.affine import grid_of_range
+from qlib.quant.spec import QuantSpec
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats
 
-__all__ = ["best_range", "expected_error", "grid_of"]
+__all__ = ["best_range", "expected_error"]
 
 Array = npt.NDArray[np.float64]
 
@@ -25,37 +26,12 @@ _ZOOMS, _ZOOM = 2, 9
 _COARSE_BINS = 512
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The values ``k * step`` from `low` to `high`; one entry for each candidate range."""
-
-    step: Array
-    low: Array
-    high: Array
-
-
-def grid_of(lows: Array, highs: Array, context: ClipContext) -> _Grid:
-    """The grids of ranges, as `quant.affine.qparams_from_range` makes them.
-
-    >>> grid = grid_of(np.array([-2.0]), np.array([10.0]), ClipContext(bits=2))
-    >>> grid.step, grid.low, grid.high
-    (array([4.]), array([-0.]), array([12.]))
-    """
-    steps = 2**context.bits - 1
-    if context.symmetric:
-        step = np.maximum(np.abs(lows), np.abs(highs)) / ((steps - context.restricted) / 2)
-    else:
-        lows, highs = np.minimum(lows, 0.0), np.maximum(highs, 0.0)
-        step = (highs - lows) / steps
-    if context.pow2:
-        mantissa, exponent = np.frexp(step)
-        step = np.ldexp(1.0, np.where(mantissa == 0.5, exponent - 1, exponent))
-    step = np.where(step > 0, step, 1.0)
-    if context.symmetric:
-        top = 2 ** (context.bits - 1) - 1
-        return _Grid(step, -(top + 1 - context.restricted) * step, top * step)
-    zero_point = np.clip(np.round(-lows / step), 0, steps)
-    return _Grid(step, -zero_point * step, (steps - zero_point) * step)
+def _values_of_grids(lows: Array, highs: Array, spec: QuantSpec) -> tuple[Array, Array, Array]:
+    """The scale of each range's grid, and the smallest and largest value on it."""
+    scale, zero_point = (
+        each.double().numpy() for each in grid_of_range(torch.from_numpy(lows), torch.from_numpy(highs), spec)
+    )
+    return scale, (spec.qmin - zero_point) * scale, (spec.qmax - zero_point) * scale
 
 
 def expected_error(histogram: Histogram, lows: Array, highs: Array, context: ClipContext, p: float = 2.0) -> Array:
@@ -68,16 +44,16 @@ def expected_error(histogram: Histogram, lows: Array, highs: Array, context: Cli
     Evenly spread values between steps of 1 have the mean squared error 1/12:
 
     >>> flat = Histogram(0.0, 1.0, (1,) * 255)
-    >>> round(float(expected_error(flat, np.array([0.0]), np.array([255.0]), ClipContext())[0]), 6)
+    >>> context = ClipContext(QuantSpec.of_mode("asym_u", 8))
+    >>> round(float(expected_error(flat, np.array([0.0]), np.array([255.0]), context)[0]), 6)
     0.083333
     """
     total = sum(histogram.counts) + histogram.zeros
     if not total:
         return np.zeros(len(lows))
-    grid = grid_of(lows, highs, context)
-    step = grid.step[:, None]
+    step, lowest, highest = (each[:, None] for each in _values_of_grids(lows, highs, context.spec))
     edges = histogram.edges()[None, :]
-    inside = np.clip(edges, grid.low[:, None], grid.high[:, None])
+    inside = np.clip(edges, lowest, highest)
     beyond = edges - inside
     inside /= step
     whole = np.round(inside)
@@ -109,10 +85,10 @@ def best_range(stats: TensorStats, context: ClipContext, p: float) -> tuple[floa
     """
     histogram = need_histogram(stats)
     low, high = min(stats.min, 0.0), max(stats.max, 0.0)
-    if context.symmetric:
+    if context.spec.symmetric:
         high = max(-low, high)
         low = -high
-    pairs = bool(low and high) and not context.symmetric
+    pairs = bool(low and high) and not context.spec.symmetric
     shares = np.geomspace(_LEAST_SHARE, 1.0, _PAIR if pairs else _SINGLE)
     ratio = float(shares[1] / shares[0])
 

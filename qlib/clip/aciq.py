@@ -23,13 +23,14 @@ def aciq_range(stats: TensorStats, alpha: float, context: ClipContext) -> tuple[
     range. The upper end may lie beyond the largest value seen.
 
     >>> stats = TensorStats(count=8, samples=2, min=-1.0, max=9.0, avg_min=-0.5, mean=1.0)
-    >>> aciq_range(stats, 3.0, ClipContext(symmetric=True)), aciq_range(stats, 3.0, ClipContext())
-    ((-4.0, 4.0), (-0.5, 5.5))
-    >>> aciq_range(stats, 3.0, ClipContext(half_range=True))
+    >>> from qlib.quant.spec import QuantSpec
+    >>> [aciq_range(stats, 3.0, ClipContext(QuantSpec.of_mode(mode, 8))) for mode in ("sym", "asym_u")]
+    [(-4.0, 4.0), (-0.5, 5.5)]
+    >>> aciq_range(stats, 3.0, ClipContext(QuantSpec.of_mode("asym_u", 8), half_range=True))
     (-0.5, 2.5)
     """
     mean = need(stats, "mean")
-    if context.symmetric:
+    if context.spec.symmetric:
         return -(abs(mean) + alpha), abs(mean) + alpha
     lo = max(need(stats, "avg_min"), mean - alpha)
     return lo, lo + (alpha if context.half_range else 2 * alpha)
@@ -43,6 +44,6 @@ def factor(
     Half of a distribution on all codes is like the whole of it with one more bit, so the half-range solution is
     `solve(bits + 1)`. A symmetric range has no use for a half.
     """
-    half = context.half_range and not context.symmetric
-    printed = (half_table if half else table).get(context.bits)
-    return solve(context.bits + half) if printed is None else printed
+    half = context.half_range and not context.spec.symmetric
+    printed = (half_table if half else table).get(context.spec.bits)
+    return solve(context.spec.bits + half) if printed is None else printed

@@ -17,8 +17,9 @@ def gauss(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range of least expected error if the values follow a normal distribution of deviation std.
 
     >>> stats = TensorStats(count=8, samples=2, min=-9.0, max=9.0, avg_min=-8.0, mean=1.0, std=2.0)
-    >>> gauss(stats, ClipContext(bits=8, symmetric=True)), gauss(stats, ClipContext(bits=8))
-    ((-8.84, 8.84), (-6.84, 8.84))
+    >>> from qlib.quant.spec import QuantSpec
+    >>> [gauss(stats, ClipContext(QuantSpec.of_mode(mode, 8))) for mode in ("sym", "asym_u")]
+    [(-8.84, 8.84), (-6.84, 8.84)]
 
     Raises:
         StatsError: the statistics lack std or mean, or avg_min for an asymmetric range.

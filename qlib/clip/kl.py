@@ -27,18 +27,19 @@ def kl(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
 
     >>> seen = Histogram(0.0, 0.25, (400, 300, 200, 99, *[0] * 35, 1))
     >>> stats = TensorStats(count=1000, samples=1, min=0.0, max=10.0, histogram=seen)
-    >>> kl(stats, ClipContext(bits=2)), kl(stats, ClipContext(bits=8))
-    ((0.0, 1.0), (0.0, 10.0))
+    >>> from qlib.quant.spec import QuantSpec
+    >>> [kl(stats, ClipContext(QuantSpec.of_mode("asym_u", bits))) for bits in (2, 8)]
+    [(0.0, 1.0), (0.0, 10.0)]
 
     Raises:
         StatsError: the statistics hold no histogram.
     """
     histogram = _with_zero(need_histogram(stats))
-    if context.symmetric:
+    if context.spec.symmetric:
         histogram = folded(histogram)
     left = -histogram.first
     right = len(histogram.counts) - left
-    levels = 2 ** (context.bits - context.symmetric)
+    levels = 2 ** (context.spec.bits - context.spec.symmetric)
     tried = np.arange(1, max(left, right) + 1)
     starts, ends = left - -(-tried * left // len(tried)), left - (-tried * right // len(tried))
     wide = ends - starts >= levels
@@ -49,7 +50,7 @@ def kl(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     best = int(np.argmin(losses))
     edges = histogram.edges()
     low, high = float(edges[starts[best]]), float(edges[ends[best]])
-    low = -high if context.symmetric else low
+    low = -high if context.spec.symmetric else low
     return min(max(low, stats.min), stats.max), max(min(high, stats.max), stats.min)
 
 

@@ -17,8 +17,9 @@ def laplace(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range of least expected error if the values follow a Laplace distribution of scale b = E|x - mean|.
 
     >>> stats = TensorStats(count=8, samples=2, min=-9.0, max=9.0, avg_min=-8.0, mean=1.0, b=1.0)
-    >>> laplace(stats, ClipContext(bits=5, symmetric=True)), laplace(stats, ClipContext(bits=5))
-    ((-7.2, 7.2), (-5.2, 7.2))
+    >>> from qlib.quant.spec import QuantSpec
+    >>> [laplace(stats, ClipContext(QuantSpec.of_mode(mode, 5))) for mode in ("sym", "asym_u")]
+    [(-7.2, 7.2), (-5.2, 7.2)]
 
     Raises:
         StatsError: the statistics lack b or mean, or avg_min for an asymmetric range.

@@ -13,10 +13,11 @@ def lp(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
 
     References: Nahshan et al., "Loss aware post-training quantization", 2019, section 4.1.
 
+    >>> from qlib.quant.spec import QuantSpec
     >>> from qlib.stats.histogram import Histogram
     >>> seen = Histogram(0.0, 0.25, (250, 250, 250, 249, *[0] * 35, 1))
     >>> stats = TensorStats(count=1000, samples=1, min=0.0, max=10.0, histogram=seen)
-    >>> [round(lp(stats, ClipContext(bits=4, p=p))[1], 1) for p in (1.0, 2.0, 3.0, 4.0)]
+    >>> [round(lp(stats, ClipContext(QuantSpec.of_mode("asym_u", 4), p=p))[1], 1) for p in (1.0, 2.0, 3.0, 4.0)]
     [1.0, 6.9, 9.0, 9.3]
 
     Raises:

@@ -13,10 +13,11 @@ def mse(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
 
     One value in a thousand at 10, the others evenly from 0 to 1: of 4 bits, some are better spent on those others.
 
+    >>> from qlib.quant.spec import QuantSpec
     >>> from qlib.stats.histogram import Histogram
     >>> seen = Histogram(0.0, 0.25, (250, 250, 250, 249, *[0] * 35, 1))
     >>> stats = TensorStats(count=1000, samples=1, min=0.0, max=10.0, histogram=seen)
-    >>> low, high = mse(stats, ClipContext(bits=4))
+    >>> low, high = mse(stats, ClipContext(QuantSpec.of_mode("asym_u", 4)))
     >>> low, round(high, 1)
     (0.0, 6.9)
 

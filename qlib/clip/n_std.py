@@ -11,13 +11,15 @@ def n_std(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """mean -+ n_stds * std, held inside [min, max].
 
     >>> stats = TensorStats(count=8, samples=2, min=-1.0, max=9.0, mean=1.0, std=1.5)
-    >>> n_std(stats, ClipContext(n_stds=2.0))
+    >>> from qlib.quant.spec import QuantSpec
+    >>> context = ClipContext(QuantSpec.of_mode("asym_u", 8), n_stds=2.0)
+    >>> n_std(stats, context)
     (-1.0, 4.0)
 
     Both ends are held on both sides: where an activation function narrowed min and max afterwards, the mean can lie
     outside them.
 
-    >>> n_std(TensorStats(count=8, samples=2, min=0.0, max=1.0, mean=-4.0, std=1.5), ClipContext(n_stds=2.0))
+    >>> n_std(TensorStats(count=8, samples=2, min=0.0, max=1.0, mean=-4.0, std=1.5), context)
     (0.0, 0.0)
 
     Raises:

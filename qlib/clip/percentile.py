@@ -15,7 +15,8 @@ def percentile(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
 
     >>> seen = Histogram(0.0, 1.0, (60, 20, 10, 5, 3, 2))
     >>> stats = TensorStats(count=100, samples=1, min=0.0, max=6.0, histogram=seen)
-    >>> percentile(stats, ClipContext(symmetric=True, percentile=95.0))
+    >>> from qlib.quant.spec import QuantSpec
+    >>> percentile(stats, ClipContext(QuantSpec.of_mode("sym", 8), percentile=95.0))
     (0.0, 4.0)
 
     Raises:
@@ -25,7 +26,7 @@ def percentile(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     if context.percentile >= 100:
         return stats.min, stats.max
     share = context.percentile / 100
-    if context.symmetric:
+    if context.spec.symmetric:
         high = quantile(folded(histogram), share)
         low = -high
     else:

@@ -62,7 +62,7 @@ def quantize_each(name: str, x: Tensor, plan: TensorPlan) -> tuple[Tensor, Tenso
     columns = [flat.amin(1), flat.amax(1), mean[:, 0]]
     if plan.clip in ("n_std", "gauss", "laplace"):
         columns += [flat.std(1, correction=0), (flat - mean).abs().mean(1)]
-    context = ClipContext(plan.bits, plan.mode.startswith("sym"), False, plan.n_stds)
+    context = ClipContext(plan.spec, n_stds=plan.n_stds)
     ranges = []
     for low, high, average, *spread in torch.stack(columns, 1).tolist():
         std, b = spread or (None, None)

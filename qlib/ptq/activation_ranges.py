@@ -19,21 +19,14 @@ def plan_tensor(stats: TensorStats, settings: LayerSettings, half_range: bool) -
     """The plan of a tensor; `auto` is replaced by the method it chooses. Raises StatsError as that method does."""
     mode, clip = settings.mode_activations, settings.clip_acts
     context = ClipContext(
-        settings.bits_activations,
-        mode.startswith("sym"),
-        half_range,
-        settings.clip_n_stds,
-        percentile=settings.clip_percentile,
-        p=settings.clip_p,
-        restricted=mode == "sym_restr",
-        pow2=settings.scale == "pow2",
+        settings.spec_activations, half_range, settings.clip_n_stds, settings.clip_percentile, settings.clip_p
     )
     if clip == "auto":
         clip, (low, high) = choose(stats, context)
     else:
         low, high = CLIP_METHODS[clip](stats, context)
     n_stds = settings.clip_n_stds if clip == "n_std" else None
-    return TensorPlan(settings.bits_activations, mode, clip, low, high, n_stds, context.pow2)
+    return TensorPlan(settings.bits_activations, mode, clip, low, high, n_stds, settings.pow2)
 
 
 def request_of(settings: LayerSettings) -> tuple[object, ...]:
@@ -59,13 +52,13 @@ def request_of(settings: LayerSettings) -> tuple[object, ...]:
 def constant_plan(value: Tensor, settings: LayerSettings) -> TensorPlan:
     """The plan of an operand that does not depend on the images: all of its range."""
     low, high = float(value.min()), float(value.max())
-    pow2 = settings.scale == "pow2"
+    pow2 = settings.pow2
     return TensorPlan(settings.bits_activations, settings.mode_activations, "none", low, high, pow2=pow2)
 
 
 def softmax_plan(highest: float, size: int, settings: LayerSettings) -> TensorPlan:
     """The plan of the output of a softmax over `size` elements."""
-    bits, pow2 = settings.bits_activations, settings.scale == "pow2"
+    bits, pow2 = settings.bits_activations, settings.pow2
     return TensorPlan(bits, settings.mode_activations, "none", 0.0, _softmax_top(highest, bits, size), pow2=pow2)
 
 

@@ -152,7 +152,7 @@ class _Planner:
         return self.weights[node]
 
     def _new_weight(self, node: fx.Node, kind: str, settings: LayerSettings) -> WeightPlan:
-        module, pow2 = self.graph.get_submodule(str(node.target)), settings.scale == "pow2"
+        module, pow2 = self.graph.get_submodule(str(node.target)), settings.pow2
         if isinstance(module, ChannelAffine):  # one weight a channel: unless rounded, the scale makes it exact
             return WeightPlan(settings.bits_weights, "sym_restr", per_channel=True, pow2=pow2)
         per_channel = settings.per_channel_wts and kind != "embedding"
@@ -205,9 +205,7 @@ class _Planner:
             note = "dynamic: only weighted layers and matmul are quantized"
             return LayerPlan(kind, (None,) * len(sources), note=note)
         inputs = tuple(
-            TensorPlan(
-                s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds, pow2=s.scale == "pow2"
-            )
+            TensorPlan(s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds, pow2=s.pow2)
             for s in (settings.of_input(i) for i in range(len(sources)))
         )
         return LayerPlan(kind, inputs, **self._common(node, kind, settings))

@@ -31,12 +31,24 @@ class QuantSpec:
     def __post_init__(self) -> None:
         assert (2 if self.signed else 1) <= self.bits <= 32, self.bits
         assert self.signed or not self.symmetric
+        assert self.symmetric or not self.restricted
 
     @classmethod
     def of_mode(cls, mode: str, bits: int, axis: int | None = None, pow2: bool = False) -> QuantSpec:
         """The spec of a mode of the command line: sym, sym_restr, asym_s or asym_u."""
         assert mode in MODES, mode
         return cls(bits, mode != "asym_u", mode.startswith("sym"), mode == "sym_restr", axis, pow2)
+
+    @property
+    def mode(self) -> str:
+        """The name of this kind of grid on the command line and in files: `of_mode` understands it.
+
+        >>> QuantSpec(8, signed=True, symmetric=True, restricted=True).mode
+        'sym_restr'
+        """
+        if self.symmetric:
+            return "sym_restr" if self.restricted else "sym"
+        return "asym_s" if self.signed else "asym_u"
 
     @property
     def qmin(self) -> int:

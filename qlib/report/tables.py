@@ -38,7 +38,7 @@ def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed
         weighted = kind in _WEIGHTED
         channel = " per channel" if weighted and s.per_channel_wts and s.bits_weights else ""
         mode = s.mode_activations if not weighted else f"{s.mode_weights}{channel} / {s.mode_activations}"
-        mode += " pow2" * (s.scale == "pow2")
+        mode += " pow2" * s.pow2
         rows.append(
             [
                 name,

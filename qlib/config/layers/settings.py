@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qlib.quant.spec import QuantSpec
+
 __all__ = ["LayerSettings", "PtqConfig", "Rule", "pattern_problem"]
 
 
@@ -50,6 +52,26 @@ class LayerSettings:
         ('--qe-clip-acts', 'default')
         """
         return self.origin.get(setting, "default")
+
+    @property
+    def spec_activations(self) -> QuantSpec:
+        """The grid of the layer's activations, whose bits are not 0."""
+        return QuantSpec.of_mode(self.mode_activations, self.bits_activations, pow2=self.pow2)
+
+    @property
+    def spec_weights(self) -> QuantSpec:
+        """The grid of the layer's weight, whose bits are not 0; its output channels are axis 0.
+
+        >>> LayerSettings(mode_weights="asym_u", per_channel_wts=True, scale="pow2").spec_weights
+        QuantSpec(bits=8, signed=False, symmetric=False, restricted=False, axis=0, pow2=True)
+        """
+        axis = 0 if self.per_channel_wts else None
+        return QuantSpec.of_mode(self.mode_weights, self.bits_weights, axis, self.pow2)
+
+    @property
+    def pow2(self) -> bool:
+        """Whether scales are powers of two."""
+        return self.scale == "pow2"
 
     def of_input(self, index: int) -> LayerSettings:
         """The settings that input `index` is quantized with: those of the output, but for what its override says.
