@@ -46,6 +46,8 @@ class Evaluation:
 def wilson_interval(share: float, samples: int) -> tuple[float, float]:
     """The 95 % interval, in percent, of a share measured on `samples` items (Wilson 1927).
 
+    `scipy.stats.binomtest(...).proportion_ci(method="wilson")` is the same, but a second or two to import.
+
     >>> [round(bound, 2) for bound in wilson_interval(0.92134, 1017)]
     [90.32, 93.63]
     """

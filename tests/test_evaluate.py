@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from qlib.metrics import Meter, evaluate, evaluate_together, wilson_interval
@@ -115,6 +116,12 @@ def test_gradients_are_not_kept() -> None:
 )
 def test_wilson_interval(share: float, samples: int, low: float, high: float) -> None:
     assert wilson_interval(share, samples) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+
+
+@pytest.mark.parametrize(("hits", "samples"), [(0, 1), (3, 7), (937, 1017), (50_000, 50_000)])
+def test_wilson_interval_is_that_of_scipy(hits: int, samples: int) -> None:
+    known = binomtest(hits, samples).proportion_ci(method="wilson")
+    assert wilson_interval(hits / samples, samples) == pytest.approx((100 * known.low, 100 * known.high), rel=1e-12)
 
 
 def test_interval_of_a_result() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import xlogy
 
 from qlib.clip._base import CLIP_METHODS, ClipContext, folded, need_histogram
 from qlib.stats.histogram import Histogram
@@ -72,7 +73,7 @@ def divergences(counts: Index, starts: Index, ends: Index, levels: int) -> npt.N
     whole = float(counts.sum())
     if not whole:
         return np.zeros(len(starts))
-    sums, filled, entropy = (_prefix(each) for each in (counts, counts > 0, _xlogx(counts.astype(np.float64))))
+    sums, filled, entropy = (_prefix(each) for each in (counts, counts > 0, xlogy(counts, counts)))
     sizes = ends - starts
     bounds = starts[:, None] - (-np.arange(levels + 1)[None, :] * sizes[:, None]) // levels
     in_level, bins = np.diff(sums[bounds]), np.diff(filled[bounds])
@@ -86,14 +87,11 @@ def divergences(counts: Index, starts: Index, ends: Index, levels: int) -> npt.N
         log_q = np.log(in_level) - np.log(bins) - np.log(inside)[:, None]
         cross = np.where(mass > 0, mass * log_q, 0.0).sum(1)
     own = entropy[ends] - entropy[starts]
-    own += _xlogx(first + added_left) - _xlogx(first) + _xlogx(last + added_right) - _xlogx(last)
+    for edge, added in ((first, added_left), (last, added_right)):
+        own += xlogy(edge + added, edge + added) - xlogy(edge, edge)
     loss = (own - cross) / whole - np.log(whole)
     lost = ((added_left > 0) & (first == 0)) | ((added_right > 0) & (last == 0)) | (inside == 0)
     return np.where(lost, np.inf, loss)
-
-
-def _xlogx(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return x * np.log(np.maximum(x, 1.0))  # counts are whole numbers
 
 
 def _prefix(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from qlib.clip._base import CLIP_METHODS, ClipContext, need
 from qlib.clip.aciq import aciq_range, factor
 from qlib.stats.tensor_stats import TensorStats
@@ -30,13 +28,11 @@ def laplace(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
 def solve_alpha(bits: int) -> float:
     """The alpha, for b = 1, that minimises 2 exp(-alpha) + alpha^2 / (3 * 4^bits).
 
-    The derivative is zero where alpha * exp(alpha) = 3 * 4^bits (Lambert's W), that is where
-    alpha + log(alpha) = log(3) + bits * log(4): Newton's method on that converges from 1.
+    The derivative is zero where alpha * exp(alpha) = 3 * 4^bits, of which Lambert's W is the solution.
 
     >>> [round(solve_alpha(bits), 2) for bits in (0, 4, 8, 16)]
     [1.05, 5.03, 9.9, 20.27]
     """
-    target, alpha = math.log(3) + bits * math.log(4), 1.0
-    for _ in range(8):
-        alpha -= (alpha + math.log(alpha) - target) / (1 + 1 / alpha)
-    return alpha
+    from scipy.special import lambertw
+
+    return float(lambertw(3 * 4.0**bits).real)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import load, save
 
 from qlib.errors import OutputError, StatsError
@@ -91,7 +92,8 @@ def read_histograms(path: Path, expected: str, stats_path: Path) -> dict[str, La
         raise StatsError(f"the histograms in {path} cannot be read: {error.strerror or error}; {remedy}") from None
     if content_hash(content) != expected:
         raise StatsError(f"{path} does not hold the histograms of {stats_path}, which names other ones; {remedy}")
-    header = json.loads(_metadata(content))
+    with safe_open(path, "numpy") as file:
+        header = json.loads(file.metadata()[_KEY])
     if header["version"] != _VERSION:
         raise StatsError(f"{path} is of version {header['version']}; this program reads version {_VERSION}: update it")
     tensors = load(content)
@@ -107,9 +109,3 @@ def read_histograms(path: Path, expected: str, stats_path: Path) -> dict[str, La
         name: ([histogram(row) for row in layer["inputs"]], histogram(layer["output"]))
         for name, layer in header["layers"].items()
     }
-
-
-def _metadata(content: bytes) -> str:
-    size = int.from_bytes(content[:8], "little")
-    text: str = json.loads(content[8 : 8 + size])["__metadata__"][_KEY]
-    return text
