@@ -11,14 +11,12 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qlib.config.flags.checks import check_combination
-from qlib.config.flags.groups import GROUPS as ARGUMENT_GROUPS
 from qlib.config.flags.kinds import SWITCH, split_names
-from qlib.config.flags.run_config import RunConfig, needs_folder, read_run_config
+from qlib.config.flags.run_config import RunConfig, config_of, needs_folder, read_run_config, settings_of
 from qlib.config.flags.table import FLAGS, GROUPS, Flag
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
 from qlib.models.names import refuse_python_file
@@ -124,13 +122,9 @@ def _repeated(file: Path, texts: _Texts, folder: str | None) -> tuple[_Texts, fr
 
 def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfig:
     values = {flag.target: _value(flag, texts[flag.name]) for flag in FLAGS if flag.name in texts}
-    top: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
-    for group, kind in ARGUMENT_GROUPS.items():
-        start = f"{group}."
-        top[group] = kind(**{key.removeprefix(start): value for key, value in values.items() if key.startswith(start)})
-    top["evaluate"] = top.get("evaluate", False) or top.get("quantize_eval", False)
+    values["evaluate"] = bool(values.get("evaluate") or values.get("quantize_eval"))
     data = Path(folder).expanduser() if folder is not None else None
-    return RunConfig(**top, data=data, given=given)
+    return config_of({**values, "data": data, "given": given})
 
 
 def _value(flag: Flag, texts: Sequence[str]) -> object:
@@ -207,13 +201,6 @@ def build_parser() -> argparse.ArgumentParser:
 def _help(flag: Flag) -> str:
     if flag.help is None:
         return argparse.SUPPRESS
-    default = _defaults()[flag.target]
+    default = settings_of(RunConfig())[flag.target]
     shown = default is not None and default is not False and default != () and "(default" not in flag.help
     return (f"{flag.help} (default: {default})" if shown else flag.help).replace("%", "%%")
-
-
-def _defaults() -> dict[str, object]:
-    plain = {each.name: getattr(RunConfig(), each.name) for each in fields(RunConfig)}
-    for group, kind in ARGUMENT_GROUPS.items():
-        plain |= {f"{group}.{each.name}": getattr(kind(), each.name) for each in fields(kind)}
-    return plain

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-import qlib
+import qlib.app
 from qlib.cli import build_parser, main, parse
 from qlib.config.flags.checks import ignored_flags, startup_warnings
-from qlib.config.flags.run_config import RunConfig, needs_folder
+from qlib.config.flags.run_config import RunConfig, needs_folder, settings_of
 from qlib.config.flags.table import FLAGS
 from qlib.errors import ConfigError, ModelError, UsageError
 
@@ -58,11 +57,8 @@ def _folder_with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(folder).mkdir()
 
 
-def _get(config: RunConfig, field: str) -> object:
-    value: Any = config
-    for name in field.split("."):
-        value = getattr(value, name)
-    return value
+def _get(config: RunConfig, name: str) -> object:
+    return settings_of(config)[name]
 
 
 def _parse(words: str) -> RunConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qlib.config.flags.groups import QuantArgs
 from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import LayerInfo, resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
@@ -407,13 +408,15 @@ def test_the_files_we_ship_load(path: Path) -> None:
 
 def test_flags() -> None:
     config = ptq_config_from_flags(
-        bits_acts=6,
-        mode="ASYM_U",
-        mode_wts="sym_restr",
-        per_channel=True,
-        no_clip_layers=["fc"],
-        no_quant_layers=["conv1", "fc"],
-        given=frozenset({"--qe-bits-acts", "--qe-mode-wts", "--qe-mode", "--qe-no-clip-layers", "--seed"}),
+        QuantArgs(
+            bits_acts=6,
+            mode="asym_u",
+            mode_wts="sym_restr",
+            per_channel=True,
+            no_clip_layers=("fc",),
+            no_quant_layers=("conv1", "fc"),
+        ),
+        frozenset({"--qe-bits-acts", "--qe-mode-wts", "--qe-mode", "--qe-no-clip-layers", "--seed"}),
     )
     assert config.defaults == LayerSettings(
         bits_activations=6,
@@ -435,7 +438,7 @@ def test_flags() -> None:
 
 def test_a_flag_with_a_broken_pattern() -> None:
     with pytest.raises(ConfigError, match=r"--qe-no-clip-layers: 'fc\(' is not a regular expression"):
-        ptq_config_from_flags(no_clip_layers=["fc("])
+        ptq_config_from_flags(QuantArgs(no_clip_layers=("fc(",)))
 
 
 # ------------------------------------------------------------------------------------------------ resolve
@@ -516,7 +519,8 @@ def test_a_fused_module_gives_nothing_but_output_settings() -> None:
 
 
 def test_no_quant_wins_over_no_clip_even_by_exact_name() -> None:
-    config = ptq_config_from_flags(clip_acts="avg", no_quant_layers=["layer1.*"], no_clip_layers=["layer1.0.add", "fc"])
+    names = {"no_quant_layers": ("layer1.*",), "no_clip_layers": ("layer1.0.add", "fc")}
+    config = ptq_config_from_flags(QuantArgs(clip_acts="avg", **names))
     resolved = resolve(config, LAYERS)
     assert [resolved[name].bits_activations for name in ("layer1.0.conv1", "layer1.0.add", "fc")] == [0, 0, 8]
     assert [resolved[name].clip_acts for name in ("conv1", "fc")] == ["avg", "none"]
@@ -534,7 +538,7 @@ def test_no_quant_wins_over_no_clip_even_by_exact_name() -> None:
             id="no such layer",
         ),
         pytest.param(
-            ptq_config_from_flags(no_quant_layers=["avgpol"]),
+            ptq_config_from_flags(QuantArgs(no_quant_layers=("avgpol",))),
             ["--qe-no-quant-layers: 'avgpol' matches no layer; did you mean avgpool?"],
             id="no such layer in a flag",
         ),
@@ -607,8 +611,9 @@ def test_settings_of_ranges(tmp_path: Path) -> None:
         "clip_percentile": 99.0,
         "input_overrides": {0: {"clip_acts": "kl", "clip_p": 2.5}},
     }
-    flags = ptq_config_from_flags(clip_acts="lp", clip_p=3.0, clip_wts="auto", scale="pow2").defaults
-    assert flags == LayerSettings(clip_acts="lp", clip_p=3.0, clip_wts="auto", scale="pow2")
+    args = QuantArgs(clip_acts="lp", clip_parameters={"clip_p": 3.0}, clip_wts="auto", scale="pow2")
+    defaults = ptq_config_from_flags(args).defaults
+    assert defaults == LayerSettings(clip_acts="lp", clip_p=3.0, clip_wts="auto", scale="pow2")
 
 
 def test_dynamic_ranges_have_no_histograms() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.read import read_checkpoint
+from qlib.config.flags.groups import QuantArgs
 from qlib.config.layers.read import ptq_config_from_flags
 from qlib.config.layers.resolve import resolve
 from qlib.graph import Graph, capture, fold_batch_norm
@@ -96,20 +97,22 @@ def folded() -> tuple[Graph, dict[str, str]]:
 
 
 def settings(flags: str) -> dict[str, Any]:
-    """The arguments of `ptq_config_from_flags` that a command line stands for."""
+    """The fields of `QuantArgs` that a command line stands for."""
     words, given = shlex.split(flags), dict[str, list[str]]()
     for word in words:
         if word.startswith("--"):
             given[word.removeprefix("--qe-").replace("-", "_")] = []
         else:
             given[list(given)[-1]].append(word)
-    types = {"clip_n_stds": float, "mode": str, "clip_acts": str}
+    types = {"mode": str, "clip_acts": str}
     found: dict[str, Any] = {}
     for name, values in given.items():
         if name in ("no_clip_layers", "no_quant_layers"):
             found[name] = tuple(values)
         elif name in ("dynamic", "per_channel"):
             found[name] = True
+        elif name == "clip_n_stds":
+            found["clip_parameters"] = {name: float(values[0])}
         elif name not in ("__evaluate", "__quantize_eval", "stats_file"):
             found[name] = types.get(name, int)(values[0])
     return found
@@ -117,7 +120,7 @@ def settings(flags: str) -> dict[str, Any]:
 
 def run(flags: str) -> Evaluation:
     graph, norms = folded()
-    config = ptq_config_from_flags(**settings(flags))
+    config = ptq_config_from_flags(QuantArgs(**settings(flags)))
     plan = plan_post_train_linear(
         graph, resolve(config, layer_infos(graph)), None if config.dynamic else read_stats(STATS), norms
     )
@@ -126,7 +129,7 @@ def run(flags: str) -> Evaluation:
 
 def tolerance(name: str, flags: str) -> float:
     options = settings(flags)
-    if "clip_n_stds" in options:
+    if "clip_parameters" in options:
         return 0.05
     if options.get("dynamic") and options.get("bits_acts") != 0:
         return 0.015

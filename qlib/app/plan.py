@@ -74,32 +74,8 @@ def with_corrections(config: RunConfig) -> RunConfig:
 
 def settings_of(job: Job, folded: FoldedGraph) -> tuple[PtqConfig, dict[str, LayerSettings]]:
     """The settings of each layer, from the YAML file or the flags."""
-    qe = job.config.qe
-    if qe.config_file is not None:
-        ptq = load_ptq_config(qe.config_file)
-    else:
-        ptq = ptq_config_from_flags(
-            bits_acts=qe.bits_acts,
-            bits_wts=qe.bits_wts,
-            bits_accum=qe.bits_accum,
-            mode=qe.mode,
-            mode_acts=qe.mode_acts,
-            mode_wts=qe.mode_wts,
-            clip_acts=qe.clip_acts,
-            clip_n_stds=qe.clip_n_stds,
-            clip_percentile=qe.clip_percentile,
-            clip_p=qe.clip_p,
-            clip_wts=qe.clip_wts,
-            scale=qe.scale,
-            no_clip_layers=qe.no_clip_layers,
-            no_quant_layers=qe.no_quant_layers,
-            per_channel=qe.per_channel,
-            scale_approx_bits=qe.scale_approx_bits,
-            stats_file=qe.stats_file,
-            dynamic=qe.dynamic,
-            save_fp_weights=qe.save_fp_weights,
-            given=job.config.given,
-        )
+    file = job.config.qe.config_file
+    ptq = load_ptq_config(file) if file is not None else ptq_config_from_flags(job.config.qe, job.config.given)
     for note in ptq.notes:
         _log.info("Note: %s", note)
     return ptq, resolve(ptq, layer_infos(folded.graph), folded.absorbed)

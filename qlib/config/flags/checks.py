@@ -62,7 +62,7 @@ def check_combination(config: RunConfig) -> None:
             reason = ", and ".join(f"{flag} {group[flag]}" for flag in both)
             raise UsageError(f"{both[0]} and {both[1]} cannot be combined: {reason}; drop one of them")
     qe = config.qe
-    if qe.clip_acts == "n_std" and qe.clip_n_stds is None and qe.config_file is None:
+    if qe.clip_acts == "n_std" and "clip_n_stds" not in qe.clip_parameters and qe.config_file is None:
         raise UsageError(
             "--qe-clip-acts n_std needs --qe-clip-n-stds, the number of standard deviations to keep, above 0"
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 __all__ = [
     "BEST_BY",
     "BIAS_CORRECTIONS",
+    "CLIP_DEFAULTS",
     "GROUPS",
     "OPTIMIZERS",
     "ROUNDINGS",
@@ -20,9 +21,20 @@ __all__ = [
 ]
 
 
+CLIP_DEFAULTS: Mapping[str, float | None] = {"clip_n_stds": None, "clip_percentile": 99.99, "clip_p": 2.0}
+"""Parameter of a clip method, by its key in YAML -> its default."""
+
+
+def _clip_defaults() -> dict[str, float]:
+    return {key: value for key, value in CLIP_DEFAULTS.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class QuantArgs:
-    """The `--qe-*` flags: how to quantize after training. A field is named as its flag, without `--qe-`."""
+    """The `--qe-*` flags: how to quantize after training. A field is named as its flag, without `--qe-`.
+
+    `clip_parameters` are those of the clip methods, by their keys in YAML: `clip_p` is `--qe-clip-p`.
+    """
 
     mode: str = "sym"
     mode_acts: str | None = None
@@ -31,9 +43,7 @@ class QuantArgs:
     bits_wts: int = 8
     bits_accum: int = 32
     clip_acts: str = "none"
-    clip_n_stds: float | None = None
-    clip_percentile: float = 99.99
-    clip_p: float = 2.0
+    clip_parameters: Mapping[str, float] = field(default_factory=_clip_defaults)
     clip_wts: str = "none"
     scale: str = "float"
     no_clip_layers: tuple[str, ...] = ()

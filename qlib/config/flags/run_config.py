@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qlib.config.flags.groups import GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
+from qlib.config.flags.groups import CLIP_DEFAULTS, GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.errors import ConfigError, UsageError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
 
 __all__ = [
     "RunConfig",
     "asks_for_something",
+    "config_of",
     "exports",
     "needs_folder",
     "nothing_to_do",
     "read_run_config",
+    "settings_of",
     "trains",
     "wants_onnx",
 ]
+
+_CLIP = "clip_parameters"
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,52 @@ class RunConfig:
         >>> RunConfig(arch="vgg11").to_yaml().splitlines()[1:3]
         ['data: null', 'arch: vgg11']
         """
-        body = yaml.safe_dump(_plain(self), sort_keys=False, default_flow_style=None, allow_unicode=True)
+        tree: dict[str, Any] = {}
+        for name, value in settings_of(self).items():
+            group, _, key = name.rpartition(".")
+            (tree.setdefault(group, {}) if group else tree)[key] = _plain(value)
+        body = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True)
         return f"# repeat this run: compress.py --run-config THIS_FILE\n{body}"
+
+
+def settings_of(config: RunConfig) -> dict[str, object]:
+    """All settings by name, in the order of the fields: `arch`, `qe.mode`, and `qe.clip_p` for a clip parameter.
+
+    >>> settings = settings_of(RunConfig())
+    >>> settings["qe.clip_percentile"], settings["qe.clip_n_stds"], config_of(settings) == RunConfig()
+    (99.99, None, True)
+    """
+    found: dict[str, object] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        found |= _of_group(each.name, value) if each.name in GROUPS else {each.name: value}
+    return found
+
+
+def _of_group(group: str, args: Any) -> Mapping[str, object]:
+    found: dict[str, object] = {}
+    for each in fields(args):
+        value = getattr(args, each.name)
+        own = {key: value.get(key) for key in CLIP_DEFAULTS} if each.name == _CLIP else {each.name: value}
+        found |= {f"{group}.{key}": item for key, item in own.items()}
+    return found
+
+
+def config_of(settings: Mapping[str, Any]) -> RunConfig:
+    """The config of some settings by name; the others have their defaults."""
+    top = {name: value for name, value in settings.items() if "." not in name}
+    for group, kind in GROUPS.items():
+        start = f"{group}."
+        own = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
+        if clip := {key: own.pop(key) for key in CLIP_DEFAULTS if key in own}:
+            clip = {**CLIP_DEFAULTS, **clip}
+            own[_CLIP] = {key: value for key, value in clip.items() if value is not None}
+        top[group] = kind(**own)
+    return RunConfig(**top)
 
 
 def _plain(value: Any) -> Any:
     """`value` in the types that YAML has."""
-    if dataclasses.is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
     if isinstance(value, (tuple, frozenset)):
         return sorted(value) if isinstance(value, frozenset) else list(value)
     return str(value) if isinstance(value, Path) else value
@@ -103,10 +144,9 @@ def read_run_config(path: Path) -> dict[str, Any]:
     """
     top = _entries(load_yaml(path))
     settings = {key: node for key, node in top.items() if key not in GROUPS}
-    allowed = [each.name for each in dataclasses.fields(RunConfig) if each.name not in GROUPS]
-    for group, kind in GROUPS.items():
+    for group in GROUPS:
         settings |= {f"{group}.{key}": node for key, node in (_entries(top[group]) if group in top else {}).items()}
-        allowed += [f"{group}.{each.name}" for each in dataclasses.fields(kind)]
+    allowed = settings_of(RunConfig())
     unknown = {key: node for key, node in settings.items() if key not in allowed}
     if unknown:
         raise ConfigError(

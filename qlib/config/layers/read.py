@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+from qlib.config.flags.groups import QuantArgs
 from qlib.config.layers.keys import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_FIELDS, Field, read_fields
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.errors import ConfigError, did_you_mean
@@ -27,35 +28,14 @@ _ELSEWHERE = Field(lambda key, node, problems: {})
 _ARGUMENTS = {**QUANTIZER_FIELDS, "class": _ELSEWHERE, "overrides": _ELSEWHERE}
 
 
-def ptq_config_from_flags(
-    *,
-    bits_acts: int = 8,
-    bits_wts: int = 8,
-    bits_accum: int = 32,
-    mode: str = "sym",
-    mode_acts: str | None = None,
-    mode_wts: str | None = None,
-    clip_acts: str = "none",
-    clip_n_stds: float | None = None,
-    clip_percentile: float = 99.99,
-    clip_p: float = 2.0,
-    clip_wts: str = "none",
-    scale: str = "float",
-    no_clip_layers: Sequence[str] = (),
-    no_quant_layers: Sequence[str] = (),
-    per_channel: bool = False,
-    scale_approx_bits: int | None = None,
-    stats_file: Path | None = None,
-    dynamic: bool = False,
-    save_fp_weights: bool = False,
-    given: frozenset[str] = frozenset(),
-) -> PtqConfig:
+def ptq_config_from_flags(qe: QuantArgs, given: frozenset[str] = frozenset()) -> PtqConfig:
     """The settings that the --qe flags stand for; their values were checked by the command line.
 
     `given` holds the flags the user wrote, such as ``--qe-mode``: the others are defaults. The names after
     --qe-no-quant-layers and --qe-no-clip-layers are regular expressions; the former win.
 
-    >>> config = ptq_config_from_flags(bits_acts=6, no_quant_layers=["fc"], given=frozenset({"--qe-bits-acts"}))
+    >>> flags = QuantArgs(bits_acts=6, no_quant_layers=("fc",))
+    >>> config = ptq_config_from_flags(flags, frozenset({"--qe-bits-acts"}))
     >>> config.defaults.bits_activations, dict(config.defaults.origin), config.rules[0].pattern
     (6, {'bits_activations': '--qe-bits-acts'}, 'fc')
 
@@ -63,26 +43,24 @@ def ptq_config_from_flags(
         ConfigError: a layer name is not a regular expression.
     """
     table: dict[str, tuple[object, str]] = {
-        "bits_activations": (bits_acts, "--qe-bits-acts"),
-        "bits_weights": (bits_wts, "--qe-bits-wts"),
-        "bits_accum": (bits_accum, "--qe-bits-accum"),
-        "mode_activations": ((mode_acts or mode).lower(), "--qe-mode-acts" if mode_acts else "--qe-mode"),
-        "mode_weights": ((mode_wts or mode).lower(), "--qe-mode-wts" if mode_wts else "--qe-mode"),
-        "clip_acts": (clip_acts.lower(), "--qe-clip-acts"),
-        "clip_n_stds": (clip_n_stds, "--qe-clip-n-stds"),
-        "clip_percentile": (clip_percentile, "--qe-clip-percentile"),
-        "clip_p": (clip_p, "--qe-clip-p"),
-        "clip_wts": (clip_wts.lower(), "--qe-clip-wts"),
-        "scale": (scale.lower(), "--qe-scale"),
-        "per_channel_wts": (per_channel, "--qe-per-channel"),
-        "scale_approx_mult_bits": (scale_approx_bits, "--qe-scale-approx-bits"),
+        "bits_activations": (qe.bits_acts, "--qe-bits-acts"),
+        "bits_weights": (qe.bits_wts, "--qe-bits-wts"),
+        "bits_accum": (qe.bits_accum, "--qe-bits-accum"),
+        "mode_activations": (qe.mode_acts or qe.mode, "--qe-mode-acts" if qe.mode_acts else "--qe-mode"),
+        "mode_weights": (qe.mode_wts or qe.mode, "--qe-mode-wts" if qe.mode_wts else "--qe-mode"),
+        "clip_acts": (qe.clip_acts, "--qe-clip-acts"),
+        **{key: (value, f"--qe-{key.replace('_', '-')}") for key, value in qe.clip_parameters.items()},
+        "clip_wts": (qe.clip_wts, "--qe-clip-wts"),
+        "scale": (qe.scale, "--qe-scale"),
+        "per_channel_wts": (qe.per_channel, "--qe-per-channel"),
+        "scale_approx_mult_bits": (qe.scale_approx_bits, "--qe-scale-approx-bits"),
     }
     origin = {setting: flag for setting, (_, flag) in table.items() if flag in given}
     rules = [
         Rule(pattern, settings, dict.fromkeys(settings, flag), flag, exact=False)
         for flag, patterns, settings in (
-            ("--qe-no-quant-layers", no_quant_layers, {"bits_activations": 0, "bits_weights": 0}),
-            ("--qe-no-clip-layers", no_clip_layers, {"clip_acts": "none"}),
+            ("--qe-no-quant-layers", qe.no_quant_layers, {"bits_activations": 0, "bits_weights": 0}),
+            ("--qe-no-clip-layers", qe.no_clip_layers, {"clip_acts": "none"}),
         )
         for pattern in patterns
     ]
@@ -90,7 +68,7 @@ def ptq_config_from_flags(
     if problems:
         raise ConfigError(problems)
     defaults = LayerSettings().with_settings({setting: value for setting, (value, _) in table.items()}, origin)
-    return PtqConfig(defaults, tuple(rules), stats_file, dynamic, save_fp_weights)
+    return PtqConfig(defaults, tuple(rules), qe.stats_file, qe.dynamic, qe.save_fp_weights)
 
 
 def load_ptq_config(path: str | Path) -> PtqConfig:
