@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Evaluation", "Meter", "evaluate", "evaluate_together", "wilson_interval"]
+__all__ = ["Evaluation", "Meter", "Model", "evaluate", "evaluate_together", "wilson_interval"]
+
+Model: TypeAlias = Callable[[Tensor], Tensor]
+"""What is evaluated: from images ``[N, C, H, W]`` to logits ``[N, classes]``."""
 
 MICRO_BATCH = 32
 """Images in one forward pass: activations of more would leave the cache between one layer and the next."""
@@ -109,7 +113,7 @@ def _percent(hits: Tensor) -> float:
 
 
 def evaluate(
-    model: Callable[[Tensor], Tensor],
+    model: Model,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str = "cpu",
 ) -> Evaluation:
@@ -120,7 +124,7 @@ def evaluate(
 
 @torch.inference_mode()
 def evaluate_together(
-    models: Sequence[Callable[[Tensor], Tensor]],
+    models: Sequence[Model],
     meters: Sequence[Meter],
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device | str = "cpu",

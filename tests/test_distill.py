@@ -19,13 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from qlib.app.job import Job, open_split
+from qlib.app.distill import make_distillation
+from qlib.app.images import open_split
+from qlib.app.job import Job
 from qlib.app.teacher import load_teacher
 from qlib.checkpoint.quantized import weights_hash
 from qlib.config.flags.groups import KdArgs, TrainArgs
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.schedule.read import Component, PolicySpec, Schedule
-from qlib.distill.loss import Distillation, DistillSettings, distillation_loss, make_distillation
+from qlib.distill.loss import Distillation, DistillSettings, distillation_loss
 from qlib.distill.matching import Matching, Taps, attention_loss, feature_loss, named_outputs
 from qlib.errors import CheckpointError, ConfigError, ModelError, OutputError, QlibError, UsageError
 from qlib.graph import capture, fold

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlib.app.job import Job, loader_of, open_split, report_skipped
+from qlib.app.images import loader_of, open_split, report_skipped
+from qlib.app.job import Job
 from qlib.checkpoint.quantized import weights_hash
 from qlib.data import ImageDataset, choose_subset
 from qlib.graph import LAYOUT, Graph

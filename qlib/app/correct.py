@@ -11,10 +11,10 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
-from qlib.app.job import Job, calibration_batches, split_size
+from qlib.app.images import calibration_batches, split_size
+from qlib.app.job import Job
 from qlib.correct._base import BATCH, CalibrationImages
 from qlib.correct.absorb_bias import absorb_bias
 from qlib.correct.adaround import adaround
@@ -28,9 +28,8 @@ from qlib.correct.smooth import smooth
 from qlib.errors import UsageError
 from qlib.graph import FoldedGraph, Graph
 from qlib.quant.plan import Plan
-from qlib.stats.data_free import image_range_of
 
-__all__ = ["correct_float", "correct_plan", "flag_of", "image_range"]
+__all__ = ["correct_float", "correct_plan", "flag_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -101,10 +100,3 @@ def _images(job: Job) -> CalibrationImages:
 
     _SCRATCH.mkdir(exist_ok=True)
     return CalibrationImages(batches, count, job.device, _SCRATCH, job.config.seed)
-
-
-def image_range(job: Job) -> tuple[Tensor, Tensor]:
-    """The least and greatest value of each color ``[colors]`` that the model can see, by its transform."""
-    _, height, width = job.spec.input_shape
-    black, white = (job.spec.transform(Image.new("RGB", (width, height), color)) for color in ("black", "white"))
-    return image_range_of(black, white)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from qlib.app.export import Model
-from qlib.app.job import Job, report_skipped
+from qlib.app.images import report_skipped
+from qlib.app.job import Job
 from qlib.data import Loader
 from qlib.lower import exact_arithmetic
-from qlib.metrics import Evaluation, Meter, evaluate_together
+from qlib.metrics import Evaluation, Meter, Model, evaluate_together
 from qlib.progress import track
 
 __all__ = ["measure", "tell_confusion", "tell_interval", "tell_result"]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, fx
 
 import qlib
-from qlib.app.job import Job, calibration_batches, loader_of, open_split, report_skipped
+from qlib.app.images import loader_of, open_split, report_skipped
+from qlib.app.job import Job
+from qlib.app.saturation import measure_saturation
 from qlib.config.flags.run_config import RunConfig, wants_onnx
 from qlib.data import choose_subset
 from qlib.deploy.encodings import encodings_file, write_encodings
@@ -23,21 +25,16 @@ from qlib.deploy.storage import choose_opset, refuse_unexportable, storage_notes
 from qlib.errors import UsageError
 from qlib.graph import Graph, capture
 from qlib.graph.cost import layer_costs
-from qlib.lower import exact_arithmetic
-from qlib.lower.saturation import SaturationRate, emulated, pairs_at_risk, saturation_rates
+from qlib.lower.saturation import SaturationRate, emulated
+from qlib.metrics import Model
 from qlib.progress import track
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_text
 from qlib.stats.tensor_stats import ModelStats
 
-__all__ = ["Deployed", "Model", "hand_over", "hand_over_float", "measure_saturation"]
+__all__ = ["Deployed", "hand_over", "hand_over_float"]
 
 _log = logging.getLogger(__name__)
-
-Model = Callable[[Tensor], Tensor]
-
-SATURATION_IMAGES = 64
-"""Calibration images on which saturation is counted."""
 
 BATCH = 16
 
@@ -89,15 +86,6 @@ def hand_over_float(job: Job, graph: Graph) -> Model:
     require_onnx(_flag(config))
     path = _export_float(job, graph)
     return _onnx_engine(path, job.model, job.device) if config.engine == "onnxruntime" else job.model
-
-
-def measure_saturation(job: Job, lowered: fx.GraphModule) -> dict[str, SaturationRate]:
-    """How often each layer saturates on x86 without VNNI, on calibration images if there are any."""
-    pairs = pairs_at_risk(lowered)
-    if not any(pairs.values()) or not job.has_images:
-        return {name: SaturationRate(count, 0, 0) for name, count in pairs.items()}
-    with exact_arithmetic():
-        return saturation_rates(lowered, (x for x, _ in calibration_batches(job, SATURATION_IMAGES, BATCH)))
 
 
 def _flag(config: RunConfig) -> str:

@@ -1,12 +1,12 @@
-"""What a run works on: its settings, folder, device, model and images."""
+"""What a run works on: its settings, folder, device and model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +15,14 @@ from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.run_config import RunConfig, trains
-from qlib.data import ImageDataset, Loader, Split, choose_subset, make_loader, open_dataset, split_train
+from qlib.data import open_dataset
 from qlib.errors import CheckpointError, ModelError, UsageError
-from qlib.graph import LAYOUT
 from qlib.models import ModelSpec, create_model, refuse_python_file
 from qlib.models.transforms import standard_classes
 from qlib.runlog import RunLog
 from qlib.surgery.widen import find_wide_model, is_wide
 
-__all__ = [
-    "Job",
-    "calibration_batches",
-    "choose_device",
-    "load_job",
-    "loader_of",
-    "open_split",
-    "report_skipped",
-    "split_size",
-    "test_loader",
-]
+__all__ = ["Job", "choose_device", "load_job"]
 
 _log = logging.getLogger(__name__)
 
@@ -163,71 +152,3 @@ def _weights_only(path: Path) -> Mapping[str, Any]:
             " or write it again with --qe-save-fp-weights"
         )
     return {"arch": checkpoint.get("arch"), "state_dict": kept}
-
-
-def open_split(job: Job, split: str) -> ImageDataset:
-    """The `train`, `val` or `test` images. Raises DataError where they are missing or of other classes."""
-    return open_dataset(
-        job.dataset_name, job.config.data, cast(Split, split), job.spec.transform, num_classes=job.num_classes
-    )
-
-
-def loader_of(job: Job, dataset: ImageDataset, indices: list[int], batch_size: int) -> Loader:
-    """The images at `indices`, in that order, read as the flags say."""
-    config = job.config
-    return make_loader(
-        dataset,
-        batch_size=batch_size,
-        workers=config.workers,
-        indices=indices,
-        skip_corrupt=config.skip_corrupt,
-    )
-
-
-def test_loader(job: Job) -> Loader:
-    """The test images; the sizes of all parts of the dataset are logged."""
-    config, dataset = job.config, open_split(job, "test")
-    indices = choose_subset(len(dataset), config.effective_test_size, config.seed)
-    train, validation = split_train(_train_images(job), config.validation_split, config.seed)
-    _log.info(
-        "Dataset sizes:\n\ttraining=%d\n\tvalidation=%d\n\ttest=%d",
-        round(len(train) * config.effective_train_size),
-        round(len(validation) * config.effective_valid_size),
-        len(indices),
-    )
-    return loader_of(job, dataset, indices, config.batch_size)
-
-
-def _train_images(job: Job) -> int:
-    """How many training images there are; a folder with val/ alone is enough to evaluate."""
-    root = job.config.data
-    if root is not None and (root / "val").is_dir() and not (root / "train").is_dir():
-        return 0
-    return len(open_split(job, "train"))
-
-
-def split_size(job: Job, split: str) -> int:
-    """How many images a split has."""
-    return len(open_split(job, split))
-
-
-def calibration_batches(
-    job: Job, count: int, batch_size: int, fraction: float = 1.0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images, on the job's device, and labels of the calibration split in its fixed random order.
-
-    They are a `fraction` of the split, but `count` at most.
-    """
-    dataset = open_split(job, job.config.qe.calibration_split)
-    indices = choose_subset(len(dataset), fraction, job.config.seed, shuffled=True)[:count]
-    loader = loader_of(job, dataset, indices, batch_size)
-    for images, labels in loader:
-        yield images.to(job.device, memory_format=LAYOUT), labels.to(job.device)
-    report_skipped(loader)
-
-
-def report_skipped(loader: Loader) -> None:
-    """Warns of the images that the last pass left out."""
-    if loader.skipped:
-        count, first = len(loader.skipped), loader.skipped[0]
-        _log.warning("Warning: %d corrupt images were left out, the first is %s", count, first)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from qlib.app.budget import choose_bits
 from qlib.app.calibrate import calibrate
-from qlib.app.correct import correct_float, correct_plan, flag_of, image_range
-from qlib.app.export import measure_saturation
+from qlib.app.correct import correct_float, correct_plan, flag_of
+from qlib.app.images import image_range
 from qlib.app.job import Job
-from qlib.app.mixed import choose_bits
+from qlib.app.saturation import avoid_saturation
+from qlib.app.search import lapq
 from qlib.checkpoint.corrected import load_weights, save_weights
 from qlib.checkpoint.quantized import weights_hash
 from qlib.config.flags.run_config import RunConfig
@@ -21,12 +23,10 @@ from qlib.config.layers.read import LayerSettings, PtqConfig, load_ptq_config, p
 from qlib.config.layers.resolve import resolve, wants_histograms
 from qlib.errors import UsageError
 from qlib.graph import FoldedGraph
-from qlib.lower import lower
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
-from qlib.ptq.reduce_range import reduce_range
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import check_plan, is_plan_file, read_plan, stats_from_plan
-from qlib.search.lapq import lapq, starting_clips
+from qlib.search.lapq import starting_clips
 from qlib.stats.data_free import data_free_stats
 from qlib.stats.stats_file import check_fingerprint, read_stats
 from qlib.stats.tensor_stats import ModelStats
@@ -59,7 +59,7 @@ def make_plan(job: Job, folded: FoldedGraph) -> Planned:
     plan = planned.plan
     if job.config.qe.lapq:
         plan = lapq(job, folded.graph, plan, given=given is not None)
-    plan = correct_plan(job, folded, _reduce_range(job, folded, plan))
+    plan = correct_plan(job, folded, avoid_saturation(job, folded.graph, plan))
     return replace(planned, plan=_keep_weights(job, folded, plan))
 
 
@@ -161,24 +161,3 @@ def _keep_weights(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:
     path = job.file("corrected_weights.safetensors")
     save_weights(path, folded.graph, weights_hash(job.model.state_dict()))
     return replace(plan, weights=path.name)
-
-
-def _reduce_range(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:
-    """The plan with 7-bit weights where `--qe-reduce-range` asks for them."""
-    wanted = job.config.qe.reduce_range
-    if wanted == "none":
-        return plan
-    reduced = reduce_range(plan, list(plan.layers)) if wanted == "all" else plan
-    while wanted == "auto":  # a layer may begin to saturate when those before it no longer do
-        rates = measure_saturation(job, lower(folded.graph, reduced).to(job.device))
-        names = [name for name, rate in rates.items() if rate.saturated]
-        if not names:
-            break
-        reduced = reduce_range(reduced, names)
-    changed = [name for name, layer in reduced.layers.items() if layer != plan.layers[name]]
-    _log.info("--qe-reduce-range %s: %d layers get 7-bit weights%s", wanted, len(changed), _listed(changed))
-    return reduced
-
-
-def _listed(names: list[str]) -> str:
-    return f": {', '.join(names)}" if names else ""

@@ -13,8 +13,9 @@ import torch
 from qlib.app.calibrate import calibrate
 from qlib.app.correct import correct_float
 from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
-from qlib.app.export import Model, hand_over, hand_over_float
-from qlib.app.job import Job, choose_device, load_job, test_loader
+from qlib.app.export import hand_over, hand_over_float
+from qlib.app.images import test_loader
+from qlib.app.job import Job, choose_device, load_job
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.search import analyse
 from qlib.app.show import check, summarize
@@ -32,7 +33,7 @@ from qlib.config.flags.run_config import RunConfig, asks_for_something, exports,
 from qlib.errors import ModelError, UsageError
 from qlib.graph import fold
 from qlib.lower import lower
-from qlib.metrics import Evaluation
+from qlib.metrics import Evaluation, Model
 from qlib.models import create_model, refuse_python_file
 from qlib.quant.plan_file import check_plan, write_plan
 from qlib.report.tables import float_layers, plan_table

@@ -1,4 +1,4 @@
-"""`--sense quant`: measures how much each layer alone suffers from few bits, and tells it as table, CSV and plot."""
+"""Searches on calibration images: the sensitivity of each layer (`--sense quant`), and ranges by loss (`--qe-lapq`)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import TypeAlias
 
 from tabulate import tabulate
 
+from qlib.app.images import SEARCH_BATCH, images_in_memory
 from qlib.app.job import Job
-from qlib.app.search_images import BATCH, images_in_memory
 from qlib.config.layers.settings import LayerSettings
 from qlib.errors import OutputError, UsageError
 from qlib.graph import Graph
 from qlib.progress import track
 from qlib.quant.plan import Plan
 from qlib.report.plots import plot_sensitivity
+from qlib.search.lapq import NORMS, search_ranges
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity, Study
 
-__all__ = ["Planner", "analyse", "measure", "with_bits", "write_csv"]
+__all__ = ["Planner", "analyse", "lapq", "measure", "with_bits", "write_csv"]
 
 _log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def measure(
     for _ in track(
         study.steps(batches),
         total_images=len(study) * images,
-        batch_size=min(BATCH, images),
+        batch_size=min(SEARCH_BATCH, images),
         description="Sensitivity",
         print_freq=10 * job.config.print_freq,
         count=lambda done: done,
@@ -123,3 +124,20 @@ def write_csv(path: Path, rows: Sequence[Sensitivity]) -> None:
             writer.writerows(asdict(row) for row in rows)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def lapq(job: Job, graph: Graph, plan: Plan, given: bool) -> Plan:
+    """The plan with the ranges that `--qe-lapq` finds on calibration images; `given`: the user gave the plan.
+
+    Raises UsageError for a plan without fixed ranges, and for a start by statistics of a plan, which holds none.
+    """
+    args = job.config.lapq
+    if any(grid is not None and grid.min is None for layer in plan.layers.values() for grid in layer.inputs):
+        raise UsageError("--qe-lapq needs fixed ranges, but the plan of --qe-config-file is dynamic; give another")
+    if given and args.init_mode is not None and args.init_mode not in NORMS:
+        raise UsageError(
+            f"--lapq-init-mode {args.init_mode} needs statistics, but --qe-config-file is a plan, with its ranges;"
+            " drop --lapq-init-mode to start from these, or take l1, l2 or l3"
+        )
+    batches = images_in_memory(job, args.images, args.eval_size)
+    return search_ranges(graph, plan, batches, args, job.config.seed)

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qlib.app.job import Job, loader_of, open_split
+from qlib.app.images import loader_of, open_split
+from qlib.app.job import Job
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.quantized import float_weights, is_quantized, weights_hash
 from qlib.checkpoint.read import read_checkpoint

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlib.app.distill import make_distillation
 from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
+from qlib.app.images import TrainingImages
 from qlib.app.job import Job
-from qlib.app.training_images import TrainingImages
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule.read import Schedule, load_schedule
-from qlib.distill.loss import make_distillation
 from qlib.errors import ConfigError, UsageError
 from qlib.graph import LAYOUT, Graph, capture, fold
 from qlib.lower import lower

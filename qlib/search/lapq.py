@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qlib.app.job import Job
-from qlib.app.search_images import images_in_memory
 from qlib.config.flags.groups import LapqArgs
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import UsageError
@@ -31,43 +29,28 @@ from qlib.search.minimize import Vector, minimize, options_for
 from qlib.search.objective import Objective
 from qlib.search.ranges import coordinates_of, moved_plan, with_explicit_weights
 
-__all__ = ["lapq", "search_ranges", "starting_clips"]
+__all__ = ["NORMS", "search_ranges", "starting_clips"]
 
 _log = logging.getLogger(__name__)
 
 _ITERATIONS = 2
-_NORMS = {"l1": 1.0, "l2": 2.0, "l3": 3.0}
 _HOP = 1.0
+
+NORMS = {"l1": 1.0, "l2": 2.0, "l3": 3.0}
+"""Starts that need no statistics: the ranges of least ``mean |error|^p`` of each tensor."""
 
 
 def starting_clips(
     config: PtqConfig, settings: Mapping[str, LayerSettings], mode: str | None
 ) -> dict[str, LayerSettings]:
     """The settings with `mode` as clipping of activations, except where a rule of the user's names one."""
-    if mode is None or mode in _NORMS:
+    if mode is None or mode in NORMS:
         return dict(settings)
     default, where = config.defaults.origin.get("clip_acts"), {"clip_acts": "--lapq-init-mode"}
     return {
         name: each if each.origin.get("clip_acts") != default else each.with_settings({"clip_acts": mode}, where)
         for name, each in settings.items()
     }
-
-
-def lapq(job: Job, graph: Graph, plan: Plan, given: bool) -> Plan:
-    """The plan with the ranges that `--qe-lapq` finds on calibration images; `given`: the user gave the plan.
-
-    Raises UsageError for a plan without fixed ranges, and for a start by statistics of a plan, which holds none.
-    """
-    args = job.config.lapq
-    if any(grid is not None and grid.min is None for layer in plan.layers.values() for grid in layer.inputs):
-        raise UsageError("--qe-lapq needs fixed ranges, but the plan of --qe-config-file is dynamic; give another")
-    if given and args.init_mode is not None and args.init_mode not in _NORMS:
-        raise UsageError(
-            f"--lapq-init-mode {args.init_mode} needs statistics, but --qe-config-file is a plan, with its ranges;"
-            " drop --lapq-init-mode to start from these, or take l1, l2 or l3"
-        )
-    batches = images_in_memory(job, args.images, args.eval_size)
-    return search_ranges(graph, plan, batches, args, job.config.seed)
 
 
 def search_ranges(
@@ -89,8 +72,8 @@ def search_ranges(
         *(len(coordinates), objective.samples, first),
     )
     norm = args.init_mode or "l2"
-    if norm in _NORMS:
-        start = least_error(graph, explicit, coordinates, batches, _NORMS[norm], args.init_method)
+    if norm in NORMS:
+        start = least_error(graph, explicit, coordinates, batches, NORMS[norm], args.init_method)
         _log.info("Divergence %.6f with the ranges of least %s error", objective(start), norm.upper())
     _search(objective, objective.best, args, seed)
     _log.info(

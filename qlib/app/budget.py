@@ -1,4 +1,4 @@
-"""`--qe-budget`: bits of each layer under a budget, from sensitivities, by an integer program."""
+"""`--qe-budget`: mixed precision. The bits of each layer under a budget, by an integer program over sensitivities."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from qlib.app.images import images_in_memory
 from qlib.app.job import Job
 from qlib.app.search import Planner, measure, write_csv
-from qlib.app.search_images import images_in_memory
 from qlib.config.layers.budget import Budget, parse_budget
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.config.layers.write import ptq_text
