@@ -14,7 +14,9 @@ from qlib.errors import UsageError, did_you_mean
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
 __all__ += ["names", "path", "real"]
-__all__ += ["new_file", "run_name", "split_names", "whole"]
+__all__ += ["new_file", "run_name", "schedule_file", "split_names", "whole"]
+
+_SCHEDULES = Path(__file__).resolve().parents[2] / "schedules"  #: in a checkout a link to the folder at its top
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,23 @@ def existing_file() -> Kind:
         return file.resolve() if file.parent.is_symlink() else file
 
     return Kind(read, "a file that exists", "FILE")
+
+
+def schedule_file() -> Kind:
+    """A file that exists, else the YAML file of that name which comes with the package, after `schedules/` or bare.
+
+    >>> schedule_file().value("--compress", "schedules/qat_lsq_4bit.yaml").name
+    'qat_lsq_4bit.yaml'
+    """
+    plain = existing_file()
+    packaged = {path.name: path for path in sorted(_SCHEDULES.glob("*.yaml"))}
+    names = {f"{folder}{name}": path for folder in ("", "schedules/") for name, path in packaged.items()}
+
+    def read(text: str) -> object:
+        return plain.read(text if Path(text).is_file() else str(names.get(text, text)))
+
+    allowed = f"{plain.allowed}, or one that comes with the package: {', '.join(packaged)}"
+    return Kind(read, allowed, plain.metavar, tuple(packaged))
 
 
 def devices() -> Kind:

@@ -21,6 +21,7 @@ from qlib.config.flags.kinds import (
     path,
     real,
     run_name,
+    schedule_file,
     whole,
 )
 from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS, SCALES, WEIGHT_CLIPS
@@ -109,7 +110,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--engine", choice(ENGINES), "what computes the model: torch, or ONNX Runtime on the exported file"),
     ),
     "Training": (
-        Flag("--compress", existing_file(), "train under this schedule, a YAML file", "train.compress"),
+        Flag("--compress", schedule_file(), "train under this schedule, a YAML file", "train.compress"),
         Flag("--epochs", whole(1), "train until so many epochs are done", "train.epochs"),
         Flag("--optimizer", choice(OPTIMIZERS), "what moves the weights", "train.optimizer"),
         Flag("--lr --learning-rate", _POSITIVE, "learning rate to begin with", "train.lr"),
@@ -172,7 +173,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "--qe-stats-file", existing_file(), "activation statistics collected earlier, or a layer_quant_params.yaml"
         ),
         Flag("--qe-dynamic", SWITCH, "take activation ranges from each batch"),
-        Flag("--qe-config-file", existing_file(), "quantization settings from YAML; replaces the flags below"),
+        Flag("--qe-config-file", schedule_file(), "quantization settings from YAML; replaces the flags below"),
         Flag("--qe-mode --qem", choice(MODES), "mode of activations and weights"),
         Flag("--qe-mode-acts --qema", choice(MODES), "mode of activations (default: --qe-mode)"),
         Flag("--qe-mode-wts --qemw", choice(MODES), "mode of weights (default: --qe-mode)"),
