@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlib.clip import CLIP_METHODS, ClipContext, gauss, laplace
-from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
 from qlib.errors import StatsError
 from qlib.quant.spec import QuantSpec
 from qlib.stats.tensor_stats import TensorStats
@@ -18,7 +18,8 @@ STATS = TensorStats(
 
 
 def context(bits: int = 8, symmetric: bool = False, half_range: bool = False, n_stds: float = 2.0) -> ClipContext:
-    return ClipContext(QuantSpec.of_mode("sym" if symmetric else "asym_u", bits), half_range, n_stds)
+    spec = QuantSpec.of_mode("sym" if symmetric else "asym_u", bits)
+    return ClipContext(spec, half_range, ClipParameters({"clip_n_stds": n_stds}))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qlib.clip import CLIP_METHODS, ClipContext, choose
 from qlib.clip._search import expected_error
 from qlib.clip.kl import divergences
-from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
 from qlib.errors import StatsError
 from qlib.ptq.activation_ranges import clipped
 from qlib.quant.affine import qparams_from_range
@@ -91,12 +91,12 @@ def test_without_a_histogram_the_flag_is_named(method: str) -> None:
         CLIP_METHODS[method](TensorStats(1, 1, 0.0, 1.0), context())
 
 
+parameters = st.fixed_dictionaries({"clip_percentile": st.floats(50.5, 100), "clip_p": st.floats(1, 4)})
 histogram_contexts = st.builds(
     ClipContext,
     st.builds(QuantSpec.of_mode, st.sampled_from(MODES), st.integers(2, 16), pow2=st.booleans()),
     st.booleans(),
-    percentile=st.floats(50.5, 100),
-    p=st.floats(1, 4),
+    parameters.map(ClipParameters),
 )
 value_lists = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=200)
 
@@ -115,7 +115,7 @@ def test_no_method_leaves_what_was_seen(
 @given(value_lists, histogram_contexts)
 def test_mse_and_lp_are_never_worse_than_none(values: list[float], any_context: ClipContext) -> None:
     stats = stats_of(values)
-    for method, p in (("mse", 2.0), ("lp", any_context.p)):
+    for method, p in (("mse", 2.0), ("lp", any_context.clip_parameters["clip_p"])):
         got = error(stats, CLIP_METHODS[method](stats, any_context), any_context, p)
         assert got <= error(stats, (stats.min, stats.max), any_context, p) * (1 + 1e-9) + 1e-15
 
@@ -124,12 +124,14 @@ def test_mse_and_lp_are_never_worse_than_none(values: list[float], any_context: 
 @given(value_lists, st.floats(50.5, 100), st.floats(50.5, 100), st.booleans())
 def test_percentile_is_monotone(values: list[float], one: float, other: float, symmetric: bool) -> None:
     stats = stats_of(values)
-    narrow, wide = (
-        CLIP_METHODS["percentile"](stats, replace(context(8, symmetric), percentile=p)) for p in sorted((one, other))
-    )
+
+    def kept(p: float) -> tuple[float, float]:
+        parameters = ClipParameters({"clip_percentile": p})
+        return CLIP_METHODS["percentile"](stats, replace(context(8, symmetric), clip_parameters=parameters))
+
+    narrow, wide = kept(min(one, other)), kept(max(one, other))
     assert wide[0] <= narrow[0] <= narrow[1] <= wide[1]
-    everything = CLIP_METHODS["percentile"](stats, replace(context(8, symmetric), percentile=100.0))
-    assert everything == (stats.min, stats.max)
+    assert kept(100.0) == (stats.min, stats.max)
 
 
 @settings(deadline=None)

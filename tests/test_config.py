@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qlib.config.flags.groups import QuantArgs
+from qlib.config.layers.clips import ClipParameters
 from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import LayerInfo, resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
@@ -171,7 +173,7 @@ def test_full_file(tmp_path: Path) -> None:
         mode_activations="asym_u",
         mode_weights="sym_restr",
         clip_acts="n_std",
-        clip_n_stds=3.0,
+        clip_parameters=ClipParameters({"clip_n_stds": 3.0}),
         per_channel_wts=True,
         origin=origin,
     )
@@ -604,16 +606,17 @@ def test_settings_of_ranges(tmp_path: Path) -> None:
     lines = ["clip_acts: lp", "clip_p: 3", "clip_percentile: null", "clip_wts: AUTO", "scale: pow2", "overrides:"]
     lines += ["  fc: {clip_acts: percentile, clip_percentile: 99, input_overrides: {0: {clip_acts: kl, clip_p: 2.5}}}"]
     config = load_ptq_config(write(tmp_path, quantizer(*lines)))
-    want = {"clip_acts": "lp", "clip_p": 3.0, "clip_percentile": 99.99, "clip_wts": "auto", "scale": "pow2"}
-    assert {name: getattr(config.defaults, name) for name in want} == want
+    parameters = ClipParameters({"clip_p": 3.0})
+    want = LayerSettings(clip_acts="lp", clip_parameters=parameters, clip_wts="auto", scale="pow2")
+    assert replace(config.defaults, origin={}) == want
+    assert parameters["clip_percentile"] == 99.99
     assert config.rules[0].settings == {
         "clip_acts": "percentile",
         "clip_percentile": 99.0,
         "input_overrides": {0: {"clip_acts": "kl", "clip_p": 2.5}},
     }
-    args = QuantArgs(clip_acts="lp", clip_parameters={"clip_p": 3.0}, clip_wts="auto", scale="pow2")
-    defaults = ptq_config_from_flags(args).defaults
-    assert defaults == LayerSettings(clip_acts="lp", clip_p=3.0, clip_wts="auto", scale="pow2")
+    args = QuantArgs(clip_acts="lp", clip_parameters=parameters, clip_wts="auto", scale="pow2")
+    assert ptq_config_from_flags(args).defaults == want
 
 
 def test_dynamic_ranges_have_no_histograms() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.layers.keys import WEIGHT_CLIPS
+from qlib.config.layers.clips import WEIGHT_CLIPS, ClipParameters
 from qlib.graph import capture
 from qlib.lower import lower
 from qlib.lower.ops.weighted import swap_channels
@@ -23,7 +23,9 @@ rows_of_values = st.integers(1, 4).flatmap(
     ).map(lambda values: torch.tensor(values, dtype=torch.float32))
 )
 contexts = st.builds(
-    lambda mode, bits, pow2, percentile, p: WeightContext(QuantSpec.of_mode(mode, bits, 0, pow2), percentile, p),
+    lambda mode, bits, pow2, percentile, p: WeightContext(
+        QuantSpec.of_mode(mode, bits, 0, pow2), ClipParameters({"clip_percentile": percentile, "clip_p": p})
+    ),
     st.sampled_from(MODES),
     st.integers(2, 8),
     st.booleans(),
@@ -48,7 +50,7 @@ def test_no_method_leaves_the_values(rows: Tensor, context: WeightContext, metho
 @settings(deadline=None)
 @given(rows_of_values, contexts)
 def test_mse_and_lp_are_never_worse_than_none(rows: Tensor, context: WeightContext) -> None:
-    for method, p in (("mse", 2.0), ("lp", context.p)):
+    for method, p in (("mse", 2.0), ("lp", context.clip_parameters["clip_p"])):
         got = rounding_error(rows, *WEIGHT_METHODS[method](rows, context), context.spec, p)
         assert bool((got <= rounding_error(rows, rows.amin(1), rows.amax(1), context.spec, p)).all())
 
@@ -79,21 +81,21 @@ def test_a_large_tensor_is_sampled() -> None:
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_plan_has_a_range_for_the_tensor_or_for_each_channel(per_channel: bool) -> None:
     weight = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    plan = plan_weight(WeightPlan(3, "sym_restr", per_channel), weight, "mse", 99.99, 2.0)
+    plan = plan_weight(WeightPlan(3, "sym_restr", per_channel), weight, "mse", ClipParameters())
     assert plan.min is not None
     assert plan.max is not None
     assert (plan.clip, len(plan.min), len(plan.max)) == ("mse", 6 if per_channel else 1, 6 if per_channel else 1)
     params = plan.qparams(weight)
     assert params.scale.shape == ((6,) if per_channel else ())
     plain = WeightPlan(3, "sym_restr", per_channel)
-    assert plan_weight(plain, weight, "none", 99.99, 2.0) == plain
+    assert plan_weight(plain, weight, "none", ClipParameters()) == plain
 
 
 def test_auto_takes_what_has_the_least_error_and_nothing_without_need() -> None:
     weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    assert plan_weight(WeightPlan(2, "sym", True), weight, "auto", 99.99, 2.0).clip == "mse"
+    assert plan_weight(WeightPlan(2, "sym", True), weight, "auto", ClipParameters()).clip == "mse"
     grid = torch.tensor([[-0.7, 0.3, 0.7, 0.1, -0.5]])
-    assert plan_weight(WeightPlan(4, "sym_restr", True), grid, "auto", 99.99, 2.0).clip == "none"
+    assert plan_weight(WeightPlan(4, "sym_restr", True), grid, "auto", ClipParameters()).clip == "none"
 
 
 def test_channels_of_a_transposed_convolution() -> None:
@@ -103,7 +105,7 @@ def test_channels_of_a_transposed_convolution() -> None:
     with torch.no_grad():
         scales = torch.tensor([[1.0, 8.0, 64.0]] * 2 + [[4.0, 0.5, 16.0]] * 2)
         layer.weight.mul_(scales[..., None, None])
-    plan = plan_weight(WeightPlan(8, "sym", True), swap_channels(layer, layer.weight.detach()), "mse", 99.99, 2.0)
+    plan = plan_weight(WeightPlan(8, "sym", True), swap_channels(layer, layer.weight.detach()), "mse", ClipParameters())
     images = torch.randn(2, 4, 3, 3)
     graph = capture(nn.Sequential(layer), images)
     (name,) = [node.meta["name"] for node in graph.graph.nodes if node.op == "call_module"]

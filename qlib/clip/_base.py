@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from qlib.config.layers.clips import CLIP_DEFAULTS, ClipParameters
 from qlib.errors import StatsError
 from qlib.quant.spec import QuantSpec
 from qlib.registry import Registry
@@ -20,15 +21,12 @@ class ClipContext:
     """What a method may know of the tensor besides its statistics.
 
     `spec`: the grid that will cover the range; `half_range`: a ReLU follows, so only values >= 0 matter (a histogram
-    is cut already where that is so); `n_stds`: the width for `n_std`, in standard deviations; `percentile`: that for
-    `percentile`, above 50; `p`: the power of the error for `lp`, 1 or more.
+    is cut already where that is so); `clip_parameters`: the numbers that methods take.
     """
 
     spec: QuantSpec
     half_range: bool = False
-    n_stds: float | None = None
-    percentile: float = 99.99
-    p: float = 2.0
+    clip_parameters: ClipParameters = CLIP_DEFAULTS
 
 
 ClipMethod: TypeAlias = Callable[[TensorStats, ClipContext], tuple[float, float]]

@@ -13,11 +13,10 @@ from qlib.stats.tensor_stats import TensorStats
 
 __all__ = ["auto", "choose"]
 
-_ORDER = ("none", "avg", "n_std", "gauss", "laplace", "percentile", "kl", "mse", "lp")
 _NEGLIGIBLE = 0.01
 
 
-@CLIP_METHODS.register("auto")
+@CLIP_METHODS.register("auto", histogram=True, weights=True)
 def auto(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range of the method that `choose` names.
 
@@ -30,8 +29,8 @@ def auto(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
 def choose(stats: TensorStats, context: ClipContext) -> tuple[str, tuple[float, float]]:
     """The name and range of the method with the least expected squared error on the histogram.
 
-    Of methods within 1 % of the least error, the first one of: none, avg, n_std, gauss, laplace, percentile, kl, mse,
-    lp. A method that cannot answer from these statistics is left out, and a range is held inside the observed one.
+    Of methods within 1 % of the least error, the first one by the `order` of their registration. A method that these
+    statistics or parameters do not suffice for is left out, and a range is held inside the observed one.
 
     >>> from qlib.quant.spec import QuantSpec
     >>> from qlib.stats.histogram import Histogram
@@ -46,8 +45,8 @@ def choose(stats: TensorStats, context: ClipContext) -> tuple[str, tuple[float, 
     histogram = need_histogram(stats)
     context = replace(context, half_range=stats.min >= 0)
     ranges: dict[str, tuple[float, float]] = {}
-    for name in _ORDER:
-        if name == "n_std" and context.n_stds is None:
+    for name in CLIP_METHODS:
+        if name == "auto" or context.clip_parameters.lacks(name):
             continue
         try:
             low, high = CLIP_METHODS[name](stats, context)

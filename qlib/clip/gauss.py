@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from qlib.clip._aciq import aciq_range, factor
 from qlib.clip._base import CLIP_METHODS, ClipContext, need
-from qlib.clip.aciq import aciq_range, factor
 from qlib.stats.tensor_stats import TensorStats
 
 _ALPHA = {1: 1.24, 2: 1.71, 3: 2.15, 4: 2.55, 5: 2.93, 6: 3.28, 7: 3.61, 8: 3.92}

@@ -18,7 +18,7 @@ __all__ = ["divergences", "kl"]
 Index = npt.NDArray[np.int64]
 
 
-@CLIP_METHODS.register("kl", order=6)
+@CLIP_METHODS.register("kl", order=6, histogram=True)
 def kl(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The window of the histogram with the least `divergences` between its values and what codes make of them.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qlib.clip._aciq import aciq_range, factor
 from qlib.clip._base import CLIP_METHODS, ClipContext, need
-from qlib.clip.aciq import aciq_range, factor
 from qlib.stats.tensor_stats import TensorStats
 
 _ALPHA = {0: 1.05, 1: 1.86, 2: 2.83, 3: 3.89, 4: 5.03, 5: 6.2, 6: 7.41, 7: 8.64, 8: 9.89}

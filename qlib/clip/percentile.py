@@ -9,23 +9,40 @@ from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("percentile", order=5)
+@CLIP_METHODS.register(
+    "percentile",
+    order=5,
+    histogram=True,
+    weights=True,
+    parameters={
+        "clip_percentile": {
+            "default": 99.99,
+            "low": 50,
+            "high": 100,
+            "open": True,
+            "help": "percentile of the values kept by percentile",
+            "metavar": "P",
+        }
+    },
+)
 def percentile(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """From percentile 100 - P to percentile P, both of the histogram; for a symmetric range, percentile P of |x|.
 
+    >>> from qlib.config.layers.clips import ClipParameters
     >>> seen = Histogram(0.0, 1.0, (60, 20, 10, 5, 3, 2))
     >>> stats = TensorStats(count=100, samples=1, min=0.0, max=6.0, histogram=seen)
     >>> from qlib.quant.spec import QuantSpec
-    >>> percentile(stats, ClipContext(QuantSpec.of_mode("sym", 8), percentile=95.0))
+    >>> parameters = ClipParameters({"clip_percentile": 95.0})
+    >>> percentile(stats, ClipContext(QuantSpec.of_mode("sym", 8), clip_parameters=parameters))
     (0.0, 4.0)
 
     Raises:
         StatsError: the statistics hold no histogram.
     """
-    histogram = need_histogram(stats)
-    if context.percentile >= 100:
+    histogram, kept = need_histogram(stats), context.clip_parameters["clip_percentile"]
+    if kept >= 100:
         return stats.min, stats.max
-    share = context.percentile / 100
+    share = kept / 100
     if context.spec.symmetric:
         high = quantile(folded(histogram), share)
         low = -high

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.clip import CLIP_METHODS, ClipContext
+from qlib.config.layers.clips import ClipParameters
 from qlib.errors import StatsError
 from qlib.graph import Graph, kind_of
 from qlib.graph.ir import layers, name_of
@@ -62,7 +63,7 @@ def quantize_each(name: str, x: Tensor, plan: TensorPlan) -> tuple[Tensor, Tenso
     columns = [flat.amin(1), flat.amax(1), mean[:, 0]]
     if plan.clip in ("n_std", "gauss", "laplace"):
         columns += [flat.std(1, correction=0), (flat - mean).abs().mean(1)]
-    context = ClipContext(plan.spec, n_stds=plan.n_stds)
+    context = ClipContext(plan.spec, clip_parameters=ClipParameters({"clip_n_stds": plan.n_stds}))
     ranges = []
     for low, high, average, *spread in torch.stack(columns, 1).tolist():
         std, b = spread or (None, None)

@@ -12,29 +12,29 @@ from qlib.config.layers.settings import LayerSettings
 from qlib.quant.plan import TensorPlan
 from qlib.stats.tensor_stats import TensorStats
 
-__all__ = ["clipped", "constant_plan", "plan_tensor", "request_of", "softmax_plan"]
+__all__ = ["clipped", "constant_plan", "dynamic_plan", "plan_tensor", "request_of", "softmax_plan"]
 
 
 def plan_tensor(stats: TensorStats, settings: LayerSettings, half_range: bool) -> TensorPlan:
     """The plan of a tensor; `auto` is replaced by the method it chooses. Raises StatsError as that method does."""
     mode, clip = settings.mode_activations, settings.clip_acts
-    context = ClipContext(
-        settings.spec_activations, half_range, settings.clip_n_stds, settings.clip_percentile, settings.clip_p
-    )
+    context = ClipContext(settings.spec_activations, half_range, settings.clip_parameters)
     if clip == "auto":
         clip, (low, high) = choose(stats, context)
     else:
         low, high = CLIP_METHODS[clip](stats, context)
-    n_stds = settings.clip_n_stds if clip == "n_std" else None
+    n_stds = settings.clip_parameters.get("clip_n_stds") if clip == "n_std" else None
     return TensorPlan(settings.bits_activations, mode, clip, low, high, n_stds, settings.pow2)
 
 
 def request_of(settings: LayerSettings) -> tuple[object, ...]:
     """All that decides the grid of a layer's output, besides its statistics.
 
-    >>> request_of(LayerSettings(clip_p=3.0)) == request_of(LayerSettings())
+    >>> p3 = {"clip_p": 3.0}
+    >>> request_of(LayerSettings().with_settings(p3, {})) == request_of(LayerSettings())
     True
-    >>> request_of(LayerSettings(clip_acts="lp", clip_p=3.0)) == request_of(LayerSettings(clip_acts="lp"))
+    >>> lp = LayerSettings(clip_acts="lp")
+    >>> request_of(lp.with_settings(p3, {})) == request_of(lp)
     False
     """
     clip = settings.clip_acts
@@ -43,10 +43,14 @@ def request_of(settings: LayerSettings) -> tuple[object, ...]:
         settings.mode_activations,
         settings.scale,
         clip,
-        settings.clip_n_stds if clip in ("n_std", "auto") else None,
-        settings.clip_percentile if clip in ("percentile", "auto") else None,
-        settings.clip_p if clip in ("lp", "auto") else None,
+        settings.clip_parameters.read_by(clip),
     )
+
+
+def dynamic_plan(settings: LayerSettings) -> TensorPlan:
+    """The plan of a tensor whose range is that of each image."""
+    n_stds, mode = settings.clip_parameters.get("clip_n_stds"), settings.mode_activations
+    return TensorPlan(settings.bits_activations, mode, settings.clip_acts, n_stds=n_stds, pow2=settings.pow2)
 
 
 def constant_plan(value: Tensor, settings: LayerSettings) -> TensorPlan:

@@ -25,7 +25,7 @@ from qlib.graph.ir import (
 )
 from qlib.graph.ops import ChannelAffine
 from qlib.lower.ops.weighted import swap_channels
-from qlib.ptq.activation_ranges import clipped, constant_plan, plan_tensor, request_of, softmax_plan
+from qlib.ptq.activation_ranges import clipped, constant_plan, dynamic_plan, plan_tensor, request_of, softmax_plan
 from qlib.ptq.weight_ranges import plan_weight
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
@@ -159,7 +159,7 @@ class _Planner:
         plan = WeightPlan(settings.bits_weights, settings.mode_weights, per_channel, pow2=pow2)
         assert isinstance(module.weight, Tensor)
         weight = swap_channels(module, module.weight.detach())
-        return plan_weight(plan, weight, settings.clip_wts, settings.clip_percentile, settings.clip_p)
+        return plan_weight(plan, weight, settings.clip_wts, settings.clip_parameters)
 
     def _plan_float(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan | None:
         """The plan of a layer that computes in float whatever the statistics."""
@@ -204,10 +204,7 @@ class _Planner:
         if kind not in _ACCUMULATING or (kind != "matmul" and not self._weight(node, kind, settings)):
             note = "dynamic: only weighted layers and matmul are quantized"
             return LayerPlan(kind, (None,) * len(sources), note=note)
-        inputs = tuple(
-            TensorPlan(s.bits_activations, s.mode_activations, s.clip_acts, n_stds=s.clip_n_stds, pow2=s.pow2)
-            for s in (settings.of_input(i) for i in range(len(sources)))
-        )
+        inputs = tuple(dynamic_plan(settings.of_input(index)) for index in range(len(sources)))
         return LayerPlan(kind, inputs, **self._common(node, kind, settings))
 
     def _plan_static(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlib.config.layers.clips import CLIP_DEFAULTS, ClipParameters
 from qlib.quant.affine import dequantize, qparams_from_range, quantize
 from qlib.quant.plan import WeightPlan
 from qlib.quant.spec import QuantSpec
@@ -24,11 +25,10 @@ _NEGLIGIBLE = 0.01
 
 @dataclass(frozen=True)
 class WeightContext:
-    """What a method may know besides the weight: its grid (channel axis 0), `percentile` and the power `p` of `lp`."""
+    """What a method may know besides the weight: its grid (channel axis 0), and the numbers that methods take."""
 
     spec: QuantSpec
-    percentile: float = 99.99
-    p: float = 2.0
+    clip_parameters: ClipParameters = CLIP_DEFAULTS
 
 
 Ranges: TypeAlias = tuple[Tensor, Tensor]
@@ -38,22 +38,22 @@ WeightMethod: TypeAlias = Callable[[Tensor, WeightContext], Ranges]
 WEIGHT_METHODS: Registry[WeightMethod] = Registry("clip method of weights")
 
 
-def plan_weight(plan: WeightPlan, weight: Tensor, method: str, percentile: float, p: float) -> WeightPlan:
+def plan_weight(plan: WeightPlan, weight: Tensor, method: str, clip_parameters: ClipParameters) -> WeightPlan:
     """The plan with the ranges that `method` gives a weight ``[out, ...]``; as it is where nothing is clipped.
 
     `auto`: the first of none, percentile, mse and lp whose squared error is within 1 % of the least of them.
 
     >>> weight = torch.tensor([[-0.4, 0.1, 0.2, 0.4, 0.3, -0.1, 0.2, -0.3]])
-    >>> plan_weight(WeightPlan(8, "sym"), weight, "auto", 99.99, 2.0)
+    >>> plan_weight(WeightPlan(8, "sym"), weight, "auto", ClipParameters())
     WeightPlan(bits=8, mode='sym', per_channel=False, clip='none', min=None, max=None, pow2=False)
-    >>> clipped = plan_weight(WeightPlan(2, "sym_restr"), weight, "mse", 99.99, 2.0)
+    >>> clipped = plan_weight(WeightPlan(2, "sym_restr"), weight, "mse", ClipParameters())
     >>> clipped.clip, round(clipped.max[0], 2)
     ('mse', 0.3)
     """
     rows = (
         weight.detach().float().cpu().flatten(1) if plan.per_channel else weight.detach().float().cpu().reshape(1, -1)
     )
-    context = WeightContext(QuantSpec.of_mode(plan.mode, plan.bits, 0, plan.pow2), percentile, p)
+    context = WeightContext(QuantSpec.of_mode(plan.mode, plan.bits, 0, plan.pow2), clip_parameters)
     if method == "none":
         return plan
     if method == "auto":
@@ -68,7 +68,8 @@ def plan_weight(plan: WeightPlan, weight: Tensor, method: str, percentile: float
 
 
 def _best(rows: Tensor, context: WeightContext) -> tuple[str, Ranges]:
-    names = [name for name in WEIGHT_METHODS if name != "lp" or context.p != 2]  # which is mse then
+    squares = context.clip_parameters["clip_p"] == 2  # lp is mse then
+    names = [name for name in WEIGHT_METHODS if not (name == "lp" and squares)]
     ranges = {name: WEIGHT_METHODS[name](rows, context) for name in names}
     errors = {name: float(rounding_error(rows, *found, context.spec).sum()) for name, found in ranges.items()}
     best = next(name for name, error in errors.items() if error <= (1 + _NEGLIGIBLE) * min(errors.values()))
@@ -97,11 +98,12 @@ def none(rows: Tensor, context: WeightContext) -> Ranges:
 def percentile(rows: Tensor, context: WeightContext) -> Ranges:
     """Percentiles 100 - P and P of each row; for a symmetric grid, percentile P of the magnitudes.
 
-    >>> low, high = percentile(torch.arange(101.0)[None], WeightContext(QuantSpec.of_mode("asym_u", 8), 95.0))
+    >>> context = WeightContext(QuantSpec.of_mode("asym_u", 8), ClipParameters({"clip_percentile": 95.0}))
+    >>> low, high = percentile(torch.arange(101.0)[None], context)
     >>> low.tolist(), high.tolist()
     ([5.0], [95.0])
     """
-    share, values = context.percentile / 100, rows.numpy()
+    share, values = context.clip_parameters["clip_percentile"] / 100, rows.numpy()
     if context.spec.symmetric:
         high = torch.from_numpy(np.quantile(np.abs(values), share, axis=1)).float()
         low = -high
@@ -120,7 +122,7 @@ def mse(rows: Tensor, context: WeightContext) -> Ranges:
 @WEIGHT_METHODS.register("lp")
 def lp(rows: Tensor, context: WeightContext) -> Ranges:
     """The range of least ``sum |w - Q(w)|^p`` of each row, never worse than that of all its values."""
-    return _least_error(rows, context.spec, context.p)
+    return _least_error(rows, context.spec, context.clip_parameters["clip_p"])
 
 
 def _least_error(rows: Tensor, spec: QuantSpec, p: float) -> Ranges:

@@ -59,7 +59,7 @@ class LayerQuantizers:
     def _start(self, weight: Tensor) -> QParams:
         settings = self.settings
         plan = WeightPlan(max(settings.bits_weights, 2), settings.mode_weights, settings.per_channel_wts)
-        planned = plan_weight(plan, weight, settings.clip_wts, settings.clip_percentile, settings.clip_p)
+        planned = plan_weight(plan, weight, settings.clip_wts, settings.clip_parameters)
         return planned.qparams(weight)
 
     def output(self) -> ActivationQuantizer | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import MODES

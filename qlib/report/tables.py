@@ -65,8 +65,8 @@ def _activation_bits(settings: LayerSettings) -> str:
 def _clip(settings: LayerSettings, weighted: bool) -> str:
     """How ranges are clipped, that of the weights first where it is not all of theirs."""
     clip = settings.clip_acts
-    if clip == "n_std" and settings.clip_n_stds:
-        clip += f" {settings.clip_n_stds:g}"
+    if clip == "n_std" and "clip_n_stds" in settings.clip_parameters:
+        clip += f" {settings.clip_parameters['clip_n_stds']:g}"
     return f"{settings.clip_wts} / {clip}" if weighted and settings.clip_wts != "none" else clip
 
 

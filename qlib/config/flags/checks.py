@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from qlib.config.flags.correction_checks import check_corrections, correction_warnings
 from qlib.config.flags.run_config import RunConfig, asks_for_something, exports, nothing_to_do, wants_onnx
 from qlib.config.flags.search_checks import check_searches, search_warnings
 from qlib.config.flags.training_checks import training_warnings
+from qlib.config.layers.clips import CLIP_PARAMETERS, WEIGHT_CLIPS
 from qlib.errors import UsageError
 
 __all__ = ["check_combination", "ignored_flags", "startup_warnings"]
@@ -19,9 +22,7 @@ _REPLACED_BY_CONFIG_FILE = (
     "--qe-bits-wts",
     "--qe-bits-accum",
     "--qe-clip-acts",
-    "--qe-clip-n-stds",
-    "--qe-clip-percentile",
-    "--qe-clip-p",
+    *(each.flag for each in CLIP_PARAMETERS.values()),
     "--qe-clip-wts",
     "--qe-scale",
     "--qe-no-clip-layers",
@@ -114,11 +115,7 @@ def startup_warnings(config: RunConfig) -> list[str]:
         found.append(f"--qe-calibration-split is ignored: with {source} no images are read for calibration")
     if "--qe-histograms" in given and source:
         found.append(f"--qe-histograms is ignored: with {source} no statistics are collected")
-    for flag, method in (("--qe-clip-percentile", "percentile"), ("--qe-clip-p", "lp")):
-        if flag in given and not {qe.clip_acts, qe.clip_wts} & {method, "auto"} and qe.config_file is None:
-            found.append(f"{flag} is ignored: neither --qe-clip-acts nor --qe-clip-wts is {method} or auto")
-    if "--qe-clip-n-stds" in given and qe.clip_acts != "n_std" and qe.config_file is None:
-        found.append(f"--qe-clip-n-stds is ignored: --qe-clip-acts is {qe.clip_acts}, not n_std")
+    found += _unread_parameters(config)
     found += correction_warnings(config)
     if "--qe-pytorch-backend" in given:
         found.append("--qe-pytorch-backend is ignored: it chooses how to convert to PyTorch's own quantized modules")
@@ -132,3 +129,15 @@ def startup_warnings(config: RunConfig) -> list[str]:
     if config.cpu and "--gpus" in given:
         found.append("--gpus is ignored: --cpu overrides it")
     return found
+
+
+def _unread_parameters(config: RunConfig) -> Iterator[str]:
+    """A sentence for each parameter of a clip method that is not used."""
+    qe = config.qe
+    for each in CLIP_PARAMETERS.values():
+        if each.flag not in config.given or qe.config_file is not None:
+            continue
+        if each.method in WEIGHT_CLIPS and not {qe.clip_acts, qe.clip_wts} & {each.method, "auto"}:
+            yield f"{each.flag} is ignored: neither --qe-clip-acts nor --qe-clip-wts is {each.method} or auto"
+        if each.method not in WEIGHT_CLIPS and qe.clip_acts != each.method:
+            yield f"{each.flag} is ignored: --qe-clip-acts is {qe.clip_acts}, not {each.method}"

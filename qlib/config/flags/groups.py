@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from qlib.config.layers.clips import CLIP_DEFAULTS, ClipParameters
 
 __all__ = [
     "BEST_BY",
     "BIAS_CORRECTIONS",
-    "CLIP_DEFAULTS",
     "GROUPS",
     "OPTIMIZERS",
     "ROUNDINGS",
@@ -19,14 +20,6 @@ __all__ = [
     "QuantArgs",
     "TrainArgs",
 ]
-
-
-CLIP_DEFAULTS: Mapping[str, float | None] = {"clip_n_stds": None, "clip_percentile": 99.99, "clip_p": 2.0}
-"""Parameter of a clip method, by its key in YAML -> its default."""
-
-
-def _clip_defaults() -> dict[str, float]:
-    return {key: value for key, value in CLIP_DEFAULTS.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class QuantArgs:
     bits_wts: int = 8
     bits_accum: int = 32
     clip_acts: str = "none"
-    clip_parameters: Mapping[str, float] = field(default_factory=_clip_defaults)
+    clip_parameters: ClipParameters = CLIP_DEFAULTS
     clip_wts: str = "none"
     scale: str = "float"
     no_clip_layers: tuple[str, ...] = ()

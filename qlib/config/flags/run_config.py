@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from qlib.config.flags.groups import CLIP_DEFAULTS, GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
+from qlib.config.flags.groups import GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
+from qlib.config.layers.clips import CLIP_PARAMETERS, ClipParameters
 from qlib.errors import ConfigError, UsageError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
 
@@ -109,7 +110,7 @@ def _of_group(group: str, args: Any) -> Mapping[str, object]:
     found: dict[str, object] = {}
     for each in fields(args):
         value = getattr(args, each.name)
-        own = {key: value.get(key) for key in CLIP_DEFAULTS} if each.name == _CLIP else {each.name: value}
+        own = {key: value.get(key) for key in CLIP_PARAMETERS} if each.name == _CLIP else {each.name: value}
         found |= {f"{group}.{key}": item for key, item in own.items()}
     return found
 
@@ -120,9 +121,8 @@ def config_of(settings: Mapping[str, Any]) -> RunConfig:
     for group, kind in GROUPS.items():
         start = f"{group}."
         own = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
-        if clip := {key: own.pop(key) for key in CLIP_DEFAULTS if key in own}:
-            clip = {**CLIP_DEFAULTS, **clip}
-            own[_CLIP] = {key: value for key, value in clip.items() if value is not None}
+        if parameters := {key: own.pop(key) for key in CLIP_PARAMETERS if key in own}:
+            own[_CLIP] = ClipParameters(parameters)
         top[group] = kind(**own)
     return RunConfig(**top)
 

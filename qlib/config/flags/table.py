@@ -24,7 +24,8 @@ from qlib.config.flags.kinds import (
     schedule_file,
     whole,
 )
-from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS, SCALES, WEIGHT_CLIPS
+from qlib.config.layers.clips import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, WEIGHT_CLIPS
+from qlib.config.layers.keys import SCALES
 
 __all__ = ["FLAGS", "GROUPS", "Flag"]
 
@@ -181,18 +182,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--qe-bits-wts --qebw", whole(2, 16, zero="left in float"), "bits of weights, 0 for float"),
         Flag("--qe-bits-accum", whole(2, 32), "bits of the accumulator"),
         Flag("--qe-clip-acts --qeca", choice(CLIP_NAMES), "how the range of activations is clipped"),
-        Flag(
-            "--qe-clip-n-stds", real(lambda number: number > 0, "a number above 0"), "standard deviations kept by n_std"
-        ),
-        Flag(
-            "--qe-clip-percentile",
-            real(lambda number: 50 < number <= 100, "a number above 50 and at most 100", "P"),
-            "percentile of the values kept by percentile",
-        ),
-        Flag(
-            "--qe-clip-p",
-            real(lambda number: 1 <= number <= 4, "a number from 1 to 4", "P"),
-            "power of the error that lp makes least",
+        *(
+            Flag(each.flag, real(each.allows, f"a number {each.allowed}", each.metavar), each.help)
+            for each in CLIP_PARAMETERS.values()
         ),
         Flag("--qe-clip-wts", choice(WEIGHT_CLIPS), "how the ranges of weights are clipped"),
         Flag("--qe-scale", choice(SCALES), "scales are any numbers, or powers of two, so that codes are only shifted"),

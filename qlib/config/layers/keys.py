@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from qlib.config.flags.groups import BIAS_CORRECTIONS, ROUNDINGS
+from qlib.config.layers.clips import CLIP_NAMES, CLIP_PARAMETERS, WEIGHT_CLIPS, ClipParameter
 from qlib.errors import did_you_mean
 from qlib.quant.spec import MODES
 from qlib.yaml_tree import Node
 
 __all__ = [
-    "CLIP_NAMES",
     "CORRECTION_FIELDS",
-    "HISTOGRAM_CLIPS",
     "LAYER_FIELDS",
     "QUANTIZER_FIELDS",
     "SCALES",
-    "WEIGHT_CLIPS",
 ]
 __all__ += ["Field", "NotAllowed", "choice", "flag", "modes", "read_fields", "setting", "unknown_key", "whole"]
-
-HISTOGRAM_CLIPS = ("percentile", "kl", "mse", "lp", "auto")
-"""Those of `CLIP_NAMES` that answer from a histogram."""
-
-CLIP_NAMES = ("none", "avg", "n_std", "gauss", "laplace", *HISTOGRAM_CLIPS)
-"""The names that `clip_acts` takes, those of the registry `qlib.clip.CLIP_METHODS`."""
-
-WEIGHT_CLIPS = ("none", "percentile", "mse", "lp", "auto")
-"""The names that `clip_wts` takes, those of the registry `qlib.ptq.weight_ranges.WEIGHT_METHODS` and `auto`."""
 
 SCALES = ("float", "pow2")
 """What `scale` may be: any number, or powers of two."""
@@ -110,24 +98,16 @@ def flag(node: Node) -> bool:
     return node.value
 
 
-def _positive(node: Node) -> float | None:
-    value = node.value
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
-        raise NotAllowed("a number above 0, or null")
-    return float(value)
+def _clip_parameter(parameter: ClipParameter) -> Callable[[Node], float | None]:
+    """A number that a clip method takes; null means its default."""
+    default = "" if parameter.default is None else f" for {parameter.default:g}"
+    words = f"a number {parameter.allowed.replace(' and at most', ' to')}, or null{default}"
 
-
-def _number(low: float, high: float, default: float, *, above: bool = False) -> Callable[[Node], float]:
-    """A number from `low`, or `above` it, to `high`; null means `default`."""
-    words = f"a number {'above' if above else 'from'} {low:g} to {high:g}, or null for {default:g}"
-
-    def convert(node: Node) -> float:
-        value = default if node.value is None else node.value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise NotAllowed(words)
-        if above and value == low:
+    def convert(node: Node) -> float | None:
+        value = parameter.default if node.value is None else node.value
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not parameter.allows(value):
             raise NotAllowed(words)
         return float(value)
 
@@ -204,8 +184,7 @@ def unknown_key(key: str, allowed: Iterable[str]) -> str:
 _mode = choice(_MODE_NAMES)
 _clip = choice({name: name for name in CLIP_NAMES})
 _clip_wts = choice({name: name for name in WEIGHT_CLIPS})
-_percentile = _number(50, 100, 99.99, above=True)
-_p = _number(1, 4, 2.0)
+_CLIP_PARAMETERS = {key: setting(_clip_parameter(each), key) for key, each in CLIP_PARAMETERS.items()}
 _scale = choice({name: name for name in SCALES})
 _bits = whole(2, 16, null=0, zero=True)
 _BOTH_MODES = setting(_mode, "mode_activations", "mode_weights")
@@ -215,9 +194,7 @@ _INPUT_FIELDS = {
     "bits_activations": setting(_bits, "bits_activations"),
     "mode": setting(_mode, "mode_activations"),
     "clip_acts": setting(_clip, "clip_acts"),
-    "clip_n_stds": setting(_positive, "clip_n_stds"),
-    "clip_percentile": setting(_percentile, "clip_percentile"),
-    "clip_p": setting(_p, "clip_p"),
+    **_CLIP_PARAMETERS,
 }
 _COMMON = {
     "bits_activations": setting(_bits, "bits_activations"),
@@ -225,9 +202,7 @@ _COMMON = {
     "bits_bias": setting(whole(2, 32, null=32), "bits_bias"),
     "mode": Field(modes),
     "clip_acts": setting(_clip, "clip_acts"),
-    "clip_n_stds": setting(_positive, "clip_n_stds"),
-    "clip_percentile": setting(_percentile, "clip_percentile"),
-    "clip_p": setting(_p, "clip_p"),
+    **_CLIP_PARAMETERS,
     "clip_wts": setting(_clip_wts, "clip_wts"),
     "scale": setting(_scale, "scale"),
     "clip_half_range": setting(flag, "clip_half_range"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qlib.config.flags.groups import QuantArgs
+from qlib.config.layers.clips import CLIP_PARAMETERS
 from qlib.config.layers.keys import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_FIELDS, Field, read_fields
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.errors import ConfigError, did_you_mean
@@ -49,7 +50,7 @@ def ptq_config_from_flags(qe: QuantArgs, given: frozenset[str] = frozenset()) ->
         "mode_activations": (qe.mode_acts or qe.mode, "--qe-mode-acts" if qe.mode_acts else "--qe-mode"),
         "mode_weights": (qe.mode_wts or qe.mode, "--qe-mode-wts" if qe.mode_wts else "--qe-mode"),
         "clip_acts": (qe.clip_acts, "--qe-clip-acts"),
-        **{key: (value, f"--qe-{key.replace('_', '-')}") for key, value in qe.clip_parameters.items()},
+        **{key: (value, CLIP_PARAMETERS[key].flag) for key, value in qe.clip_parameters.items()},
         "clip_wts": (qe.clip_wts, "--qe-clip-wts"),
         "scale": (qe.scale, "--qe-scale"),
         "per_channel_wts": (qe.per_channel, "--qe-per-channel"),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlib.config.layers.keys import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.layers.clips import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.errors import ConfigError, did_you_mean
 
@@ -14,7 +14,7 @@ __all__ = ["LayerInfo", "resolve", "wants_histograms"]
 
 _OUTPUT_SETTINGS = (
     *("bits_activations", "mode_activations", "scale"),
-    *("clip_acts", "clip_n_stds", "clip_percentile", "clip_p", "clip_half_range"),
+    *("clip_acts", *CLIP_PARAMETERS, "clip_half_range"),
 )
 _WEIGHT_SETTINGS = ("bits_weights", "per_channel_wts", "clip_wts")
 
@@ -47,7 +47,8 @@ def resolve(
 
     Raises:
         ConfigError: all of: a rule that is no regular expression, matches no layer, or sets weights where there are
-            none; n_std clipping without clip_n_stds; a clip method that needs histograms where ranges are dynamic.
+            none; a clip method without a parameter that it needs, or one that needs histograms where ranges are
+            dynamic.
     """
     absorbed = absorbed or {}
     problems = [f"{rule.where}: {problem}" for rule in config.rules if (problem := pattern_problem(rule.pattern))]
@@ -115,19 +116,19 @@ def _warn_of_shadowed(rules: Sequence[Rule], winners: Mapping[str, Rule | None])
 
 
 def _clip_problems(settings: LayerSettings) -> Iterator[str]:
-    """A sentence for the output and for each input that is clipped by n_std without a width."""
-    if settings.bits_activations and settings.clip_acts == "n_std" and settings.clip_n_stds is None:
-        where = settings.origin_of("clip_acts")
-        yield f"{where}: clip_acts n_std needs clip_n_stds above 0 (--qe-clip-n-stds on the command line)"
-    for index, override in settings.input_overrides.items():
-        clip = override.get("clip_acts", settings.clip_acts)
-        if override.get("clip_acts") and clip == "n_std" and not override.get("clip_n_stds", settings.clip_n_stds):
-            where = settings.origin_of("input_overrides")
-            yield f"{where}: clip_acts n_std of input {index} needs clip_n_stds above 0"
+    """A sentence for each parameter that the clip method of the output, or one that an input has, lacks."""
+    clip = settings.clip_acts
+    for key in settings.clip_parameters.lacks(clip) if settings.bits_activations else ():
+        needed, where = CLIP_PARAMETERS[key], settings.origin_of("clip_acts")
+        yield f"{where}: clip_acts {clip} needs {key} {needed.allowed} ({needed.flag} on the command line)"
+    for index in (index for index, override in settings.input_overrides.items() if "clip_acts" in override):
+        mine, where = settings.of_input(index), settings.origin_of("input_overrides")
+        for key in mine.clip_parameters.lacks(mine.clip_acts):
+            yield f"{where}: clip_acts {mine.clip_acts} of input {index} needs {key} {CLIP_PARAMETERS[key].allowed}"
 
 
 def _histogram_clips(settings: LayerSettings) -> Iterator[tuple[str, str]]:
-    """Each setting that names a clip method which answers from a histogram, and that method."""
+    """Each setting that names a clip method that needs a histogram, and that method."""
     if settings.bits_activations and settings.clip_acts in HISTOGRAM_CLIPS:
         yield "clip_acts", settings.clip_acts
     for override in settings.input_overrides.values():
@@ -145,7 +146,7 @@ def _dynamic_problems(settings: LayerSettings) -> Iterator[str]:
 
 
 def wants_histograms(settings: Mapping[str, LayerSettings]) -> bool:
-    """Whether a clip method of a layer answers from a histogram.
+    """Whether a clip method of a layer needs a histogram.
 
     >>> wants_histograms({"conv1": LayerSettings(clip_acts="kl")}), wants_histograms({"conv1": LayerSettings()})
     (True, False)

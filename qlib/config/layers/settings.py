@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from qlib.config.layers.clips import CLIP_DEFAULTS, CLIP_PARAMETERS, ClipParameters
 from qlib.quant.spec import QuantSpec
 
 __all__ = ["LayerSettings", "PtqConfig", "Rule", "pattern_problem"]
@@ -17,8 +19,8 @@ class LayerSettings:
     """All settings of one layer, each with a value; `origin` tells where a value that is no default was set.
 
     Bits of 0 leave activations or weights in float; `fpq` = 16, 32 or 64 runs the layer in floats of that size.
-    `input_overrides[i]` is either ``{"from_output": True}`` or fields of this class that differ for input i, so that
-    `replace(settings, **input_overrides[i])` are the settings of that input.
+    A setting is a field of this class, or the key of a clip parameter. `input_overrides[i]` is either
+    ``{"from_output": True}`` or the settings that differ for input i.
     """
 
     bits_activations: int = 8
@@ -28,9 +30,7 @@ class LayerSettings:
     mode_activations: str = "sym"
     mode_weights: str = "sym"
     clip_acts: str = "none"
-    clip_n_stds: float | None = None
-    clip_percentile: float = 99.99
-    clip_p: float = 2.0
+    clip_parameters: ClipParameters = CLIP_DEFAULTS
     clip_wts: str = "none"
     scale: str = "float"
     clip_half_range: bool = False
@@ -81,7 +81,7 @@ class LayerSettings:
         (4, 8)
         """
         override = self.input_overrides.get(index, {})
-        return replace(self, **{k: v for k, v in override.items() if k != "from_output"})  # type: ignore[arg-type]
+        return self.with_settings({key: value for key, value in override.items() if key != "from_output"}, {})
 
     def with_settings(self, settings: Mapping[str, object], origin: Mapping[str, str]) -> LayerSettings:
         """These settings with some replaced.
@@ -89,8 +89,13 @@ class LayerSettings:
         >>> changed = LayerSettings().with_settings({"bits_weights": 4}, {"bits_weights": "a.yaml:7"})
         >>> changed.bits_weights, changed.origin_of("bits_weights")
         (4, 'a.yaml:7')
+        >>> LayerSettings().with_settings({"clip_p": 3.0}, {}).clip_parameters["clip_p"]
+        3.0
         """
-        return replace(self, **settings, origin={**self.origin, **origin})  # type: ignore[arg-type]
+        parameters: Any = {key: value for key, value in settings.items() if key in CLIP_PARAMETERS}
+        fields: Any = {key: value for key, value in settings.items() if key not in CLIP_PARAMETERS}
+        clip_parameters = self.clip_parameters | parameters
+        return replace(self, **fields, clip_parameters=clip_parameters, origin={**self.origin, **origin})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from qlib.config.layers.clips import CLIP_PARAMETERS
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 
 __all__ = ["ptq_text"]
@@ -67,7 +68,10 @@ def _entries(settings: LayerSettings, base: LayerSettings, always: tuple[str, ..
         value = getattr(settings, each.name)
         if each.name in ("origin", *once) or (value == getattr(base, each.name) and each.name not in always):
             continue
-        if each.name in _MODES:
+        if each.name == "clip_parameters":
+            now, was = value, base.clip_parameters
+            found |= {key: now.get(key) for key in CLIP_PARAMETERS if now.get(key) != was.get(key)}
+        elif each.name in _MODES:
             found["mode"] = {"activations": settings.mode_activations, "weights": settings.mode_weights}
         elif each.name == "input_overrides":
             found["input_overrides"] = {

@@ -1,0 +1,129 @@
+"""The clip methods, as their files register them: which there are, and which numbers they take. None is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from qlib.registry import registered
+
+__all__ = [
+    "CLIP_DEFAULTS",
+    "CLIP_NAMES",
+    "CLIP_PARAMETERS",
+    "HISTOGRAM_CLIPS",
+    "WEIGHT_CLIPS",
+    "ClipParameter",
+    "ClipParameters",
+]
+
+_METHODS = registered("qlib.clip")
+
+CLIP_NAMES = tuple(_METHODS)
+"""The names that `clip_acts` takes."""
+
+HISTOGRAM_CLIPS = tuple(name for name, facts in _METHODS.items() if facts.get("histogram"))
+"""Those of `CLIP_NAMES` that need a histogram."""
+
+WEIGHT_CLIPS = tuple(name for name, facts in _METHODS.items() if facts.get("weights"))
+"""The names that `clip_wts` takes: those of `CLIP_NAMES` that clip weights too."""
+
+
+@dataclass(frozen=True)
+class ClipParameter:
+    """A number that the clip method `method` takes, `key` in YAML: from `low`, or above it where `open`, to `high`.
+
+    Without a `default` it must be given wherever its method is used. `help` and `metavar` are those of its flag.
+    """
+
+    method: str
+    key: str
+    low: float
+    high: float = math.inf
+    open: bool = False
+    default: float | None = None
+    help: str = ""
+    metavar: str = "F"
+
+    @property
+    def flag(self) -> str:
+        """Its flag: that of `clip_p` is `--qe-clip-p`."""
+        return f"--qe-{self.key.replace('_', '-')}"
+
+    @property
+    def allowed(self) -> str:
+        """The numbers that it may be.
+
+        >>> ClipParameter("n_std", "clip_n_stds", 0, open=True).allowed, ClipParameter("lp", "clip_p", 1, 4).allowed
+        ('above 0', 'from 1 to 4')
+        >>> ClipParameter("percentile", "clip_percentile", 50, 100, open=True).allowed
+        'above 50 and at most 100'
+        """
+        start, end = ("above", " and at most") if self.open else ("from", " to")
+        return f"{start} {self.low:g}" + f"{end} {self.high:g}" * math.isfinite(self.high)
+
+    def allows(self, value: float) -> bool:
+        """Whether a value lies in the bounds; infinity never does."""
+        return (self.low < value if self.open else self.low <= value) and value <= self.high and math.isfinite(value)
+
+
+CLIP_PARAMETERS: Mapping[str, ClipParameter] = {
+    key: ClipParameter(method, key, **bounds)
+    for method, facts in _METHODS.items()
+    for key, bounds in facts.get("parameters", {}).items()
+}
+"""Key in YAML -> the parameter."""
+
+
+class ClipParameters(Mapping[str, float]):
+    """The parameters of all clip methods, by their keys in YAML; immutable.
+
+    Laws: one that is not given, or given as None, has its default; without a default it is absent.
+
+    >>> parameters = ClipParameters({"clip_p": 3.0})
+    >>> parameters["clip_p"], parameters["clip_percentile"], "clip_n_stds" in parameters
+    (3.0, 99.99, False)
+    >>> (parameters | {"clip_p": None}) == ClipParameters()
+    True
+    """
+
+    def __init__(self, given: Mapping[str, float | None] | None = None) -> None:
+        values = {key: parameter.default for key, parameter in CLIP_PARAMETERS.items()}
+        values |= {key: value for key, value in (given or {}).items() if value is not None}
+        self._values = {key: value for key, value in values.items() if value is not None}
+
+    def __getitem__(self, key: str) -> float:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values.items()))
+
+    def __repr__(self) -> str:
+        return f"ClipParameters({self._values})"
+
+    def __or__(self, changes: Mapping[str, float | None]) -> ClipParameters:
+        return ClipParameters({**self._values, **changes})
+
+    def read_by(self, method: str) -> dict[str, float | None]:
+        """Those that a method looks at, None for one that it lacks; `auto` looks at all, and lacks none.
+
+        >>> ClipParameters().read_by("lp"), ClipParameters().read_by("n_std"), ClipParameters().read_by("mse")
+        ({'clip_p': 2.0}, {'clip_n_stds': None}, {})
+        """
+        if method == "auto":
+            return dict(self._values)
+        return {key: self._values.get(key) for key, each in CLIP_PARAMETERS.items() if each.method == method}
+
+    def lacks(self, method: str) -> list[str]:
+        """The parameters that a method cannot do without, and that are not given."""
+        return [key for key, value in self.read_by(method).items() if value is None]
+
+
+CLIP_DEFAULTS = ClipParameters()
