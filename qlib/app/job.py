@@ -76,36 +76,59 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
         CheckpointError: the weights do not fit.
         DataError: the dataset's folder must tell the number of classes, and cannot.
     """
-    weights_file = config.resume_from or config.exp_load_weights_from
+    file = config.resume_from or config.exp_load_weights_from
     if config.exp_load_weights_from is not None:
         checkpoint = _weights_only(config.exp_load_weights_from)
-    arch, saved = config.arch, checkpoint.get("arch")
-    if isinstance(saved, str) and is_wide(saved, arch):
-        arch = saved
-    elif isinstance(saved, str) and "--arch" not in config.given:
-        refuse_python_file(saved, f"checkpoint {str(weights_file)!r}", "-a")
-        arch = saved
-    spec = find_wide_model(arch)
-    dataset_name = config.dataset or spec.dataset
-    num_classes, needs_images = spec.num_classes, not (config.summary or config.check)
-    if dataset_name not in (spec.dataset, "imagefolder"):
-        num_classes = standard_classes(dataset_name)
-    if dataset_name == "imagefolder" and (needs_images or config.data is not None):
-        num_classes = len(open_dataset(dataset_name, config.data, "val", spec.transform, num_classes=None).classes)
-    pretrained = config.pretrained and weights_file is None
-    model = create_model(spec, num_classes=num_classes, pretrained=pretrained)
-    if weights_file is not None:
-        _log.info("=> loading checkpoint %s", weights_file)
-        load_state(model, model_state(checkpoint), f"checkpoint {str(weights_file)!r}")
-    _log.info("=> created a %s%s model with the %s dataset", "pretrained " * pretrained, spec.arch, dataset_name)
-    if needs_images and not (pretrained or weights_file or trains(config)):
+    spec = find_wide_model(_arch(config, checkpoint, file))
+    dataset = config.dataset or spec.dataset
+    classes = _num_classes(config, spec, dataset)
+    model = _load_model(config, spec, classes, checkpoint, file)
+    pretrained = "pretrained " if config.pretrained and file is None else ""
+    _log.info("=> created a %s%s model with the %s dataset", pretrained, spec.arch, dataset)
+    if _runs(config) and not (pretrained or file or trains(config)):
         remedy = "give --pretrained, --resume-from or --exp-load-weights-from for trained ones"
         _log.warning("Warning: the weights are random; %s", remedy)
     _check_weights(model, spec.arch)
-    job = Job(config, run, device, spec, dataset_name, num_classes, model.to(device))
-    if needs_images:
+    job = Job(config, run, device, spec, dataset, classes, model.to(device))
+    if _runs(config):
         _check_output(job)
     return job
+
+
+def _runs(config: RunConfig) -> bool:
+    """Whether the model is to see images, and not only to be shown."""
+    return not (config.summary or config.check)
+
+
+def _arch(config: RunConfig, checkpoint: Mapping[str, Any], file: Path | None) -> str:
+    """The name of the model: that of the checkpoint, unless the user gives one; a widened model is one of its kind."""
+    saved = checkpoint.get("arch")
+    if not isinstance(saved, str):
+        return config.arch
+    if is_wide(saved, config.arch):
+        return saved
+    if "--arch" in config.given:
+        return config.arch
+    refuse_python_file(saved, f"checkpoint {str(file)!r}", "-a")
+    return saved
+
+
+def _num_classes(config: RunConfig, spec: ModelSpec, dataset: str) -> int:
+    """The classes of the dataset; those of a folder of images are its subfolders, which are there if it is used."""
+    if dataset == "imagefolder" and (_runs(config) or config.data is not None):
+        return len(open_dataset(dataset, config.data, "val", spec.transform, num_classes=None).classes)
+    return spec.num_classes if dataset in (spec.dataset, "imagefolder") else standard_classes(dataset)
+
+
+def _load_model(
+    config: RunConfig, spec: ModelSpec, num_classes: int, checkpoint: Mapping[str, Any], file: Path | None
+) -> nn.Module:
+    """The model with the weights of the checkpoint; without a file, published or random ones."""
+    model = create_model(spec, num_classes=num_classes, pretrained=config.pretrained and file is None)
+    if file is not None:
+        _log.info("=> loading checkpoint %s", file)
+        load_state(model, model_state(checkpoint), f"checkpoint {str(file)!r}")
+    return model
 
 
 def _check_weights(model: nn.Module, arch: str) -> None:
