@@ -131,7 +131,7 @@ def layer(work: Quantization, name: str) -> TrainableLayer:
 def steps(work: Quantization, count: int = 3) -> None:
     """A few steps on the images."""
     optimizer = make_optimizer(TrainArgs(lr=0.01), work.weights, work.groups)
-    work.use(optimizer)
+    work.use(optimizer, 1)
     work.on_epoch_begin(0)
     work.module.train()
     for _ in range(count):
@@ -154,7 +154,7 @@ def test_without_quantizers_it_is_the_float_model(make: type[nn.Module]) -> None
 def test_what_trained_is_what_is_deployed(make: type[nn.Module], edges: str) -> None:
     work = quantization(make(), spec(edges=edges))
     steps(work)
-    learned = work.deployed()
+    learned = work.convert()
     assert learned is not None
     with torch.no_grad():
         exact, trained = lower(*learned)(images(64)), work.module(images(64))
@@ -254,7 +254,7 @@ def test_a_layer_puts_what_others_read_too_on_a_grid_of_its_own() -> None:
     rules = {"conv2": {"bits_activations": 3}, "add": {"bits_activations": 6}}
     work = quantization(Residual(), spec(edges="inputs", bits_other_edges=7, rules=rules))
     steps(work)
-    learned = work.deployed()
+    learned = work.convert()
     assert learned is not None
     plan = learned[1].layers
     assert [grid and grid.bits for name in ("conv1", "conv2", "conv3") for grid in plan[name].inputs] == [4, 3, 4]
@@ -311,7 +311,7 @@ def test_frozen_statistics() -> None:
 def test_groups_of_the_optimizer_follow_the_quantizers() -> None:
     work = quantization(Net(), spec(lr_factor=0.1), spec("PACTQuantizer", 1, act_clip_decay=0.01))
     optimizer = make_optimizer(TrainArgs(lr=1.0), work.weights, work.groups)
-    work.use(optimizer)
+    work.use(optimizer, 1)
     assert [len(group["params"]) for group in optimizer.param_groups[1:]] == [0, 0]
     work.on_epoch_begin(0)
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1, 1.0]
@@ -410,7 +410,7 @@ def test_dropout_trains_and_is_not_deployed() -> None:
         assert not torch.equal(work.module(images()), work.module(images()))
         work.module.eval()
         assert torch.equal(work.module(images()), work.module(images()))
-    learned = work.deployed()
+    learned = work.convert()
     assert learned is not None
     graph, plan = learned
     assert not any(isinstance(module, DROPOUTS) for module in graph.modules())

@@ -5,71 +5,28 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlib.app.distill import make_distillation
 from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
-from qlib.app.images import TrainingImages
 from qlib.app.job import Job
+from qlib.app.policies import set_up
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule.read import Schedule, load_schedule
-from qlib.errors import ConfigError, UsageError
-from qlib.graph import LAYOUT, Graph, capture, fold
+from qlib.errors import UsageError
+from qlib.graph import LAYOUT
 from qlib.lower import lower
-from qlib.models import create_model
-from qlib.qat.quantization import Quantization
-from qlib.stats.tensor_stats import ModelStats
-from qlib.surgery.widen import find_wide_model, wide_name
 from qlib.train.best import Score, nonzero, ranked
-from qlib.train.loop import Diverged, Progress, Settings, run_epoch
-from qlib.train.lr.policy import LrPolicy
-from qlib.train.optimizers import make_optimizer
-from qlib.train.policy import Policy
+from qlib.train.loop import Diverged, Progress, Settings, Trainee, run_epoch
 from qlib.train.records import Records
 from qlib.train.state import TrainingState, is_training
 
-__all__ = ["make_quantization", "train"]
+__all__ = ["train"]
 
 _log = logging.getLogger(__name__)
-
-
-def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | None = None) -> Quantization | None:
-    """The quantizers of a schedule over the job's model, whose weights they share; None where it has none.
-
-    Raises ConfigError where their rules do not fit the model.
-    """
-    specs = schedule.of("quantizers")
-    if not specs:
-        return None
-    graph = capture(job.model, job.example, share=True).to(memory_format=LAYOUT)
-
-    def calibrate(folded: Graph, count: int) -> ModelStats:
-        assert images is not None
-        return images.statistics(folded, count)
-
-    quantization = Quantization(graph, fold(job.model, job.example), specs, calibrate)
-    left = _left_out(job.model, quantization.weights)
-    if left:
-        shown = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
-        _log.warning(
-            "Warning: %d parameters stay as they are: the graph that is quantized does not compute with them, or holds"
-            " what follows from them as constants (%s)",
-            len(left),
-            shown,
-        )
-    return quantization
-
-
-def _left_out(model: nn.Module, weights: Iterable[nn.Parameter]) -> list[str]:
-    """The parameters that would train, but whose memory none of the `weights` shares."""
-    trained = {weight.untyped_storage().data_ptr() for weight in weights}
-    parameters = ((name, each) for name, each in model.named_parameters() if each.requires_grad)
-    return [name for name, each in parameters if each.untyped_storage().data_ptr() not in trained]
 
 
 def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
@@ -93,26 +50,14 @@ class _Run:
     """What the epochs of a run have in common."""
 
     def __init__(self, job: Job, schedule: Schedule) -> None:
-        original, job = job, _wide(job, schedule)
-        self.job = job
-        self.args, self.schedule = job.config.train, schedule
-        self.images = TrainingImages.of(job)
-        self.quantization = make_quantization(job, schedule, self.images)
-        self.module: nn.Module = self.quantization.module if self.quantization else job.model
-        self.module.to(memory_format=LAYOUT)
-        weights = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
-        if self.quantization:
-            weights = self.quantization.weights
-        self.optimizer = make_optimizer(self.args, weights, self.quantization.groups if self.quantization else ())
-        if self.quantization:
-            self.quantization.use(self.optimizer)
-        steps = -(-len(self.images.epoch(0).indices) // job.config.batch_size)
-        lr_policies = [LrPolicy(spec, self.optimizer, steps) for spec in schedule.of("lr_schedulers")]
-        distillation = make_distillation(original, self.module, schedule)
-        others = [each for each in (self.quantization, distillation) if each is not None]
-        self.policies: list[Policy] = [*others, *lr_policies]
+        self.args = job.config.train
+        setup = set_up(job, schedule)
+        self.job, self.images, self.convert = setup.job, setup.images, setup.convert
+        self.trainee = Trainee.of(self.args, setup.module, setup.weights, setup.policies)
         self.progress = Progress()
-        self.state = TrainingState(job.model, self.optimizer, self.policies, self.progress, [])
+        self.state = TrainingState(
+            self.job.model, self.trainee.optimizer, self.trainee.policies, self.progress, list[Score]()
+        )
         self.records = Records(job.run.folder)
         self._saved = time.monotonic()
         self._new = self.job.file("checkpoint.new.pth.tar")
@@ -149,23 +94,14 @@ class _Run:
             epoch, start = self.progress.epoch, time.monotonic()
             loader = self.images.epoch(epoch)
             _log.info("Training epoch: %d samples (%d per mini-batch)", len(loader.indices), config.batch_size)
-            self.module.train()
-            for policy in self.policies:
+            self.trainee.model.train()
+            for policy in self.trainee.policies:
                 policy.on_epoch_begin(epoch)
             if not started:  # there must be something to go back to
                 self._save("checkpoint.pth.tar", None)
                 started = True
             try:
-                run_epoch(
-                    self.module,
-                    self.optimizer,
-                    self.policies,
-                    loader,
-                    self.progress,
-                    settings,
-                    self.job.device,
-                    self._after_step,
-                )
+                run_epoch(self.trainee, loader, self.progress, settings, self.job.device, self._after_step)
                 self._finish(epoch, time.monotonic() - start)
             except Diverged as problem:
                 self._new.unlink(missing_ok=True)
@@ -195,7 +131,7 @@ class _Run:
         """Validation, the policies' end of the epoch, and the checkpoints. Raises Diverged where nothing is left."""
         self._new.unlink(missing_ok=True)
         self._check_weights(f"epoch {epoch}")
-        lr, means = self.optimizer.param_groups[0]["lr"], self.progress.running.means
+        lr, means = self.trainee.lr, self.progress.running.means
         model, quantized = self._evaluated()
         _log.info("--- validate (epoch=%d)-----------", epoch)
         (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
@@ -203,7 +139,7 @@ class _Run:
         if not math.isfinite(result.loss):
             raise Diverged(f"the validation loss is {result.loss} after epoch {epoch}")
         metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
-        for policy in self.policies:
+        for policy in self.trainee.policies:
             policy.on_epoch_end(epoch, metrics)
         left, sparsity = nonzero(self.job.model)
         score = Score(epoch, result.top1, result.top5, result.loss, sparsity, left)
@@ -221,9 +157,9 @@ class _Run:
 
     def _evaluated(self) -> tuple[nn.Module, dict[str, Any] | None]:
         """The model as it would be deployed, and its checkpoint if it is in integers."""
-        learned = self.quantization.deployed() if self.quantization else None
+        learned = self.convert()
         if learned is None:
-            return self.module.eval(), None
+            return self.trainee.model.eval(), None
         graph, plan = learned
         lowered = lower(graph.eval(), plan).to(self.job.device)
         header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
@@ -244,7 +180,7 @@ class _Run:
         """The last epoch's model on the test images."""
         model, quantized = self._evaluated()
         _log.info("--- test ---------------------")
-        models = [model, *([self.module.eval()] if quantized is not None else [])]
+        models = [model, *([self.trainee.model.eval()] if quantized is not None else [])]
         result, *others = measure(self.job, self.images.test, "Test", *map(_laid_out, models))
         tell_result(result)
         for other in others:
@@ -252,23 +188,6 @@ class _Run:
         tell_interval(result)
         if self.job.config.confusion:
             tell_confusion(result)
-
-
-def _wide(job: Job, schedule: Schedule) -> Job:
-    """The job with the model that a quantizer's `widen` asks for, which begins with fresh weights."""
-    factors = {spec.component.settings.get("widen") for spec in schedule.of("quantizers")} - {None, 1}
-    if len(factors) > 1:
-        where = schedule.of("quantizers")[0].component.where
-        raise ConfigError(f"{where}: quantizers want models widened by {factors}; give them the same `widen`")
-    if not factors or ".wide" in job.spec.arch:
-        return job
-    (factor,) = factors
-    assert isinstance(factor, int)
-    spec = find_wide_model(wide_name(job.spec.arch, factor))
-    torch.manual_seed(job.config.seed)
-    model = create_model(spec, num_classes=job.num_classes).to(job.device)
-    _log.info("=> widened the model by %d: a %s model with random weights", factor, spec.arch)
-    return replace(job, spec=spec, model=model)
 
 
 def _laid_out(model: nn.Module) -> Any:

@@ -31,7 +31,7 @@ from qlib.qat.layer_quantizers import LayerQuantizers
 from qlib.quant.plan import LayerPlan, Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
 from qlib.stats.tensor_stats import ModelStats
-from qlib.train.optimizers import Group
+from qlib.train.optimizers import ParameterGroup
 from qlib.train.policy import Batch, Losses, Policy
 
 __all__ = ["Calibrate", "Quantization"]
@@ -57,6 +57,7 @@ class Quantization(Policy):
         self._claims = make_claims(specs, folded)
         self._owners: dict[str, Claim | None] = dict.fromkeys((name for name, _ in trainable_layers(self.module)), None)
         self._optimizer: Optimizer | None = None
+        self._first_group = 1
         self._epoch = -1
         self._drift, self._warned = StepDrift(), False
         self.plan: Plan | None = None
@@ -67,20 +68,19 @@ class Quantization(Policy):
         return [parameter for parameter in parameters_of(self.graph) if parameter.requires_grad]
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[ParameterGroup]:
         """What the optimizer must know of the parameters of each quantizer."""
-        return [Group(claim.common.lr_factor, claim.method.weight_decay) for claim in self._claims]
+        return [ParameterGroup(claim.common.lr_factor, claim.method.weight_decay) for claim in self._claims]
 
     @property
     def settings(self) -> list[tuple[PolicySpec, dict[str, LayerSettings]]]:
         """Each quantizer with its settings of each layer."""
         return [(claim.spec, claim.settings) for claim in self._claims]
 
-    def use(self, optimizer: Optimizer) -> None:
-        """The optimizer, made with `groups` behind the group of the weights, into which parameters are put."""
-        self._optimizer = optimizer
+    def use(self, optimizer: Optimizer, first: int) -> None:
+        self._optimizer, self._first_group = optimizer, first
 
-    def deployed(self) -> tuple[Graph, Plan] | None:
+    def convert(self) -> tuple[Graph, Plan] | None:
         """The folded graph and the plan of what has been learned; None while all is in float."""
         return None if self.plan is None else deployed(self.graph, self.module, self.plan)
 
@@ -160,7 +160,7 @@ class Quantization(Policy):
             return
         for claim in self._claims:
             mine = [p for layer in self._layers_of(claim) for part in _parts(layer).values() for p in part.parameters()]
-            group = self._optimizer.param_groups[1 + claim.index]
+            group = self._optimizer.param_groups[self._first_group + claim.index]
             kept = set(mine)
             for parameter in group["params"]:
                 if parameter not in kept:

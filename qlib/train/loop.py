@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qlib.config.flags.groups import TrainArgs
 from qlib.data import Loader
 from qlib.progress import track
+from qlib.train.optimizers import make_optimizer
 from qlib.train.policy import Batch, Losses, Policy
 
-__all__ = ["Diverged", "Progress", "Running", "Settings", "run_epoch"]
+__all__ = ["Diverged", "Progress", "Running", "Settings", "Trainee", "run_epoch"]
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a step needs to know besides the model."""
+    """How a step is taken: what it depends on besides the trainee and the images."""
 
     batch_size: int
     seed: int
@@ -77,10 +79,34 @@ class Settings:
     amp: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Trainee:
+    """What trains: the model that is called, the optimizer of its parameters, and the policies that act on both."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    policies: Sequence[Policy]
+
+    @classmethod
+    def of(
+        cls, args: TrainArgs, model: nn.Module, weights: Sequence[nn.Parameter], policies: Sequence[Policy]
+    ) -> Trainee:
+        """With the optimizer of the flags: group 0 holds the `weights`, behind it are the groups of the policies."""
+        optimizer = make_optimizer(args, weights, [group for policy in policies for group in policy.groups])
+        first = 1
+        for policy in policies:
+            policy.use(optimizer, first)
+            first += len(policy.groups)
+        return cls(model, optimizer, policies)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the weights."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+
 def run_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    policies: Sequence[Policy],
+    trainee: Trainee,
     loader: Loader,
     progress: Progress,
     settings: Settings,
@@ -90,17 +116,16 @@ def run_epoch(
     """The steps of the epoch that `progress` tells, from the one it stands at on.
 
     Law: what a step does depends on the weights, the optimizer, the policies and (seed, epoch, step), and on nothing
-    that was computed before: a run that is resumed at a step goes on as if it had not been broken.
+    that was computed before: a run that is resumed at a step goes on as if it had not been interrupted.
 
     Raises Diverged when the loss is NaN or infinite; the weights are then those of the step before.
     """
-    steps = -(-len(loader.indices) // settings.batch_size)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp)
     done, start = progress.steps, time.monotonic()
 
     def fields() -> Mapping[str, float]:
         elapsed = (time.monotonic() - start) / max(progress.steps - done, 1)
-        return {**progress.running.means, "LR": optimizer.param_groups[0]["lr"], "Time": elapsed}
+        return {**progress.running.means, "LR": trainee.lr, "Time": elapsed}
 
     batches = track(
         _batches(loader, progress, settings, device),
@@ -114,32 +139,45 @@ def run_epoch(
     )
     for batch in batches:
         torch.manual_seed(_mixed(settings.seed, batch.epoch, batch.step))
-        for policy in policies:
-            policy.on_minibatch_begin(batch)
-        with torch.autocast(device.type, enabled=settings.amp):
-            logits = model(batch.images)
-            objective = F.cross_entropy(logits.float(), batch.labels, label_smoothing=settings.label_smoothing)
-            losses = Losses(objective, objective)
-            for policy in policies:
-                losses = policy.before_backward(batch, logits, losses)
-        progress.running.add(losses, logits, batch.labels)
+        losses = _forward(trainee, batch, settings, progress.running)
         if not math.isfinite(progress.running.sums["Overall Loss"]):
+            steps = -(-len(loader.indices) // settings.batch_size)
             raise Diverged(
                 f"the loss is {losses.overall.item()} in epoch {batch.epoch}, step {batch.step + 1} of {steps}"
             )
-        optimizer.zero_grad()
-        scaler.scale(losses.overall).backward()  # type: ignore[no-untyped-call]
-        scaler.unscale_(optimizer)
-        if settings.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(_parameters(optimizer), settings.grad_clip)
-        for policy in policies:
-            policy.before_optimizer_step()
-        scaler.step(optimizer)
-        scaler.update()
-        for policy in policies:
+        _backward(trainee, losses, settings, scaler)
+        for policy in trainee.policies:
             policy.on_minibatch_end(batch)
         progress.steps = batch.step + 1
         after_step()
+
+
+def _forward(trainee: Trainee, batch: Batch, settings: Settings, running: Running) -> Losses:
+    """What is to be minimized on a batch, which is added to the sums."""
+    for policy in trainee.policies:
+        policy.on_minibatch_begin(batch)
+    with torch.autocast(batch.images.device.type, enabled=settings.amp):
+        logits = trainee.model(batch.images)
+        objective = F.cross_entropy(logits.float(), batch.labels, label_smoothing=settings.label_smoothing)
+        losses = Losses(objective, objective)
+        for policy in trainee.policies:
+            losses = policy.before_backward(batch, logits, losses)
+    running.add(losses, logits, batch.labels)
+    return losses
+
+
+def _backward(trainee: Trainee, losses: Losses, settings: Settings, scaler: torch.amp.GradScaler) -> None:
+    """Gradients, and a step of the optimizer against them."""
+    optimizer = trainee.optimizer
+    optimizer.zero_grad()
+    scaler.scale(losses.overall).backward()  # type: ignore[no-untyped-call]
+    scaler.unscale_(optimizer)
+    if settings.grad_clip is not None:
+        torch.nn.utils.clip_grad_norm_(_parameters(optimizer), settings.grad_clip)
+    for policy in trainee.policies:
+        policy.before_optimizer_step()
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def _batches(loader: Loader, progress: Progress, settings: Settings, device: torch.device) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Optimizers by name, with one group of parameters for the weights and one for each quantizer."""
+"""Optimizers by name, with one group of parameters for the weights and others for what policies learn."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from torch.optim import Optimizer
 
 from qlib.config.flags.groups import TrainArgs
 
-__all__ = ["Group", "make_optimizer"]
+__all__ = ["ParameterGroup", "make_optimizer"]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Parameters of a quantizer: their learning rate relative to that of the weights, and their weight decay."""
+class ParameterGroup:
+    """Parameters besides the weights: their learning rate relative to that of the weights, and their weight decay."""
 
     lr_factor: float = 1.0
     weight_decay: float = 0.0
 
 
-def make_optimizer(args: TrainArgs, weights: Sequence[nn.Parameter], groups: Sequence[Group] = ()) -> Optimizer:
+def make_optimizer(
+    args: TrainArgs, weights: Sequence[nn.Parameter], groups: Sequence[ParameterGroup] = ()
+) -> Optimizer:
     """The optimizer of the flags. Group 0 holds the `weights`; the others begin empty.
 
-    >>> optimizer = make_optimizer(TrainArgs(lr=0.5), [nn.Parameter(torch.zeros(2))], [Group(lr_factor=0.1)])
+    >>> optimizer = make_optimizer(TrainArgs(lr=0.5), [nn.Parameter(torch.zeros(2))], [ParameterGroup(lr_factor=0.1)])
     >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     [(1, 0.5, 0.0001), (0, 0.05, 0.0)]
     """

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
+
+from qlib.train.optimizers import ParameterGroup
 
 __all__ = ["Batch", "Losses", "Policy"]
 
@@ -50,6 +53,14 @@ class Policy:
     Law: `state_dict`, loaded into a policy made of the same schedule, makes it go on in the same way.
     """
 
+    @property
+    def groups(self) -> Sequence[ParameterGroup]:
+        """The groups of parameters that it needs of the optimizer, which begin empty."""
+        return ()
+
+    def use(self, optimizer: Optimizer, first: int) -> None:
+        """Once, before training: the optimizer, in which its groups have the indices from `first` on."""
+
     def on_epoch_begin(self, epoch: int) -> None:
         """Before the first batch of an epoch; a resumed run comes here again only for epochs that it begins."""
 
@@ -57,7 +68,7 @@ class Policy:
         """Before the forward pass."""
 
     def before_backward(self, batch: Batch, logits: Tensor, losses: Losses) -> Losses:
-        """After the forward pass; answers what to minimize."""
+        """After the forward pass; returns what to minimize."""
         return losses
 
     def before_optimizer_step(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from qlib.config.schedule.read import PolicySpec
-from qlib.train.lr.schedulers import counts_steps, make_lr_scheduler
+from qlib.train.lr.schedulers import LrScheduler, counts_steps, make_lr_scheduler
 from qlib.train.policy import Batch, Policy
 
 __all__ = ["LrPolicy"]
@@ -17,9 +17,13 @@ __all__ = ["LrPolicy"]
 class LrPolicy(Policy):
     """Steps a learning-rate scheduler while its policy is active."""
 
-    def __init__(self, spec: PolicySpec, optimizer: Optimizer, steps_per_epoch: int) -> None:
+    _scheduler: LrScheduler
+
+    def __init__(self, spec: PolicySpec, steps_per_epoch: int) -> None:
         self._spec, self._steps_per_epoch = spec, steps_per_epoch
-        self._scheduler = make_lr_scheduler(spec.component, optimizer, steps_per_epoch=steps_per_epoch)
+
+    def use(self, optimizer: Optimizer, first: int) -> None:
+        self._scheduler = make_lr_scheduler(self._spec.component, optimizer, steps_per_epoch=self._steps_per_epoch)
 
     def on_minibatch_end(self, batch: Batch) -> None:
         if counts_steps(self._spec) and self._spec.active(batch.epoch):

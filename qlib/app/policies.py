@@ -1,0 +1,144 @@
+"""What trains in a run: the module, its weights, and the policies that the sections of a schedule ask for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from qlib.app.distill import make_distillation
+from qlib.app.images import TrainingImages
+from qlib.app.job import Job
+from qlib.config.schedule.read import Schedule
+from qlib.errors import ConfigError
+from qlib.graph import LAYOUT, Graph, capture, fold
+from qlib.models import create_model
+from qlib.qat.quantization import Quantization
+from qlib.quant.plan import Plan
+from qlib.registry import Registry
+from qlib.stats.tensor_stats import ModelStats
+from qlib.surgery.widen import find_wide_model, wide_name
+from qlib.train.lr.policy import LrPolicy
+from qlib.train.policy import Policy
+
+__all__ = ["SECTIONS", "Setup", "make_quantization", "set_up"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A run of training before it begins: `module` is what is called, `weights` are what the optimizer's rate is for.
+
+    `job` has the model whose weights these are; `original` is the job as it was loaded, before it was widened.
+    `convert` gives the folded graph and the plan of what has been learned, None while all is in float.
+    """
+
+    job: Job
+    original: Job
+    schedule: Schedule
+    images: TrainingImages
+    module: nn.Module
+    weights: Sequence[nn.Parameter]
+    policies: tuple[Policy, ...] = ()
+    convert: Callable[[], tuple[Graph, Plan] | None] = lambda: None
+
+    def plus(self, *policies: Policy | None) -> Setup:
+        """With more policies, which act after those that are there; None stands for none."""
+        return replace(self, policies=(*self.policies, *(policy for policy in policies if policy is not None)))
+
+
+SECTIONS: Registry[Callable[[Setup], Setup]] = Registry("section of a schedule")
+"""Section -> what adds its policies. In this order they act, and stand in checkpoints."""
+
+
+def set_up(job: Job, schedule: Schedule) -> Setup:
+    """The run that the flags and the schedule ask for.
+
+    Raises UsageError, ConfigError and ModelError for what does not fit the model or contradicts itself.
+    """
+    wide = _widened(job, schedule)
+    module = wide.model.to(memory_format=LAYOUT)
+    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights)
+    for section in SECTIONS:
+        setup = SECTIONS[section](setup)
+    return setup
+
+
+@SECTIONS.register("quantizers")
+def _quantizers(setup: Setup) -> Setup:
+    quantization = make_quantization(setup.job, setup.schedule, setup.images)
+    if quantization is None:
+        return setup
+    return replace(
+        setup.plus(quantization),
+        module=quantization.module,
+        weights=quantization.weights,
+        convert=quantization.convert,
+    )
+
+
+@SECTIONS.register("extensions")
+def _extensions(setup: Setup) -> Setup:
+    return setup.plus(make_distillation(setup.original, setup.module, setup.schedule))
+
+
+@SECTIONS.register("lr_schedulers")
+def _lr_schedulers(setup: Setup) -> Setup:
+    steps = -(-len(setup.images.epoch(0).indices) // setup.job.config.batch_size)
+    return setup.plus(*(LrPolicy(spec, steps) for spec in setup.schedule.of("lr_schedulers")))
+
+
+def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | None = None) -> Quantization | None:
+    """The quantizers of a schedule over the job's model, whose weights they share; None where it has none.
+
+    Raises ConfigError where their rules do not fit the model.
+    """
+    specs = schedule.of("quantizers")
+    if not specs:
+        return None
+    graph = capture(job.model, job.example, share=True).to(memory_format=LAYOUT)
+
+    def calibrate(folded: Graph, count: int) -> ModelStats:
+        assert images is not None
+        return images.statistics(folded, count)
+
+    quantization = Quantization(graph, fold(job.model, job.example), specs, calibrate)
+    left = _left_out(job.model, quantization.weights)
+    if left:
+        shown = ", ".join(left[:3]) + ", ..." * (len(left) > 3)
+        _log.warning(
+            "Warning: %d parameters stay as they are: the graph that is quantized does not compute with them, or holds"
+            " what follows from them as constants (%s)",
+            len(left),
+            shown,
+        )
+    return quantization
+
+
+def _left_out(model: nn.Module, weights: Iterable[nn.Parameter]) -> list[str]:
+    """The parameters that would train, but whose memory none of the `weights` shares."""
+    trained = {weight.untyped_storage().data_ptr() for weight in weights}
+    parameters = ((name, each) for name, each in model.named_parameters() if each.requires_grad)
+    return [name for name, each in parameters if each.untyped_storage().data_ptr() not in trained]
+
+
+def _widened(job: Job, schedule: Schedule) -> Job:
+    """The job with the model that a quantizer's `widen` asks for, which begins with fresh weights."""
+    factors = {spec.component.settings.get("widen") for spec in schedule.of("quantizers")} - {None, 1}
+    if len(factors) > 1:
+        where = schedule.of("quantizers")[0].component.where
+        raise ConfigError(f"{where}: quantizers want models widened by {factors}; give them the same `widen`")
+    if not factors or ".wide" in job.spec.arch:
+        return job
+    (factor,) = factors
+    assert isinstance(factor, int)
+    spec = find_wide_model(wide_name(job.spec.arch, factor))
+    torch.manual_seed(job.config.seed)
+    model = create_model(spec, num_classes=job.num_classes).to(job.device)
+    _log.info("=> widened the model by %d: a %s model with random weights", factor, spec.arch)
+    return replace(job, spec=spec, model=model)
