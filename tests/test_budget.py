@@ -110,8 +110,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bits_of(run: Run) -> tuple[dict[str, int], dict[str, int]]:
     """Weight and activation bits of the plan of a run."""
     plan = read_plan(run.folder / "layer_quant_params.yaml")
-    weights = {name: layer.weight.bits for name, layer in plan.layers.items() if layer.weight is not None}
-    return weights, {name: layer.output.bits for name, layer in plan.layers.items() if layer.output is not None}
+    weights = {name: layer.weight.spec.bits for name, layer in plan.layers.items() if layer.weight is not None}
+    return weights, {name: layer.output.spec.bits for name, layer in plan.layers.items() if layer.output is not None}
 
 
 def test_mixed_precision_beats_uniform_at_its_size(folder: Path) -> None:

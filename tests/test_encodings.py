@@ -111,7 +111,7 @@ def test_of_two_grids_of_one_tensor_the_finer_one_is_written() -> None:
     in_float = LayerSettings(bits_activations=None, bits_weights=None)
     finer = LayerSettings(mode_activations="asym_u", bits_activations=6)
     encodings = build(**{"stem.0": in_float, "branch": finer}).collect()
-    assert encodings.activations["relu"].bits == 8  # the addition's, not the 6 of the branch
+    assert encodings.activations["relu"].spec.bits == 8  # the addition's, not the 6 of the branch
 
 
 def test_weights_are_those_of_the_lowered_model(built: Built) -> None:
@@ -122,7 +122,7 @@ def test_weights_are_those_of_the_lowered_model(built: Built) -> None:
     assert parameters["up.weight"].scale.shape == (2,)  # one for each output channel, also of a transposed layer
 
 
-GRID = TensorPlan(8, "asym_u", min=-1.0, max=3.0)
+GRID = TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-1.0, max=3.0)
 
 
 def test_ort_text() -> None:
@@ -142,7 +142,7 @@ def test_ort_text() -> None:
     ids=["max", "min", "all zero"],
 )
 def test_tensorrt_text(low: float, high: float, scale: float) -> None:
-    grid = TensorPlan(16, "asym_s", min=low, max=high)
+    grid = TensorPlan(QuantSpec.of_mode("asym_s", 16), min=low, max=high)
     header, line, end = ENCODINGS["tensorrt"].text(Encodings({"layer1.0.conv": grid})).split("\n")
     assert (header, end) == ("TRT-8601-EntropyCalibration2", "")
     name, digits = line.split(": ")
@@ -163,7 +163,7 @@ def test_tensorrt_text(low: float, high: float, scale: float) -> None:
     ids=["asym_u", "asym_s", "sym", "sym_restr", "4 bits", "16 bits"],
 )
 def test_aimet_grid(bits: int, mode: str, low: float, high: float, scale: float, offset: int, symmetric: str) -> None:
-    text = ENCODINGS["aimet"].text(Encodings({"conv": TensorPlan(bits, mode, min=low, max=high)}))
+    text = ENCODINGS["aimet"].text(Encodings({"conv": TensorPlan(QuantSpec.of_mode(mode, bits), min=low, max=high)}))
     content = json.loads(text)
     assert content["version"] == "0.6.1"
     (found,) = content["activation_encodings"]["conv"]

@@ -25,6 +25,7 @@ from qlib.graph import capture
 from qlib.lower import exact_arithmetic
 from qlib.lower.qdq import lower_qdq
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quant.spec import QuantSpec
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -307,8 +308,8 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
 def layer(weight: int = 0, output: int = 8, **more: Any) -> LayerPlan:
     return LayerPlan(
         "conv",
-        weight=WeightPlan(weight, "sym") if weight else None,
-        output=TensorPlan(output, "sym", min=-1.0, max=1.0) if output else None,
+        weight=WeightPlan(QuantSpec.of_mode("sym", weight)) if weight else None,
+        output=TensorPlan(QuantSpec.of_mode("sym", output), min=-1.0, max=1.0) if output else None,
         **more,
     )
 
@@ -320,7 +321,11 @@ OPSETS: dict[str, tuple[Plan | None, int | None, int | str]] = {
     "8 bits, asked for": (Plan({"a": layer(8)}), 23, 23),
     "4-bit weights": (Plan({"a": layer(4)}), None, 20),
     "wide output": (Plan({"a": layer(8), "b": layer(8, 9)}), None, 21),
-    "wide input": (Plan({"a": LayerPlan("add", inputs=(None, TensorPlan(16, "sym", min=0.0, max=1.0)))}), None, 21),
+    "wide input": (
+        Plan({"a": LayerPlan("add", inputs=(None, TensorPlan(QuantSpec.of_mode("sym", 16), min=0.0, max=1.0)))}),
+        None,
+        21,
+    ),
     "wide, asked for": (Plan({"a": layer(8, 16)}), 22, 22),
     "too old": (
         Plan({"a": layer(8), "b": layer(8, 12)}),

@@ -24,6 +24,7 @@ from qlib.lower import lower
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.affine import dequantize, quantize
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quant.spec import QuantSpec
 from qlib.search.lapq import search_ranges
 from qlib.search.least_error import least_error, mean_error
 from qlib.search.objective import Objective
@@ -103,14 +104,14 @@ def test_a_replayed_plan_computes_what_the_exact_lowering_does(per_channel: bool
 def test_rounding_is_quantizing_and_back(mode: str, bits: int, low: float, high: float) -> None:
     from qlib.lower.base import Edge
 
-    params = TensorPlan(bits, mode, min=low, max=high).qparams()
+    params = TensorPlan(QuantSpec.of_mode(mode, bits), min=low, max=high).qparams()
     x = torch.linspace(-4, 4, 101)
     assert torch.equal(rounded(x, Edge.of(params)), dequantize(quantize(x, params), params))
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3), nn.Linear(5, 3), nn.ConvTranspose2d(4, 6, 3, groups=2)])
 def test_a_weight_keeps_its_layout(module: nn.Module) -> None:
-    found = rounded_weight(module, WeightPlan(8, "sym_restr", per_channel=True))
+    found = rounded_weight(module, WeightPlan(QuantSpec.of_mode("sym_restr", 8, 0)))
     assert isinstance(module.weight, Tensor)
     weight = module.weight.detach()
     assert found.shape == weight.shape
@@ -140,7 +141,7 @@ def test_coordinates_are_in_execution_order_and_shared_grids_move_together() -> 
 
 
 def test_softmax_and_exact_weights_stay() -> None:
-    layer = LayerPlan("softmax", output=TensorPlan(8, "asym_u", min=0.0, max=255 / 256))
+    layer = LayerPlan("softmax", output=TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=255 / 256))
     graph = capture(nn.Sequential(nn.Softmax(-1)), torch.zeros(2, 5))
     assert coordinates_of(graph, Plan({"0": layer}), both_ends=True) == []
 

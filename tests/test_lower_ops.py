@@ -16,6 +16,7 @@ from qlib.graph.ops import Add, Concat, GlobalAvgPool, MatMul, Mul
 from qlib.lower.ops import LOWERINGS, Edge, Site
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.quant.plan import LayerPlan, WeightPlan
+from qlib.quant.spec import QuantSpec
 
 TIES = [
     (2**-4, 2**-4, 2**-3),
@@ -233,7 +234,7 @@ def test_softmax_by_hand() -> None:
 def test_embedding(mode: str, bits: int) -> None:
     torch.manual_seed(0)
     module = nn.Embedding(20, 6)
-    plan = LayerPlan("embedding", weight=WeightPlan(bits, mode))
+    plan = LayerPlan("embedding", weight=WeightPlan(QuantSpec.of_mode(mode, bits)))
     lowered, edge = LOWERINGS["embedding"](Site(module, plan, (None,), None))
     assert edge is None
     scale, zero, codes = oracle.weight_grid(module.weight.detach().numpy(), mode, bits, False)

@@ -16,6 +16,7 @@ from qlib.lower.ops import LOWERINGS, Edge, Site
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.quant.affine import dequantize
 from qlib.quant.plan import LayerPlan, WeightPlan
+from qlib.quant.spec import QuantSpec
 
 MODES = ("sym", "sym_restr", "asym_s", "asym_u")
 TIE_SCALES = [(2**-4, 2**-5, 1 / 8), (2**-6, 2**-3, 5 / 32), (3 * 2**-6, 2**-4, 3 / 16), (0.013, 2**-7, 3 / 16)]
@@ -89,7 +90,7 @@ def expected(module: nn.Module, plan: LayerPlan, q: Ints, x: Codes, y: Codes, to
     assert isinstance(weight, Tensor)
     assert grid is not None
     values = out_first(module, weight.detach().numpy())
-    scale, zero, codes = oracle.weight_grid(values, grid.mode, grid.bits, grid.per_channel)
+    scale, zero, codes = oracle.weight_grid(values, grid.spec.mode, grid.spec.bits, grid.per_channel)
     centered = codes - zero
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         centered = np.concatenate([part.swapaxes(0, 1) for part in np.split(centered, module.groups)])
@@ -99,7 +100,7 @@ def expected(module: nn.Module, plan: LayerPlan, q: Ints, x: Codes, y: Codes, to
         bias = np.rint(module.bias.detach().numpy() / (x.scale * scale)).astype(np.int64)
         limit = 2 ** (plan.bits_bias - 1)
         acc = acc + np.clip(bias, -limit, limit - 1).reshape(column)
-    in_float = max(x.bits, grid.bits, y.bits) > 8 and plan.bits_accum == 32
+    in_float = max(x.bits, grid.spec.bits, y.bits) > 8 and plan.bits_accum == 32
     limit = 2 ** (62 if in_float else plan.bits_accum - 1)
     factor = (x.scale * scale) / y.scale
     if plan.scale_approx_bits is not None:
@@ -140,7 +141,7 @@ def test_codes_on_ties(name: str, mode: str, per_channel: bool) -> None:
     rng = np.random.default_rng(0)
     for index, (sx, sw, factor) in enumerate(TIE_SCALES):
         set_weight(module, mode, 8, sw, rng)
-        plan = LayerPlan("conv", weight=WeightPlan(8, mode, per_channel))
+        plan = LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode(mode, 8, 0 if per_channel else None)))
         x, y = Codes.of("asym_u", 8, sx, 2 * index + 1), Codes.of("asym_u", 8, sx * sw / factor, 101 + index)
         check(module, plan, small_codes(x, rng, shape), x, y, top=[None, np.inf, 6.0, None][index])
 
@@ -155,7 +156,7 @@ def test_bits_and_modes_with_random_scales(bits: tuple[int, int], act: str) -> N
         set_weight(module, mode, narrow, float(rng.uniform(1e-3, 0.1)), rng)
         x = Codes.of(act, wide, rng.uniform(0.01, 1), int(rng.integers(0, 2**wide)))
         y = Codes.of(act, wide, float(x.scale) * 2**narrow * 0.05, int(rng.integers(0, 2**wide)))
-        plan = LayerPlan("conv", weight=WeightPlan(narrow, mode, seed % 2 == 0))
+        plan = LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode(mode, narrow, 0 if seed % 2 == 0 else None)))
         check(module, plan, x.random(rng, *shape), x, y)
 
 
@@ -191,7 +192,7 @@ def test_large_sums_stay_exact(features: int, bits: tuple[int, int], path: str) 
         x = Codes.of("asym_u", bits[0], 2**-4, 3)
         q = np.minimum(x.random(rng, *shape) + x.high // 3, x.high)  # one-sided: sums grow
         y = Codes.of("asym_u", 8, 2 ** (bits[0] + bits[1] - 18) * features, 129)
-        lowered = check(module, LayerPlan("conv", weight=WeightPlan(bits[1], "asym_s", True)), q, x, y)
+        lowered = check(module, LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("asym_s", bits[1], 0))), q, x, y)
         parts = (
             "float64" if lowered.parts is None else ["float32", "two parts", "more parts"][min(len(lowered.parts), 2)]
         )
@@ -207,7 +208,7 @@ def test_accumulator_saturates(accum: int) -> None:
     module = nn.Linear(512, 32)
     set_weight(module, "sym", 8, 2**-5, rng)
     x, y = Codes.of("sym", 8, 2**-4), Codes.of("sym", 16, 2**-7)
-    plan = LayerPlan("linear", weight=WeightPlan(8, "sym"), bits_accum=accum)
+    plan = LayerPlan("linear", weight=WeightPlan(QuantSpec.of_mode("sym", 8)), bits_accum=accum)
     check(module, plan, x.random(rng, 20, 512), x, y)
 
 
@@ -218,7 +219,9 @@ def test_an_accumulator_of_16_and_32_bits_differ() -> None:
     x, y = Codes.of("sym", 8, 2**-4), Codes.of("sym", 16, 2**-7)
     q = x.random(rng, 20, 512)
     outs = [
-        lower(module, LayerPlan("linear", weight=WeightPlan(8, "sym"), bits_accum=bits), x, y)(x.centered(q))
+        lower(module, LayerPlan("linear", weight=WeightPlan(QuantSpec.of_mode("sym", 8)), bits_accum=bits), x, y)(
+            x.centered(q)
+        )
         for bits in (16, 32)
     ]
     assert not torch.equal(*outs)
@@ -230,7 +233,7 @@ def test_approximated_factors(bits: int) -> None:
     module, shape = LAYERS["conv2d"]
     set_weight(module, "sym", 8, 0.013, rng)
     x, y = Codes.of("asym_u", 8, 0.02, 5), Codes.of("asym_u", 8, 0.9, 131)
-    plan = LayerPlan("conv", weight=WeightPlan(8, "sym", True), scale_approx_bits=bits)
+    plan = LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("sym", 8, 0)), scale_approx_bits=bits)
     check(module, plan, x.random(rng, *shape), x, y)
 
 
@@ -240,7 +243,7 @@ def test_narrow_bias_saturates(bits: int) -> None:
     module, shape = LAYERS["linear"]
     set_weight(module, "sym", 8, 2**-5, rng)
     x, y = Codes.of("asym_u", 8, 2**-6), Codes.of("asym_u", 8, 2**-1, 127)
-    plan = LayerPlan("linear", weight=WeightPlan(8, "sym"), bits_bias=bits)
+    plan = LayerPlan("linear", weight=WeightPlan(QuantSpec.of_mode("sym", 8)), bits_bias=bits)
     lowered = check(module, plan, x.random(rng, *shape), x, y)
     assert lowered.bias_codes is not None
     assert int(lowered.bias_codes.abs().max()) in (2 ** (bits - 1), 2 ** (bits - 1) - 1)
@@ -253,7 +256,7 @@ def test_padding_modes(mode: str) -> None:
     set_weight(module, "sym", 8, 2**-5, rng)
     x, y = Codes.of("asym_u", 8, 2**-6, 77), Codes.of("asym_u", 8, 2**-2, 127)
     q = x.random(rng, 2, 3, 6, 6)
-    plan = LayerPlan("conv", weight=WeightPlan(8, "sym"))
+    plan = LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("sym", 8)))
     wrap = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[mode]
     padded = np.pad(q, [(0, 0), (0, 0), (1, 1), (1, 1)], mode=wrap)  # type: ignore[call-overload]
     plain = nn.Conv2d(3, 4, 3)
@@ -267,7 +270,7 @@ def test_results_do_not_depend_on_memory_format_or_batch() -> None:
     module, _ = LAYERS["conv2d"]
     set_weight(module, "sym", 8, 2**-5, rng)
     x, y = Codes.of("asym_u", 8, 2**-6, 77), Codes.of("asym_u", 8, 2**-2, 127)
-    lowered = lower(module, LayerPlan("conv", weight=WeightPlan(8, "sym")), x, y)
+    lowered = lower(module, LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("sym", 8))), x, y)
     codes = x.centered(x.random(rng, 6, 3, 9, 9))
     with torch.inference_mode():
         whole = lowered(codes)
@@ -280,7 +283,7 @@ def test_weights_only(name: str) -> None:
     module, shape = LAYERS[name]
     torch.manual_seed(0)
     module.reset_parameters()  # type: ignore[operator]
-    plan = LayerPlan("conv", weight=WeightPlan(4, "asym_u", True))
+    plan = LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("asym_u", 4, 0)))
     lowered, edge = LOWERINGS["conv"](Site(module, plan, (None,), None))
     assert isinstance(lowered, FloatWeighted)
     assert edge is None
@@ -300,7 +303,7 @@ def test_one_side_in_float(output: bool) -> None:
     module, shape = LAYERS["linear"]
     set_weight(module, "sym", 8, 2**-5, rng)
     grid = Codes.of("asym_u", 8, 2**-2, 127)
-    plan = LayerPlan("linear", weight=WeightPlan(8, "sym_restr"))
+    plan = LayerPlan("linear", weight=WeightPlan(QuantSpec.of_mode("sym_restr", 8)))
     site = Site(module, plan, (None if output else grid.edge,), grid.edge if output else None)
     lowered, edge = LOWERINGS["linear"](site)
     assert edge is site.output

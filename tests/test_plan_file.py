@@ -32,25 +32,31 @@ from qlib.quant.plan_file import (
     write_plan,
 )
 from qlib.quant.plan_schema import KINDS
-from qlib.quant.spec import MODES
+from qlib.quant.spec import MODES, QuantSpec
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
-IN = TensorPlan(8, "asym_u", "avg", -1.0, 1e-05)
-OUT = TensorPlan(4, "sym_restr", "n_std", -1 / 3, 2.5e20, n_stds=2.5)
+IN = TensorPlan(QuantSpec.of_mode("asym_u", 8), "avg", -1.0, 1e-05)
+OUT = TensorPlan(QuantSpec.of_mode("sym_restr", 4), "n_std", -1 / 3, 2.5e20, n_stds=2.5)
 PLAN = Plan(
     {
-        "conv1": LayerPlan("conv", (IN,), WeightPlan(8, "sym", True), OUT, 16, 24, 12),
+        "conv1": LayerPlan("conv", (IN,), WeightPlan(QuantSpec.of_mode("sym", 8, 0)), OUT, 16, 24, 12),
         "layer1.0.relu": LayerPlan("relu", (None,)),
         "0": LayerPlan("add", (None, IN), output=OUT),
         "on": LayerPlan("linear", (None,), None, None, float_bits=16, note="runs in float16: 'a, b' # [x] é"),
-        "table": LayerPlan("embedding", (), WeightPlan(4, "asym_s"), note="two\nlines"),
+        "table": LayerPlan("embedding", (), WeightPlan(QuantSpec.of_mode("asym_s", 4)), note="two\nlines"),
         "norm": LayerPlan("float_op", (None, None), output=IN, note="no integer form"),
     }
 )
 DYNAMIC = Plan(
     {
-        "fc": LayerPlan("linear", (TensorPlan(8, "sym", "n_std", n_stds=2.0),), WeightPlan(8, "sym")),
-        "matmul": LayerPlan("matmul", (TensorPlan(8, "asym_u"), TensorPlan(8, "asym_u"))),
+        "fc": LayerPlan(
+            "linear",
+            (TensorPlan(QuantSpec.of_mode("sym", 8), "n_std", n_stds=2.0),),
+            WeightPlan(QuantSpec.of_mode("sym", 8)),
+        ),
+        "matmul": LayerPlan(
+            "matmul", (TensorPlan(QuantSpec.of_mode("asym_u", 8)), TensorPlan(QuantSpec.of_mode("asym_u", 8)))
+        ),
         "relu": LayerPlan("relu", (None,), note="dynamic: only weighted layers and matmul are quantized"),
     },
     dynamic=True,
@@ -96,9 +102,8 @@ def test_text_is_for_people() -> None:
 
 numbers = st.floats(-1e38, 1e38)
 tensors = st.builds(
-    lambda bits, mode, clip, ends, n_stds: TensorPlan(bits, mode, clip, min(ends), max(ends), n_stds),
-    st.integers(2, 16),
-    st.sampled_from(MODES),
+    lambda spec, clip, ends, n_stds: TensorPlan(spec, clip, min(ends), max(ends), n_stds),
+    st.builds(QuantSpec.of_mode, st.sampled_from(MODES), st.integers(2, 16), pow2=st.booleans()),
     st.sampled_from(CLIP_NAMES),
     st.tuples(numbers, numbers),
     st.none() | st.floats(1e-3, 1e3),
@@ -130,8 +135,8 @@ layers:
 
 def test_what_people_write_by_hand_reads() -> None:
     plan = plan_from_text(GOOD, "my.yaml")
-    assert plan.layers["conv1"].inputs == (TensorPlan(8, "sym", "none", -1.0, 1.0),)
-    assert plan.layers["conv1"].output == TensorPlan(8, "asym_u", "none", 0.0, 2.0)
+    assert plan.layers["conv1"].inputs == (TensorPlan(QuantSpec.of_mode("sym", 8), "none", -1.0, 1.0),)
+    assert plan.layers["conv1"].output == TensorPlan(QuantSpec.of_mode("asym_u", 8), "none", 0.0, 2.0)
 
 
 BROKEN = {
@@ -208,7 +213,9 @@ def test_kinds_are_those_that_can_be_lowered() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_range_that_is_not_finite_is_not_written(value: float, tmp_path: Path) -> None:
-    plan = Plan({"fc": LayerPlan("linear", (None,), output=TensorPlan(8, "sym", min=0.0, max=value))})
+    plan = Plan(
+        {"fc": LayerPlan("linear", (None,), output=TensorPlan(QuantSpec.of_mode("sym", 8), min=0.0, max=value))}
+    )
     with pytest.raises(StatsError, match=r"the range 0.0 .. (nan|inf) of the output of 'fc' cannot be quantized"):
         write_plan(tmp_path / "plan.yaml", plan)
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from qlib.lower import lower
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quant.spec import QuantSpec
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
@@ -91,13 +92,13 @@ def test_ranges_come_from_the_statistics() -> None:
     stats = stats_of(graph).layers
     plan = plan_of(residual)
     seen = stats["conv1"].inputs[0]
-    assert plan.layers["conv1"].inputs == (TensorPlan(8, "asym_u", "none", seen.min, seen.max),)
+    assert plan.layers["conv1"].inputs == (TensorPlan(QuantSpec.of_mode("asym_u", 8), "none", seen.min, seen.max),)
     assert plan.layers["conv2"].output == TensorPlan(
-        8, "asym_u", "none", stats["conv2"].output.min, stats["conv2"].output.max
+        QuantSpec.of_mode("asym_u", 8), "none", stats["conv2"].output.min, stats["conv2"].output.max
     )
-    assert plan.layers["conv2"].weight == WeightPlan(8, "sym", False)
+    assert plan.layers["conv2"].weight == WeightPlan(QuantSpec.of_mode("sym", 8))
     average = plan_of(residual, {"*": {"clip_acts": "avg"}}).layers["conv1"].inputs[0]
-    assert average == TensorPlan(8, "asym_u", "avg", seen.avg_min, seen.avg_max)
+    assert average == TensorPlan(QuantSpec.of_mode("asym_u", 8), "avg", seen.avg_min, seen.avg_max)
 
 
 def wide(stats: ModelStats) -> ModelStats:
@@ -128,9 +129,9 @@ def test_what_the_next_activation_flattens_gets_no_codes(
     function: Callable[[Any, Tensor], Tensor], low: float, high: float, average: tuple[float, float]
 ) -> None:
     output = plan_of(function, stats=wide).layers["conv1"].output
-    assert output == TensorPlan(8, "asym_u", "none", low, high)
+    assert output == TensorPlan(QuantSpec.of_mode("asym_u", 8), "none", low, high)
     output = plan_of(function, {"*": {"clip_acts": "avg"}}, stats=wide).layers["conv1"].output
-    assert output == TensorPlan(8, "asym_u", "avg", *average)
+    assert output == TensorPlan(QuantSpec.of_mode("asym_u", 8), "avg", *average)
 
 
 def test_a_range_below_zero_before_relu_becomes_zero() -> None:
@@ -140,7 +141,7 @@ def test_a_range_below_zero_before_relu_becomes_zero() -> None:
         )
 
     output = plan_of(lambda m, x: m.relu(m.conv1(x)), stats=negative).layers["conv1"].output
-    assert output == TensorPlan(8, "asym_u", "none", 0.0, 0.0)
+    assert output == TensorPlan(QuantSpec.of_mode("asym_u", 8), "none", 0.0, 0.0)
 
 
 def test_statistics_of_the_unfolded_model_are_understood() -> None:
@@ -160,12 +161,12 @@ def test_statistics_of_the_unfolded_model_are_understood() -> None:
 
 def test_ranges_of_a_constant_operand_are_its_own() -> None:
     plan = plan_of(lambda m, x: m.conv1(x) * m.gain)
-    assert plan.layers["mul"].inputs == (None, TensorPlan(8, "asym_u", "none", -1.0, 2.0))
+    assert plan.layers["mul"].inputs == (None, TensorPlan(QuantSpec.of_mode("asym_u", 8), "none", -1.0, 2.0))
 
 
 def test_softmax_has_a_fixed_range() -> None:
     output = plan_of(lambda m, x: F.softmax(m.conv1(x), -1)).layers["softmax"].output
-    assert output == TensorPlan(8, "asym_u", "none", 0.0, 255 / 256)
+    assert output == TensorPlan(QuantSpec.of_mode("asym_u", 8), "none", 0.0, 255 / 256)
     assert output.qparams().scale.item() == 1 / 256
 
 
@@ -206,7 +207,7 @@ def test_settings_of_weights_reach_the_plan() -> None:
         }
     }  # fmt: skip
     layer = plan_of(residual, settings).layers["conv2"]
-    assert layer.weight == WeightPlan(4, "asym_s", True)
+    assert layer.weight == WeightPlan(QuantSpec.of_mode("asym_s", 4, 0))
     assert (layer.bits_bias, layer.bits_accum, layer.scale_approx_bits) == (16, 20, 6)
 
 
@@ -214,11 +215,11 @@ def test_input_overrides_of_an_input_that_arrives_in_float() -> None:
     override = {"conv1": {"input_overrides": {0: {"bits_activations": 4, "mode_activations": "sym"}}}}
     grid = plan_of(residual, override).layers["conv1"].inputs[0]
     assert grid is not None
-    assert (grid.bits, grid.mode) == (4, "sym")
+    assert (grid.spec.bits, grid.spec.mode) == (4, "sym")
     from_output = {"conv1": {"bits_activations": 5, "input_overrides": {0: {"from_output": True}}}}
     grid = plan_of(residual, from_output).layers["conv1"].inputs[0]
     assert grid is not None
-    assert grid.bits == 5
+    assert grid.spec.bits == 5
 
 
 def test_input_overrides_of_an_input_that_arrives_quantized() -> None:
@@ -227,7 +228,7 @@ def test_input_overrides_of_an_input_that_arrives_quantized() -> None:
     own, whole = plan.layers["conv2"].inputs[0], plan.layers["conv1"].output
     assert own is not None
     assert whole is not None
-    assert (own.bits, own.min, own.max, whole.bits) == (4, whole.min, whole.max, 8)
+    assert (own.spec.bits, own.min, own.max, whole.spec.bits) == (4, whole.min, whole.max, 8)
     assert plan.layers["add"].inputs == (None, None)
     same = plan_of(residual, {"conv2": {"input_overrides": {0: {"bits_activations": 8}}}})
     assert same == plan_of(residual), "what asks for its producer's grid is not rounded twice"
@@ -372,7 +373,7 @@ def test_n_std_takes_mean_and_std_where_the_ancestor_does(
 def test_dynamic_plans_quantize_weighted_layers_and_matmul_only() -> None:
     plan = plan_of(lambda m, x: m.fc((m.conv1(x) @ m.conv1(x) + 1).flatten(2)[..., :4]), dynamic=True)
     assert plan.dynamic
-    dynamic = TensorPlan(8, "asym_u")
+    dynamic = TensorPlan(QuantSpec.of_mode("asym_u", 8))
     kinds = {layer.kind: layer.inputs for layer in plan.layers.values()}
     assert kinds == {"conv": (dynamic,), "matmul": (dynamic, dynamic), "float_op": (None,), "linear": (dynamic,)}
     assert all(layer.output is None for layer in plan.layers.values())
@@ -503,7 +504,7 @@ def test_weights_are_clipped_as_asked() -> None:
         assert {name: weight.clip for name, weight in weights.items()} == {"conv1": "mse", "conv2": "none", "fc": "mse"}
         assert weights["conv1"].min is not None
         assert len(weights["conv1"].min) == 4
-        assert weights["conv2"] == WeightPlan(3, "sym", per_channel=True)
+        assert weights["conv2"] == WeightPlan(QuantSpec.of_mode("sym", 3, 0))
 
 
 @pytest.mark.parametrize("clip", ["none", "mse", "auto"])

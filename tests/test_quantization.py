@@ -161,7 +161,7 @@ def test_what_trained_is_what_is_deployed(make: type[nn.Module], edges: str) -> 
     # A code that is rounded once in training and twice by a kernel moves a logit by a step of a grid of 4 bits.
     grid = learned[1].layers["fc"].output
     assert grid is not None
-    step = float(grid.qparams().scale) * 2 ** (grid.bits - 4)
+    step = float(grid.qparams().scale) * 2 ** (grid.spec.bits - 4)
     assert float((exact - trained).abs().max()) <= 2.01 * step
     assert float((exact == trained).float().mean()) > 0.9 or float((exact - trained).abs().mean()) < 0.2 * step
 
@@ -257,8 +257,8 @@ def test_a_layer_puts_what_others_read_too_on_a_grid_of_its_own() -> None:
     learned = work.convert()
     assert learned is not None
     plan = learned[1].layers
-    assert [grid and grid.bits for name in ("conv1", "conv2", "conv3") for grid in plan[name].inputs] == [4, 3, 4]
-    outputs = {name: each.output.bits for name, each in plan.items() if each.output is not None}
+    assert [grid and grid.spec.bits for name in ("conv1", "conv2", "conv3") for grid in plan[name].inputs] == [4, 3, 4]
+    outputs = {name: each.output.spec.bits for name, each in plan.items() if each.output is not None}
     assert outputs == {"conv1": 7, "conv2": 7, "conv3": 7, "add": 6, "add_1": 7, "mean": 4, "fc": 7}
     grid = layer(work, "conv2").inputs[0]
     assert isinstance(grid, LsqActivation)

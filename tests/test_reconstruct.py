@@ -88,7 +88,7 @@ def test_soft_rounding_starts_at_the_float_weight_and_ends_next_to_it(seed: int,
     layer = nn.Conv2d(3, 4, 3)
     generator = torch.Generator().manual_seed(seed)
     layer.weight.data.normal_(generator=generator)
-    rounding = FakeWeight(layer, WeightPlan(bits, mode, per_channel=True))
+    rounding = FakeWeight(layer, WeightPlan(QuantSpec.of_mode(mode, bits, 0)))
     soft = SoftRounding(rounding, layer.weight)
     codes = layer.weight / rounding.scale
     inside = (codes >= rounding.low) & (codes <= rounding.high)
@@ -184,7 +184,7 @@ def test_a_layer_that_is_called_twice_keeps_the_nearest_codes(tmp_path: Path) ->
     torch.manual_seed(0)
     images = torch.randn(16, 6)
     graph = capture(_Twice(), images[:2])
-    weight = WeightPlan(3, "sym")
+    weight = WeightPlan(QuantSpec.of_mode("sym", 3))
     plan = Plan(
         {name: LayerPlan("linear", (None,), weight) for name in ("again", "again_1", "once")}
         | {name: LayerPlan("relu", (None,)) for name in ("relu", "relu_1")}

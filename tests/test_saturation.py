@@ -20,6 +20,7 @@ from qlib.lower.pairs import hazardous_pairs
 from qlib.lower.saturation import SaturatingWeighted, SaturationRate, emulated, pairs_at_risk, saturation_rates
 from qlib.ptq.reduce_range import reduce_range
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quant.spec import QuantSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
@@ -75,7 +76,7 @@ def lowered_layer(
     layer: nn.Module, images: Tensor, weight: WeightPlan, act: TensorPlan, output: TensorPlan | None = None
 ) -> fx.GraphModule:
     reach = 2 * float(layer(images).detach().abs().max()) if output is None else 0.0
-    output = output or TensorPlan(8, "asym_u", min=-reach, max=reach)
+    output = output or TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-reach, max=reach)
     plan = LayerPlan(kind_of(layer), (act,), weight, output)
     return lower(capture(OneLayer(layer), images), Plan({"layer": plan}))
 
@@ -129,12 +130,16 @@ def places_last(layer: nn.Module, y: Tensor) -> Ints:
 
 
 ACTIVATIONS = {
-    "zero point 0": TensorPlan(8, "asym_u", min=0.0, max=10.0),
-    "zero point 50": TensorPlan(8, "asym_u", min=-2.0, max=8.2),
-    "zero point 230": TensorPlan(8, "asym_u", min=-9.2, max=1.0),
-    "signed": TensorPlan(8, "sym", min=-10.0, max=10.0),
+    "zero point 0": TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=10.0),
+    "zero point 50": TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-2.0, max=8.2),
+    "zero point 230": TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-9.2, max=1.0),
+    "signed": TensorPlan(QuantSpec.of_mode("sym", 8), min=-10.0, max=10.0),
 }
-WEIGHTS = {"sym": WeightPlan(8, "sym", True), "asym_s": WeightPlan(8, "asym_s"), "restr": WeightPlan(8, "sym_restr")}
+WEIGHTS = {
+    "sym": WeightPlan(QuantSpec.of_mode("sym", 8, 0)),
+    "asym_s": WeightPlan(QuantSpec.of_mode("asym_s", 8)),
+    "restr": WeightPlan(QuantSpec.of_mode("sym_restr", 8)),
+}
 
 
 @cache
@@ -281,7 +286,7 @@ def test_weights_of_7_bits_cannot_saturate(mode: str) -> None:
     layer, shape = LAYERS["3x3"]
     set_weight(layer, np.random.default_rng(0))
     for act in ACTIVATIONS.values():
-        lowered = lowered_layer(layer, torch.ones(shape), WeightPlan(7, mode, True), act)
+        lowered = lowered_layer(layer, torch.ones(shape), WeightPlan(QuantSpec.of_mode(mode, 7, 0)), act)
         assert pairs_at_risk(lowered) == {"layer": 0}
         assert isinstance(emulated(lowered).get_submodule("layer"), ExactWeighted)
 
@@ -289,12 +294,34 @@ def test_weights_of_7_bits_cannot_saturate(mode: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "weight", "act", "output"),
     [
-        pytest.param(nn.Conv2d(8, 8, 3), WeightPlan(8, "asym_u"), TensorPlan(8, "sym", min=-1, max=1), None, id="u8 w"),
-        pytest.param(nn.Conv2d(8, 8, 3), WEIGHTS["sym"], TensorPlan(16, "sym", min=-1, max=1), None, id="16-bit input"),
         pytest.param(
-            nn.Conv2d(8, 8, 3), WEIGHTS["sym"], ACTIVATIONS["signed"], TensorPlan(16, "sym", min=-1, max=1), id="output"
+            nn.Conv2d(8, 8, 3),
+            WeightPlan(QuantSpec.of_mode("asym_u", 8)),
+            TensorPlan(QuantSpec.of_mode("sym", 8), min=-1, max=1),
+            None,
+            id="u8 w",
         ),
-        pytest.param(nn.Conv2d(8, 8, 3), WeightPlan(16, "sym"), ACTIVATIONS["signed"], None, id="16-bit weights"),
+        pytest.param(
+            nn.Conv2d(8, 8, 3),
+            WEIGHTS["sym"],
+            TensorPlan(QuantSpec.of_mode("sym", 16), min=-1, max=1),
+            None,
+            id="16-bit input",
+        ),
+        pytest.param(
+            nn.Conv2d(8, 8, 3),
+            WEIGHTS["sym"],
+            ACTIVATIONS["signed"],
+            TensorPlan(QuantSpec.of_mode("sym", 16), min=-1, max=1),
+            id="output",
+        ),
+        pytest.param(
+            nn.Conv2d(8, 8, 3),
+            WeightPlan(QuantSpec.of_mode("sym", 16)),
+            ACTIVATIONS["signed"],
+            None,
+            id="16-bit weights",
+        ),
         pytest.param(nn.ConvTranspose2d(8, 8, 3), WEIGHTS["sym"], ACTIVATIONS["signed"], None, id="transposed"),
         pytest.param(nn.Conv2d(8, 8, 3, groups=8), WEIGHTS["sym"], ACTIVATIONS["signed"], None, id="depthwise"),
     ],
@@ -313,9 +340,11 @@ def two_layers() -> tuple[fx.GraphModule, Tensor]:
     nn.init.constant_(model[3].weight, 0.005)
     model[3].weight.data[:, 0] = 1.0  # one large weight: the others have small codes
     images = torch.rand(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
-    grid = TensorPlan(8, "asym_u", min=0.0, max=1.0)
-    conv = LayerPlan("conv", (grid,), WEIGHTS["sym"], TensorPlan(8, "asym_u", min=0.0, max=30.0))
-    linear = LayerPlan("linear", (None,), WEIGHTS["sym"], TensorPlan(8, "asym_u", min=-40.0, max=40.0))
+    grid = TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=1.0)
+    conv = LayerPlan("conv", (grid,), WEIGHTS["sym"], TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=30.0))
+    linear = LayerPlan(
+        "linear", (None,), WEIGHTS["sym"], TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-40.0, max=40.0)
+    )
     plan = Plan({"0": conv, "1": LayerPlan("relu", (None,)), "3": linear})
     return lower(capture(model, images), plan), images
 
@@ -347,14 +376,14 @@ def test_an_emulated_model_shares_the_integers_of_the_exact_one() -> None:
 
 def test_the_plan_with_a_reduced_range() -> None:
     layers = {
-        "sym": LayerPlan("conv", weight=WeightPlan(8, "sym", True)),
-        "other": LayerPlan("conv", weight=WeightPlan(8, "asym_s")),
-        "unsigned": LayerPlan("conv", weight=WeightPlan(8, "asym_u")),
-        "narrow": LayerPlan("linear", weight=WeightPlan(4, "sym")),
+        "sym": LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("sym", 8, 0))),
+        "other": LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("asym_s", 8))),
+        "unsigned": LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("asym_u", 8))),
+        "narrow": LayerPlan("linear", weight=WeightPlan(QuantSpec.of_mode("sym", 4))),
         "float": LayerPlan("linear"),
     }
     reduced = reduce_range(Plan(layers), ["sym", "unsigned", "narrow", "float"])
-    assert reduced.layers == {**layers, "sym": LayerPlan("conv", weight=WeightPlan(7, "sym", True))}
+    assert reduced.layers == {**layers, "sym": LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("sym", 7, 0)))}
     assert list(reduced.layers) == list(layers)
     assert reduce_range(Plan(layers, dynamic=True), []) == Plan(layers, dynamic=True)
     with pytest.raises(AssertionError, match="absent"):

@@ -63,7 +63,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=IDS)
 
 def weight_site(method: TrainingQuantizer, weight: Tensor, bits: int, per_channel: bool = False) -> WeightSite:
     mode = str(method.planning["mode_weights"])
-    start = WeightPlan(max(bits, 2), mode, per_channel).qparams(weight)
+    start = WeightPlan(QuantSpec.of_mode(mode, max(bits, 2), 0 if per_channel else None)).qparams(weight)
     return WeightSite(weight, bits, per_channel, start)
 
 

@@ -81,21 +81,23 @@ def test_a_large_tensor_is_sampled() -> None:
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_plan_has_a_range_for_the_tensor_or_for_each_channel(per_channel: bool) -> None:
     weight = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(0))
-    plan = plan_weight(WeightPlan(3, "sym_restr", per_channel), weight, "mse", ClipParameters())
+    plan = plan_weight(
+        WeightPlan(QuantSpec.of_mode("sym_restr", 3, 0 if per_channel else None)), weight, "mse", ClipParameters()
+    )
     assert plan.min is not None
     assert plan.max is not None
     assert (plan.clip, len(plan.min), len(plan.max)) == ("mse", 6 if per_channel else 1, 6 if per_channel else 1)
     params = plan.qparams(weight)
     assert params.scale.shape == ((6,) if per_channel else ())
-    plain = WeightPlan(3, "sym_restr", per_channel)
+    plain = WeightPlan(QuantSpec.of_mode("sym_restr", 3, 0 if per_channel else None))
     assert plan_weight(plain, weight, "none", ClipParameters()) == plain
 
 
 def test_auto_takes_what_has_the_least_error_and_nothing_without_need() -> None:
     weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    assert plan_weight(WeightPlan(2, "sym", True), weight, "auto", ClipParameters()).clip == "mse"
+    assert plan_weight(WeightPlan(QuantSpec.of_mode("sym", 2, 0)), weight, "auto", ClipParameters()).clip == "mse"
     grid = torch.tensor([[-0.7, 0.3, 0.7, 0.1, -0.5]])
-    assert plan_weight(WeightPlan(4, "sym_restr", True), grid, "auto", ClipParameters()).clip == "none"
+    assert plan_weight(WeightPlan(QuantSpec.of_mode("sym_restr", 4, 0)), grid, "auto", ClipParameters()).clip == "none"
 
 
 def test_channels_of_a_transposed_convolution() -> None:
@@ -105,11 +107,13 @@ def test_channels_of_a_transposed_convolution() -> None:
     with torch.no_grad():
         scales = torch.tensor([[1.0, 8.0, 64.0]] * 2 + [[4.0, 0.5, 16.0]] * 2)
         layer.weight.mul_(scales[..., None, None])
-    plan = plan_weight(WeightPlan(8, "sym", True), swap_channels(layer, layer.weight.detach()), "mse", ClipParameters())
+    plan = plan_weight(
+        WeightPlan(QuantSpec.of_mode("sym", 8, 0)), swap_channels(layer, layer.weight.detach()), "mse", ClipParameters()
+    )
     images = torch.randn(2, 4, 3, 3)
     graph = capture(nn.Sequential(layer), images)
     (name,) = [node.meta["name"] for node in graph.graph.nodes if node.op == "call_module"]
-    grid = TensorPlan(14, "asym_s", min=-100.0, max=100.0)
+    grid = TensorPlan(QuantSpec.of_mode("asym_s", 14), min=-100.0, max=100.0)
     lowered = lower(graph, Plan({name: LayerPlan("conv_transpose", (grid,), plan, grid)}))
     with torch.inference_mode():
         worst = (lowered(images) - layer(images)).abs().amax((0, 2, 3)) / layer(images).abs().amax((0, 2, 3))

@@ -54,7 +54,7 @@ def bn_reestimation(graph: Graph, plan: Plan, images: CalibrationImages, referen
         module = each.layer.module
         exact, rounded = channel_moments(module, each.exact), channel_moments(module, each.rounded)
         bias = give_bias(module)
-        free = weight.per_channel and not weight.pow2
+        free = weight.per_channel and not weight.spec.pow2
         std = rounded.std if free else exact.std
         gain, new = gain_and_bias((exact.mean, exact.std), (rounded.mean, std), bias.double())
         bias.copy_(new)

@@ -192,7 +192,7 @@ class _Collector:
 def _rank(grid: TensorPlan) -> tuple[int, float]:
     assert grid.min is not None
     assert grid.max is not None
-    return grid.bits, grid.max - grid.min
+    return grid.spec.bits, grid.max - grid.min
 
 
 def _tensor_name(node: fx.Node) -> str | None:
@@ -241,7 +241,8 @@ def tensorrt_text(encodings: Encodings) -> str:
 
     Source: NVIDIA's description of the calibration file in its sampleINT8.
 
-    >>> print(tensorrt_text(Encodings({"conv1": TensorPlan(8, "asym_u", min=-127.0, max=12.7)})), end="")
+    >>> grid = TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-127.0, max=12.7)
+    >>> print(tensorrt_text(Encodings({"conv1": grid})), end="")
     TRT-8601-EntropyCalibration2
     conv1: 3f800000
     """

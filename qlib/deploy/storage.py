@@ -32,7 +32,7 @@ def choose_opset(plan: Plan | None, wanted: int | None) -> int:
 
 
 def _activation_bits(layer: LayerPlan) -> int:
-    return max((tensor.bits for tensor in (*layer.inputs, layer.output) if tensor is not None), default=0)
+    return max((tensor.spec.bits for tensor in (*layer.inputs, layer.output) if tensor is not None), default=0)
 
 
 def refuse_unexportable(plan: Plan, exact: fx.GraphModule) -> None:
@@ -64,7 +64,7 @@ def storage_notes(plan: Plan, opset: int) -> Iterator[str]:
     weights, activations = dict[int, list[str]](), dict[int, list[str]]()
     for name, layer in plan.layers.items():
         if layer.weight is not None:
-            weights.setdefault(layer.weight.bits, []).append(name)
+            weights.setdefault(layer.weight.spec.bits, []).append(name)
         if (bits := _activation_bits(layer)) > 0:
             activations.setdefault(bits, []).append(name)
     for bits, names in sorted(weights.items()):

@@ -33,7 +33,8 @@ def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_ch
     One row for all input channels together where `by_channel` is false.
 
     >>> from qlib.quant.plan import TensorPlan
-    >>> edge = Edge.of(TensorPlan(8, "asym_u", min=0.0, max=25.5).qparams())
+    >>> from qlib.quant.spec import QuantSpec
+    >>> edge = Edge.of(TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=25.5).qparams())
     >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, edge, by_channel=False)
     tensor([[765.]], dtype=torch.float64)
     """

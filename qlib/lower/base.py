@@ -97,7 +97,7 @@ class Site:
         """
         weight = self.plan.weight
         wide = any(edge is not None and edge.dtype != torch.uint8 for edge in (*self.inputs, self.output))
-        wide |= weight is not None and weight.bits > 8
+        wide |= weight is not None and weight.spec.bits > 8
         return float("inf") if wide and self.plan.bits_accum >= 32 else 2.0 ** (self.plan.bits_accum - 1)
 
     def codes_in(self) -> tuple[Edge, ...]:

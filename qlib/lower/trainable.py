@@ -189,22 +189,8 @@ class TrainableLayer(nn.Module):
         low, high = range_of_grid(params)
         if gain is not None and not self.weight.folds:
             low, high = low * gain.double().abs(), high * gain.double().abs()
-        mode = _mode(params)
-        return WeightPlan(
-            params.spec.bits,
-            mode,
-            low.ndim > 0,
-            "learned",
-            tuple(low.reshape(-1).tolist()),
-            tuple(high.reshape(-1).tolist()),
-        )
-
-
-def _mode(params: QParams) -> str:
-    spec = params.spec
-    if spec.symmetric:
-        return "sym_restr" if spec.restricted else "sym"
-    return "asym_s" if spec.signed else "asym_u"
+        spec = replace(params.spec, axis=0 if low.ndim else None)
+        return WeightPlan(spec, "learned", tuple(low.reshape(-1).tolist()), tuple(high.reshape(-1).tolist()))
 
 
 def _rounding_error(value: Tensor, step: Tensor) -> Tensor:
@@ -315,4 +301,4 @@ def _with_grids(plan: LayerPlan, layer: TrainableLayer) -> LayerPlan:
 def _on_grid(plan: TensorPlan, quantizer: ActivationQuantizer) -> TensorPlan:
     params = quantizer.params
     low, high = range_of_grid(params)
-    return replace(plan, bits=params.spec.bits, mode=_mode(params), clip="learned", min=float(low), max=float(high))
+    return replace(plan, spec=params.spec, clip="learned", min=float(low), max=float(high))

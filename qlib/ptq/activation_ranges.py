@@ -17,14 +17,14 @@ __all__ = ["clipped", "constant_plan", "dynamic_plan", "plan_tensor", "request_o
 
 def plan_tensor(stats: TensorStats, settings: LayerSettings, half_range: bool) -> TensorPlan:
     """The plan of a tensor; `auto` is replaced by the method it chooses. Raises StatsError as that method does."""
-    mode, clip = settings.mode_activations, settings.clip_acts
-    context = ClipContext(settings.spec_activations, half_range, settings.clip_parameters)
+    spec, clip = settings.spec_activations, settings.clip_acts
+    context = ClipContext(spec, half_range, settings.clip_parameters)
     if clip == "auto":
         clip, (low, high) = choose(stats, context)
     else:
         low, high = CLIP_METHODS[clip](stats, context)
     n_stds = settings.clip_parameters.get("clip_n_stds") if clip == "n_std" else None
-    return TensorPlan(settings.bits_activations, mode, clip, low, high, n_stds, settings.pow2)
+    return TensorPlan(spec, clip, low, high, n_stds)
 
 
 def request_of(settings: LayerSettings) -> tuple[object, ...]:
@@ -39,9 +39,7 @@ def request_of(settings: LayerSettings) -> tuple[object, ...]:
     """
     clip = settings.clip_acts
     return (
-        settings.bits_activations,
-        settings.mode_activations,
-        settings.scale,
+        settings.spec_activations if settings.bits_activations else None,
         clip,
         settings.clip_parameters.read_by(clip),
     )
@@ -49,21 +47,19 @@ def request_of(settings: LayerSettings) -> tuple[object, ...]:
 
 def dynamic_plan(settings: LayerSettings) -> TensorPlan:
     """The plan of a tensor whose range is that of each image."""
-    n_stds, mode = settings.clip_parameters.get("clip_n_stds"), settings.mode_activations
-    return TensorPlan(settings.bits_activations, mode, settings.clip_acts, n_stds=n_stds, pow2=settings.pow2)
+    n_stds = settings.clip_parameters.get("clip_n_stds")
+    return TensorPlan(settings.spec_activations, settings.clip_acts, n_stds=n_stds)
 
 
 def constant_plan(value: Tensor, settings: LayerSettings) -> TensorPlan:
     """The plan of an operand that does not depend on the images: all of its range."""
-    low, high = float(value.min()), float(value.max())
-    pow2 = settings.pow2
-    return TensorPlan(settings.bits_activations, settings.mode_activations, "none", low, high, pow2=pow2)
+    return TensorPlan(settings.spec_activations, "none", float(value.min()), float(value.max()))
 
 
 def softmax_plan(highest: float, size: int, settings: LayerSettings) -> TensorPlan:
     """The plan of the output of a softmax over `size` elements."""
-    bits, pow2 = settings.bits_activations, settings.pow2
-    return TensorPlan(bits, settings.mode_activations, "none", 0.0, _softmax_top(highest, bits, size), pow2=pow2)
+    spec = settings.spec_activations
+    return TensorPlan(spec, "none", 0.0, _softmax_top(highest, spec.bits, size))
 
 
 def _softmax_top(highest: float, bits: int, size: int) -> float:

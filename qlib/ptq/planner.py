@@ -28,6 +28,7 @@ from qlib.lower.ops.weighted import swap_channels
 from qlib.ptq.activation_ranges import clipped, constant_plan, dynamic_plan, plan_tensor, request_of, softmax_plan
 from qlib.ptq.weight_ranges import plan_weight
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quant.spec import QuantSpec
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
 __all__ = ["layer_infos", "plan_post_train_linear"]
@@ -152,11 +153,11 @@ class _Planner:
         return self.weights[node]
 
     def _new_weight(self, node: fx.Node, kind: str, settings: LayerSettings) -> WeightPlan:
-        module, pow2 = self.graph.get_submodule(str(node.target)), settings.pow2
+        module = self.graph.get_submodule(str(node.target))
         if isinstance(module, ChannelAffine):  # one weight a channel: unless rounded, the scale makes it exact
-            return WeightPlan(settings.bits_weights, "sym_restr", per_channel=True, pow2=pow2)
-        per_channel = settings.per_channel_wts and kind != "embedding"
-        plan = WeightPlan(settings.bits_weights, settings.mode_weights, per_channel, pow2=pow2)
+            return WeightPlan(QuantSpec.of_mode("sym_restr", settings.bits_weights, 0, settings.pow2))
+        spec = settings.spec_weights
+        plan = WeightPlan(replace(spec, axis=None) if kind == "embedding" else spec)
         assert isinstance(module.weight, Tensor)
         weight = swap_channels(module, module.weight.detach())
         return plan_weight(plan, weight, settings.clip_wts, settings.clip_parameters)

@@ -17,8 +17,9 @@ def reduce_range(plan: Plan, names: Collection[str]) -> Plan:
     other bits or is unsigned (asym_u: the kernel that saturates takes signed weights) stay as they are.
 
     >>> from qlib.quant.plan import WeightPlan
-    >>> plan = Plan({"conv": LayerPlan("conv", weight=WeightPlan(8, "sym"))})
-    >>> reduce_range(plan, ["conv"]).layers["conv"].weight.bits
+    >>> from qlib.quant.spec import QuantSpec
+    >>> plan = Plan({"conv": LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("sym", 8)))})
+    >>> reduce_range(plan, ["conv"]).layers["conv"].weight.spec.bits
     7
     """
     unknown = set(names) - set(plan.layers)
@@ -30,6 +31,6 @@ def reduce_range(plan: Plan, names: Collection[str]) -> Plan:
 
 def _reduced(layer: LayerPlan) -> LayerPlan:
     weight = layer.weight
-    if weight is None or weight.bits != 8 or weight.mode == "asym_u":
+    if weight is None or weight.spec.bits != 8 or not weight.spec.signed:
         return layer
-    return replace(layer, weight=replace(weight, bits=7))
+    return replace(layer, weight=replace(weight, spec=replace(weight.spec, bits=7)))

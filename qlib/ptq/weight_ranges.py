@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -44,16 +44,16 @@ def plan_weight(plan: WeightPlan, weight: Tensor, method: str, clip_parameters: 
     `auto`: the first of none, percentile, mse and lp whose squared error is within 1 % of the least of them.
 
     >>> weight = torch.tensor([[-0.4, 0.1, 0.2, 0.4, 0.3, -0.1, 0.2, -0.3]])
-    >>> plan_weight(WeightPlan(8, "sym"), weight, "auto", ClipParameters())
-    WeightPlan(bits=8, mode='sym', per_channel=False, clip='none', min=None, max=None, pow2=False)
-    >>> clipped = plan_weight(WeightPlan(2, "sym_restr"), weight, "mse", ClipParameters())
+    >>> plan_weight(WeightPlan(QuantSpec.of_mode("sym", 8)), weight, "auto", ClipParameters()).max is None
+    True
+    >>> clipped = plan_weight(WeightPlan(QuantSpec.of_mode("sym_restr", 2)), weight, "mse", ClipParameters())
     >>> clipped.clip, round(clipped.max[0], 2)
     ('mse', 0.3)
     """
     rows = (
         weight.detach().float().cpu().flatten(1) if plan.per_channel else weight.detach().float().cpu().reshape(1, -1)
     )
-    context = WeightContext(QuantSpec.of_mode(plan.mode, plan.bits, 0, plan.pow2), clip_parameters)
+    context = WeightContext(replace(plan.spec, axis=0), clip_parameters)
     if method == "none":
         return plan
     if method == "auto":
@@ -62,9 +62,7 @@ def plan_weight(plan: WeightPlan, weight: Tensor, method: str, clip_parameters: 
         low, high = WEIGHT_METHODS[method](rows, context)
     if method == "none":
         return plan
-    return WeightPlan(
-        plan.bits, plan.mode, plan.per_channel, method, tuple(low.tolist()), tuple(high.tolist()), plan.pow2
-    )
+    return WeightPlan(plan.spec, method, tuple(low.tolist()), tuple(high.tolist()))
 
 
 def _best(rows: Tensor, context: WeightContext) -> tuple[str, Ranges]:

@@ -57,8 +57,8 @@ class LayerQuantizers:
         return quantizer
 
     def _start(self, weight: Tensor) -> QParams:
-        settings = self.settings
-        plan = WeightPlan(max(settings.bits_weights, 2), settings.mode_weights, settings.per_channel_wts)
+        settings = replace(self.settings, bits_weights=max(self.settings.bits_weights, 2))
+        plan = WeightPlan(settings.spec_weights)
         planned = plan_weight(plan, weight, settings.clip_wts, settings.clip_parameters)
         return planned.qparams(weight)
 

@@ -16,28 +16,25 @@ __all__ = ["LayerPlan", "Plan", "TensorPlan", "WeightPlan"]
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """The grid of one activation tensor: bits, mode, and the range it covers; `clip` tells how the range was chosen.
+    """Quantization of one activation tensor: its format and the range it covers; `clip` tells how that was chosen.
 
     Law: scale and zero point follow from these fields alone, so that an edit of any of them stays consistent.
     In a dynamic plan the range is None: it is taken from each image.
     """
 
-    bits: int
-    mode: str
+    spec: QuantSpec
     clip: str = "none"
     min: float | None = None
     max: float | None = None
     n_stds: float | None = None
-    pow2: bool = False
 
-    @property
-    def spec(self) -> QuantSpec:
-        return QuantSpec.of_mode(self.mode, self.bits, pow2=self.pow2)
+    def __post_init__(self) -> None:
+        assert self.spec.axis is None
 
     def qparams(self) -> QParams:
         """Scale and zero point of the range; the plan must not be dynamic.
 
-        >>> TensorPlan(8, "asym_u", min=0.0, max=25.5).qparams().zero_point.item()
+        >>> TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=25.5).qparams().zero_point.item()
         0
         """
         assert self.min is not None, "a dynamic tensor has no fixed range"
@@ -47,33 +44,33 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """The grid of a layer's weight, per tensor or per output channel; `clip` tells how its range was chosen.
+    """Quantization of a layer's weight, per tensor or per output channel; `clip` tells how its range was chosen.
 
     `min` and `max` hold one number, or one for each channel. Where they are None, the range is that of the weight.
     """
 
-    bits: int
-    mode: str
-    per_channel: bool = False
+    spec: QuantSpec
     clip: str = "none"
     min: tuple[float, ...] | None = None
     max: tuple[float, ...] | None = None
-    pow2: bool = False
 
     def __post_init__(self) -> None:
+        assert self.spec.axis in (None, 0)
         assert (self.min is None) == (self.max is None)
 
     @property
-    def spec(self) -> QuantSpec:
-        return QuantSpec.of_mode(self.mode, self.bits, 0 if self.per_channel else None, self.pow2)
+    def per_channel(self) -> bool:
+        """Whether each output channel has a scale and zero point of its own."""
+        return self.spec.axis is not None
 
     def qparams(self, weight: Tensor) -> QParams:
         """Scale and zero point for a weight ``[out, ...]``, on its device.
 
-        >>> WeightPlan(8, "sym_restr").qparams(torch.tensor([[1.27, -0.5]])).scale.item() == torch.tensor(0.01).item()
-        True
-        >>> WeightPlan(4, "sym_restr", min=(-0.7,), max=(0.7,)).qparams(torch.tensor([[1.27]])).scale.item()
-        0.10000000149011612
+        >>> weight = torch.tensor([[1.27, -0.5]])
+        >>> WeightPlan(QuantSpec.of_mode("sym_restr", 8)).qparams(weight).scale
+        tensor(0.0100)
+        >>> WeightPlan(QuantSpec.of_mode("sym_restr", 4), min=(-0.7,), max=(0.7,)).qparams(weight).scale
+        tensor(0.1000)
         """
         if self.min is None or self.max is None:
             return qparams_from_range(*range_of_weight(weight, self.spec.axis), self.spec)

@@ -20,7 +20,6 @@ before them and are not read.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import tempfile
@@ -63,7 +62,8 @@ def write_plan(path: str | Path, plan: Plan) -> None:
 def plan_text(plan: Plan) -> str:
     """The file's text; the same plan gives the same text, and every number reads back as the same number.
 
-    >>> tensor = TensorPlan(8, "asym_u", min=0.0, max=25.5)
+    >>> from qlib.quant.spec import QuantSpec
+    >>> tensor = TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=25.5)
     >>> print(plan_text(Plan({"add": LayerPlan("add", (None, tensor), output=tensor)})), end="")
     qlib_plan: {version: 1, dynamic: false}
     layers:
@@ -106,10 +106,10 @@ def _tensor(what: str, tensor: TensorPlan | None) -> str:
     """One tensor on one line, with the scale and zero point that its range gives."""
     if tensor is None:
         return "null"
-    fields = {
-        key: value for key, value in dataclasses.asdict(tensor).items() if value is not None and value is not False
-    }
-    fields.update({key: float(fields[key]) for key in ("min", "max", "n_stds") if key in fields})
+    numbers = {key: getattr(tensor, key) for key in ("min", "max", "n_stds")}
+    fields: dict[str, object] = {"bits": tensor.spec.bits, "mode": tensor.spec.mode, "clip": tensor.clip}
+    fields |= {key: float(value) for key, value in numbers.items() if value is not None}
+    fields |= {"pow2": True} if tensor.spec.pow2 else {}
     if tensor.min is None:
         return _flow(fields)
     try:
@@ -124,10 +124,11 @@ def _tensor(what: str, tensor: TensorPlan | None) -> str:
 
 def _weight(weight: WeightPlan) -> dict[str, object]:
     """The fields of a weight; those that say nothing beyond its own range are left out."""
-    fields = dataclasses.asdict(weight)
-    kept = {key: fields[key] for key in ("bits", "mode", "per_channel")}
-    kept |= {key: fields[key] for key in ("clip", "pow2") if fields[key] != getattr(WeightPlan, key)}
-    return kept | {key: [float(end) for end in fields[key]] for key in ("min", "max") if fields[key] is not None}
+    spec, ends = weight.spec, {"min": weight.min, "max": weight.max}
+    fields: dict[str, object] = {"bits": spec.bits, "mode": spec.mode, "per_channel": weight.per_channel}
+    fields |= {"clip": weight.clip} if weight.clip != WeightPlan.clip else {}
+    fields |= {"pow2": True} if spec.pow2 else {}
+    return fields | {key: [float(end) for end in each] for key, each in ends.items() if each is not None}
 
 
 def _flow(value: object) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
-from qlib.quant.spec import MODES
+from qlib.quant.spec import MODES, QuantSpec
 from qlib.yaml_tree import Node
 
 __all__ = ["HEADER", "KINDS", "SCALARS", "VERSION", "has_output", "has_weight", "plan_from_node"]
@@ -178,9 +178,7 @@ class _Reader:
             return None
         required = ("bits", "mode") if self.dynamic else ("bits", "mode", "min", "max")
         values = self._values(node, what, _TENSOR, required)
-        if values.get("bits") == 1 and values.get("mode") != "asym_u":
-            allowed = f"{_BITS.allowed}, or 1 with mode asym_u"
-            self._problem(node.where_key("bits"), f"bits of {what} is 1; allowed: {allowed}")
+        spec = self._spec(node, values, what)
         for key in ("min", "max"):
             if self.dynamic and key in values:
                 self._problem(node.where_key(key), f"{what}: a dynamic plan has no ranges; remove {key}")
@@ -197,7 +195,17 @@ class _Reader:
             self._problem(node.where_key("clip"), sentence)
         if self.dynamic and values.get("clip") == "n_std" and "n_stds" not in values:
             self._problem(node.where, f"{what}: clip n_std needs n_stds, a number above 0")
-        return TensorPlan(**{"bits": 8, "mode": "sym", **values})
+        return TensorPlan(spec, **values)
+
+    def _spec(self, node: Node, values: dict[str, Any], what: str) -> QuantSpec:
+        """Takes out of `values` the keys that spell the format."""
+        mode, bits, pow2 = values.pop("mode", "sym"), values.pop("bits", 8), values.pop("pow2", False)
+        axis = 0 if values.pop("per_channel", False) else None
+        if bits == 1 and mode != "asym_u":
+            allowed = f"{_BITS.allowed}, or 1 with mode asym_u"
+            self._problem(node.where_key("bits"), f"bits of {what} is 1; allowed: {allowed}")
+            bits = 2
+        return QuantSpec.of_mode(mode, bits, axis, pow2)
 
     def _weight(self, node: Node, what: str) -> WeightPlan | None:
         if node.value is None:
@@ -216,7 +224,7 @@ class _Reader:
             self._problem(node.where, f"{what} has a min above its max; swap them")
         if ends and not values.get("per_channel") and len(ends["min"]) > 1:
             self._problem(node.where, f"{what} has {len(ends['min'])} ranges; give one, or per_channel: true")
-        return WeightPlan(**{"bits": 8, "mode": "sym", **values})
+        return WeightPlan(self._spec(node, values, what), **values)
 
     def _ends(self, node: Node, what: str) -> tuple[float, ...]:
         """The lower or upper ends of a weight's ranges: a list of numbers."""

@@ -90,7 +90,11 @@ def plan_table(graph: Graph, plan: Plan) -> str:
     for node, module in layers(graph):
         layer = plan.layers[name_of(node)]
         weight = layer.weight
-        grid = "" if weight is None else f"{weight.bits} {weight.mode}{' per channel' if weight.per_channel else ''}"
+        grid = (
+            ""
+            if weight is None
+            else f"{weight.spec.bits} {weight.spec.mode}{' per channel' if weight.per_channel else ''}"
+        )
         rows.append(
             [name_of(node), kind_of(module), _shape(node.meta.get("shape", ())), grid, _grid(layer.output), layer.note]
         )
@@ -102,8 +106,8 @@ def _grid(tensor: TensorPlan | None) -> str:
     if tensor is None:
         return ""
     if tensor.min is None or tensor.max is None:
-        return f"{tensor.bits} {tensor.mode} {tensor.clip}, each image's range"
-    return f"{tensor.bits} {tensor.mode} {tensor.clip} {tensor.min:.4g} .. {tensor.max:.4g}"
+        return f"{tensor.spec.bits} {tensor.spec.mode} {tensor.clip}, each image's range"
+    return f"{tensor.spec.bits} {tensor.spec.mode} {tensor.clip} {tensor.min:.4g} .. {tensor.max:.4g}"
 
 
 def float_layers(plan: Plan) -> Iterator[str]:

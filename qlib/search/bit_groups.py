@@ -67,7 +67,7 @@ def groups_of(
         names = tuple(name_of(node) for node, _ in uses)
         weight = plan.layers[names[0]].weight
         if weight is not None:
-            found.append(group(names, WEIGHTS, weight.bits))
+            found.append(group(names, WEIGHTS, weight.spec.bits))
     for name, layer in plan.layers.items():
         bits = _own_bits(layer)
         if activations and bits is not None:
@@ -78,7 +78,7 @@ def groups_of(
 def _own_bits(layer: LayerPlan) -> int | None:
     """The bits of the activations that the layer's own settings rule."""
     grids = [grid for grid in (layer.output, *layer.inputs) if grid is not None]
-    return grids[0].bits if grids else None
+    return grids[0].spec.bits if grids else None
 
 
 def errors_of(groups: Sequence[Group], rows: Sequence[Sensitivity], relative: bool = False) -> list[list[float]]:

@@ -46,8 +46,10 @@ def factor(value: float) -> float:
 def moved(grid: _Grid, low: float, high: float) -> _Grid:
     """The grid with the ends of its range multiplied; the same object where both factors are 1.
 
-    >>> moved(TensorPlan(8, "asym_u", min=-1.0, max=6.0), 1.0, 0.5)
-    TensorPlan(bits=8, mode='asym_u', clip='lapq', min=-1.0, max=3.0, n_stds=None, pow2=False)
+    >>> from qlib.quant.spec import QuantSpec
+    >>> narrower = moved(TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-1.0, max=6.0), 1.0, 0.5)
+    >>> narrower.clip, narrower.min, narrower.max
+    ('lapq', -1.0, 3.0)
     """
     if low == high == 1 or grid.min is None or grid.max is None:
         return grid

@@ -54,8 +54,10 @@ State: TypeAlias = dict[_Key, Any]
 def rounded(x: Tensor, edge: Edge) -> Tensor:
     """``clamp(round(x / s), low, high) * s``, on a copy.
 
-    >>> from qlib.quant.plan import TensorPlan
-    >>> rounded(torch.tensor([0.26, 9.0]), Edge.of(TensorPlan(4, "sym", min=-1.875, max=1.875).qparams()))
+    >>> from qlib.quant.affine import qparams_from_range
+    >>> from qlib.quant.spec import QuantSpec
+    >>> edge = Edge.of(qparams_from_range(-1.875, 1.875, QuantSpec.of_mode("sym", 4)))
+    >>> rounded(torch.tensor([0.26, 9.0]), edge)
     tensor([0.2500, 1.7500])
     """
     return torch.div(x, edge.scale).round_().clamp_(edge.low, edge.high).mul_(edge.scale)

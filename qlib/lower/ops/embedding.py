@@ -28,7 +28,7 @@ class ExactEmbedding(nn.Module):
         params = plan.qparams(weight)
         codes = quantize(weight, params) - params.zero_point
         self.edge = Edge.of(params)
-        self.register_buffer("weight_codes", codes.to(torch.int16 if plan.bits < 16 else torch.int32))
+        self.register_buffer("weight_codes", codes.to(torch.int16 if plan.spec.bits < 16 else torch.int32))
         self.register_buffer("weight_scale", params.scale)
 
     def forward(self, indices: Tensor) -> Tensor:
