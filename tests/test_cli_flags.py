@@ -15,6 +15,7 @@ from qlib.cli import build_parser, main, parse
 from qlib.config.flags.checks import ignored_flags, startup_warnings
 from qlib.config.flags.run_config import RunConfig, needs_folder, settings_of
 from qlib.config.flags.table import FLAGS
+from qlib.config.layers.clips import WEIGHT_CLIPS
 from qlib.errors import ConfigError, ModelError, UsageError
 
 IN_RUN = Path("run-folder")
@@ -272,7 +273,7 @@ WRONG = [
     ("--qe-clip-p 5", "--qe-clip-p '5' is not allowed: it must be a number from 1 to 4"),
     (
         "--qe-clip-wts avg",
-        "--qe-clip-wts 'avg' is not allowed: it must be one of none, percentile, mse, lp, auto",
+        f"--qe-clip-wts 'avg' is not allowed: it must be one of {', '.join(WEIGHT_CLIPS)}",
     ),
     ("--qe-scale pow", "--qe-scale 'pow' is not allowed: it must be one of float, pow2; did you mean pow2?"),
     ("--qe-clip-n-stds inf", "--qe-clip-n-stds 'inf' is not allowed: it must be a number above 0"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlib.config.flags.groups import QuantArgs
-from qlib.config.layers.clips import ClipParameters
+from qlib.config.layers.clips import CLIP_NAMES, WEIGHT_CLIPS, ClipParameters
 from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import LayerInfo, resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
@@ -242,7 +242,7 @@ def test_stats_file_beside_the_yaml_else_in_the_current_folder(tmp_path: Path, m
 
 
 BITS = "a whole number from 2 to 16, or null or 0 for float"
-CLIPS = "none, avg, n_std, gauss, laplace, percentile, kl, mse, lp, auto"
+CLIPS = ", ".join(CLIP_NAMES)
 MODES = "sym, sym_restr, asym_s, asym_u, symmetric, symmetric_restricted, asymmetric_signed, asymmetric_unsigned"
 
 
@@ -284,7 +284,7 @@ MODES = "sym, sym_restr, asym_s, asym_u, symmetric, symmetric_restricted, asymme
         ),
         pytest.param(
             ["clip_wts: kl"],
-            "a.yaml:4: clip_wts is 'kl'; allowed: none, percentile, mse, lp, auto",
+            f"a.yaml:4: clip_wts is 'kl'; allowed: {', '.join(WEIGHT_CLIPS)}",
             id="clip of weights",
         ),
         pytest.param(["scale: 2"], "a.yaml:4: scale is 2; allowed: float, pow2", id="scale"),
@@ -349,6 +349,11 @@ MODES = "sym, sym_restr, asym_s, asym_u, symmetric, symmetric_restricted, asymme
 )
 def test_one_mistake(tmp_path: Path, lines: list[str], expected: str) -> None:
     assert problems(tmp_path, quantizer(*lines)) == [expected]
+
+
+def test_a_clip_method_keeps_its_name() -> None:
+    assert set(CLIP_NAMES) >= {*"none avg n_std gauss laplace percentile kl mse lp auto".split()}
+    assert set(WEIGHT_CLIPS) >= {"none", "percentile", "mse", "lp", "auto"}
 
 
 def test_missing_stats_file(tmp_path: Path) -> None:
