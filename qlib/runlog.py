@@ -1,11 +1,12 @@
-"""The folder of a run: its log, the settings that repeat it, its metrics."""
+"""The folder of a run: its log, and the settings that repeat it."""
 
 from __future__ import annotations
 
 import contextlib
-import csv
+import functools
 import importlib.metadata
 import logging
+import operator
 import os
 import platform
 import shutil
@@ -13,18 +14,18 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from qlib.config.flags.run_config import RunConfig
 from qlib.errors import OutputError, QlibError
+from qlib.files import replace_whole, write_text, write_whole
 from qlib.progress import FILE_ONLY
 
-__all__ = ["RunLog", "append_metrics", "open_run"]
+__all__ = ["RunLog", "open_run"]
 
 _log = logging.getLogger("qlib")
 _environment_log = logging.getLogger("app_cfg")
@@ -45,58 +46,52 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig) -> Iterator[RunLog]:
-    """Makes the run's folder and sends all log records to its log file, and to the console, until the block ends.
+def open_run(
+    out_dir: Path,
+    name: str | None = None,
+    settings: str = "",
+    inputs: Iterable[Path | None] = (),
+    *,
+    verbose: bool = False,
+    cpu: bool = False,
+) -> Iterator[RunLog]:
+    """Makes the run's folder and sends log records to its log file, and to the console, until the block ends.
 
-    The file's lines begin with the time; the console (stdout) has bare messages. The first and the last line say
-    where the file is. Python's warnings are logged, each text once. An exception that leaves the block is written to
-    the file, a user's mistake without its traceback unless `config.verbose`.
+    The records are ours, and the warnings of other packages. The file's lines begin with the time; the console (stdout)
+    has bare messages. The first and the last line say where the file is. Python's warnings are logged, each text once.
+    An exception that leaves the block is written to the file, a user's mistake without its traceback unless `verbose`.
+
+    Args:
+        out_dir: the folder of all runs.
+        name: begins the name of the run's folder.
+        settings: the text of `configs/run_config.yaml`.
+        inputs: files that are copied beside it, where they exist.
+        verbose: whether our debug messages are logged too.
+        cpu: whether the run leaves GPUs alone.
 
     Raises:
         OutputError: the folder cannot be made or written.
     """
-    run = _make_folder(config)
+    run = _make_folder(out_dir, name)
+    _save_configs(run.configs, settings, inputs)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_handlers(run.file, config.verbose))
+        stack.enter_context(_handlers(run.file, verbose))
         stack.enter_context(_logged_warnings())
         _log.info("Log file for this run: %s", run.file)
         stack.callback(_log.info, "Log file for this run: %s", run.file)
         _link_latest(run)
-        _log_environment(config)
+        _log_environment(cpu)
         try:
             yield run
         except BaseException as error:
-            _log_failure(error, config.verbose)
+            _log_failure(error, verbose)
             raise
 
 
-def append_metrics(path: Path, row: Mapping[str, object]) -> None:
-    """Adds a row to a CSV file; a new column is empty in the rows before.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    try:
-        rows: list[Mapping[str, object]] = []
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows += csv.DictReader(file)
-        rows.append(row)
-        columns = list(dict.fromkeys(column for each in rows for column in each))
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _make_folder(config: RunConfig) -> RunLog:
+def _make_folder(out_dir: Path, name: str | None) -> RunLog:
     """A new folder `[name___]YYYY.MM.DD-HHMMSS`, with `-2`, `-3`... if others began in the same second."""
-    stem = (f"{config.name}___" if config.name else "") + time.strftime("%Y.%m.%d-%H%M%S")
-    out, number = config.out_dir.absolute(), 1
+    stem = (f"{name}___" if name else "") + time.strftime("%Y.%m.%d-%H%M%S")
+    out, number = out_dir.absolute(), 1
     try:
         out.mkdir(parents=True, exist_ok=True)
         while True:
@@ -108,20 +103,20 @@ def _make_folder(config: RunConfig) -> RunLog:
                 number += 1
         run = RunLog(folder, folder / f"{folder.name}.log")
         run.file.touch()
-        _save_configs(config, run.configs)
+        run.configs.mkdir()
     except OSError as error:
         reason = error.strerror or error
-        raise OutputError(f"--out-dir {config.out_dir} cannot be written: {reason}; give another folder") from error
+        raise OutputError(f"--out-dir {out_dir} cannot be written: {reason}; give another folder") from error
     return run
 
 
-def _save_configs(config: RunConfig, folder: Path) -> None:
-    folder.mkdir()
-    (folder / "run_config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    for source in (config.train.compress, config.qe.stats_file, config.qe.config_file):
+def _save_configs(folder: Path, settings: str, inputs: Iterable[Path | None]) -> None:
+    write_text(folder / "run_config.yaml", settings, "settings")
+    for source in inputs:
         if source is not None and source.is_file():
             taken = (folder / source.name).exists()
-            shutil.copyfile(source, folder / (f"copy_of_{source.name}" if taken else source.name))
+            copy = folder / (f"copy_of_{source.name}" if taken else source.name)
+            write_whole(copy, functools.partial(shutil.copyfile, source), "settings")
 
 
 if TYPE_CHECKING:
@@ -147,13 +142,13 @@ class _Console(_StreamHandler):
 
 @contextlib.contextmanager
 def _handlers(file: Path, verbose: bool) -> Iterator[None]:
-    """The root logger's handlers and level for the time of a run. Only our own debug messages are shown."""
+    """The root logger's handlers and level for the time of a run: of others, nothing below a warning is shown."""
     to_file, console = logging.FileHandler(file, encoding="utf-8"), _Console(sys.stdout)
     to_file.setFormatter(logging.Formatter("%(asctime)s - %(message)s"))
     console.addFilter(lambda record: not getattr(record, "file_only", False))
     root = logging.getLogger()
     before = {logger: logger.level for logger in (root, _log, _environment_log)}
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.WARNING)
     _log.setLevel(logging.DEBUG if verbose else logging.INFO)
     _environment_log.setLevel(logging.DEBUG)
     for handler in (to_file, console):
@@ -190,13 +185,9 @@ def _logged_warnings() -> Iterator[None]:
 def _link_latest(run: RunLog) -> None:
     """Points `latest_log_dir` and `latest_log_file` of the current folder at this run, where that is possible."""
     for name, target in (("latest_log_dir", run.folder), ("latest_log_file", run.file)):
-        partial = Path(f"{name}.{run.folder.name}.{os.getpid()}")
         try:
-            partial.symlink_to(target)
-            partial.replace(name)
+            replace_whole(Path(name), operator.methodcaller("symlink_to", target))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             _log.info("The link %s was not updated: %s", name, error.strerror or error)
 
 
@@ -210,14 +201,14 @@ def _log_failure(error: BaseException, verbose: bool) -> None:
         _log.error("The run failed.", extra=FILE_ONLY, exc_info=True)
 
 
-def _log_environment(config: RunConfig) -> None:
+def _log_environment(cpu: bool) -> None:
     """Writes to the file what a report of a problem should tell."""
     entries = {
         "Command line": " ".join(sys.argv),
         "Working folder": os.getcwd(),
         "System": platform.platform(),
         "CPUs": f"{os.cpu_count()} ({platform.processor() or platform.machine()})",
-        "GPUs": "not used (--cpu)" if config.cpu else _gpus(),
+        "GPUs": "not used (--cpu)" if cpu else _gpus(),
         "Python": sys.version.split()[0],
         **{package: _version(package) for package in _PACKAGES},
         "Git": _git_revision(),

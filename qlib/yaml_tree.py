@@ -11,7 +11,7 @@ import yaml
 
 from qlib.errors import ConfigError
 
-__all__ = ["Node", "Scalar", "load_yaml"]
+__all__ = ["Node", "Scalar", "load_yaml", "parse_yaml"]
 
 Scalar: TypeAlias = "bool | int | float | str | None"
 
@@ -64,14 +64,24 @@ class Node:
 
 
 def load_yaml(path: str | Path) -> Node:
-    """Reads one YAML document.
+    """The tree of a file with one YAML document.
 
     Raises:
-        ConfigError: the file cannot be read, is empty or is not YAML; or it has tabs in its indentation, duplicate
-            keys or tags such as `!!python/object`: all of those, each with `file:line`.
+        ConfigError: the file cannot be read, or for what `parse_yaml` says.
     """
-    file = str(path)
-    text = _read(file)
+    return parse_yaml(_read(str(path)), str(path))
+
+
+def parse_yaml(text: str, file: str) -> Node:
+    """The tree of one YAML document; `file` is what error messages call it.
+
+    >>> parse_yaml("bits: 4", "a.yaml").mapping["bits"]
+    Node(file='a.yaml', line=1, value=4, key_lines={})
+
+    Raises:
+        ConfigError: the text is empty or is not YAML; or it has tabs in its indentation, duplicate keys or tags such as
+            `!!python/object`: all of those, each with `file:line`.
+    """
     tabs = [n for n, line in enumerate(text.split("\n"), 1) if "\t" in line[: len(line) - len(line.lstrip(" \t"))]]
     if tabs:
         raise ConfigError([f"{file}:{n}: a tab in the indentation; YAML allows only spaces" for n in tabs])
@@ -84,6 +94,9 @@ def load_yaml(path: str | Path) -> Node:
         node = reader.convert(root)
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(file, text, error)) from None
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which no file in UTF-8 can hold
+        line = text.count("\n", 0, error.start) + 1
+        raise ConfigError(f"{file}:{line}: not valid YAML: {text[error.start]!r} is no character") from None
     if reader.problems:
         raise ConfigError(reader.problems)
     return node

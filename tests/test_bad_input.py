@@ -14,7 +14,7 @@ import pytest
 import torch
 from runs import CLASSES, Run, finish, good, make_images, run, start, user_model
 
-from qlib.checkpoint.read import write_checkpoint
+from qlib.checkpoint.write import write_checkpoint
 
 DIGITS = "-a digits_cnn --pretrained"
 QUANTIZE = f"{DIGITS} --quantize-eval"
@@ -284,7 +284,7 @@ TABLE = {
     ),
     "statistics folder": Row(
         f"{DIGITS} --qe-calibration 0.1",
-        r"cannot write stats/\S+: .*; choose a folder that can be written",
+        r"cannot write the statistics so far 'stats/\S+' \(.*\); give a folder that can be written",
         lambda folder: (shutil.rmtree(folder / "stats"), (folder / "stats").touch()),
     ),
 }

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qlib.checkpoint.fit import load_state, model_state
-from qlib.checkpoint.read import read_checkpoint, write_checkpoint
+from qlib.checkpoint.read import read_checkpoint
 from qlib.checkpoint.unpickle import Inert
+from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError, OutputError
 from qlib.models import create_model, find_model
 

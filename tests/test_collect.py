@@ -213,7 +213,7 @@ def test_what_cannot_be_resumed_starts_anew(tmp_path: Path, write: Callable[[Pat
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     graph, batch = mixed()
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot write .*; choose a folder that can be written"):
+    with pytest.raises(OutputError, match=r"cannot write the statistics so far .*; give a folder that can be written"):
         collect(graph, batch).save(tmp_path / "file" / "partial", FINGERPRINT)
 
 

@@ -23,7 +23,7 @@ from qlib.app.distill import make_distillation
 from qlib.app.images import open_split
 from qlib.app.job import Job
 from qlib.app.teacher import load_teacher
-from qlib.checkpoint.quantized import weights_hash
+from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.groups import KdArgs, TrainArgs
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.schedule.read import Component, PolicySpec, Schedule
@@ -634,7 +634,7 @@ class TestCache:
     def test_a_folder_that_cannot_be_written(self, folder: Path) -> None:
         saved("net.py:wide")
         Path("stats").write_text("a file")
-        with pytest.raises(OutputError, match=r"the teacher's logits cannot be written to stats/.*; make room"):
+        with pytest.raises(OutputError, match=r"cannot write the teacher's logits 'stats/.*; give a folder"):
             self.policy(make_job()).on_epoch_begin(0)
 
 

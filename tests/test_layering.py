@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LINES = (
     ("errors",),
-    ("registry", "progress", "files", "yaml_tree", "runlog", "quant.spec"),
-    ("quant.affine", "quant.plan", "config", "data", "metrics"),
+    ("registry", "progress", "files", "yaml_tree", "quant.spec"),
+    ("quant.affine", "quant.plan", "config", "data", "metrics", "runlog", "tensor_file"),
     ("graph",),
     ("stats",),
     ("quant", "clip"),
@@ -40,9 +40,15 @@ HOME = {
 }
 """Modules of others that only some of ours import."""
 
+WRITES = {"rename", "renames", "symlink_to", "write_bytes", "write_text"}
+"""Methods that change the disk."""
+
+MAY_OPEN = {"checkpoint.write": "the temporary file of write_whole", "runlog": "os.devnull"}
+"""Modules beside `files` that open a file to write into it."""
+
 NOWHERE = ("torch.ao", "torch.quantization")
 MAY_PRINT = {"cli", "compress"}
-LIGHT = ("errors", "registry", "yaml_tree", "config", "cli")
+LIGHT = ("errors", "registry", "files", "yaml_tree", "config", "cli")
 """What ``--help`` imports: nothing heavy."""
 
 
@@ -91,6 +97,8 @@ def violations(module: str, source: str) -> list[str]:
         home = HOME.get(name.split(".")[0])
         if home is not None and not belongs(module, home):
             found.append(f"{where}, which only {sorted(home)} may")
+    if module != "files":
+        found += [f"{module}:{node.lineno} {what}, which only files may" for node, what in writes(tree, module)]
     if module not in MAY_PRINT:
         found += [f"{module}:{node.lineno} {what}" for node, what in prints(tree)]
     return found
@@ -104,6 +112,31 @@ def prints(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
             yield node, f"uses {ast.unparse(node)}"
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(NOWHERE):
             yield node, f"uses {ast.unparse(node)}"
+
+
+def writes(tree: ast.AST, module: str) -> Iterator[tuple[ast.AST, str]]:
+    """What puts files in place by itself: a rename, a table, a temporary file, a file opened for writing."""
+    callbacks = {id(each) for node in ast.walk(tree) if isinstance(node, ast.Lambda) for each in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            yield from ((node, f"imports {name}") for name in names & {"csv", "tempfile"})
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        own, _, method = called.rpartition(".")
+        if own and method == "replace" and len(node.args) == 1 and own != "dataclasses" and not node.keywords:
+            yield node, f"calls {called}"
+        if own == "os" and method in ("replace", "getpid", "rename", "link", "symlink"):
+            yield node, f"calls {called}"
+        if own and method in WRITES and id(node) not in callbacks:  # a callback is given the temporary path
+            yield node, f"calls {called}"
+        mode = next((each.value for each in node.args if isinstance(each, ast.Constant) and each.value in MODES), None)
+        if method == "open" and mode and module not in MAY_OPEN:
+            yield node, f"opens a file with {mode!r}"
+
+
+MODES = {f"{letter}{more}" for letter in "wax" for more in ("", "b", "+", "b+", "t")}
 
 
 def module_name(path: Path) -> str:
@@ -142,6 +175,13 @@ def test_architecture(module: str) -> None:
         ("lower.exact", "import torch\ntorch.quantization.prepare(m)", "uses torch.quantization"),
         ("metrics", "print(1)", "metrics:1 uses print"),
         ("metrics", "import sys\nsys.exit(1)", "metrics:2 uses sys.exit"),
+        ("report.plots", "import csv", "report.plots:1 imports csv, which only files may"),
+        ("report.plots", "from tempfile import mkdtemp", "imports tempfile, which only files may"),
+        ("report.plots", "import os\nos.replace(a, b)", "report.plots:2 calls os.replace"),
+        ("report.plots", "temporary.replace(path)", "calls temporary.replace"),
+        ("report.plots", "path.write_text('x')", "calls path.write_text"),
+        ("report.plots", "path.open('wb')", "opens a file with 'wb'"),
+        ("report.plots", "open(path, 'a')", "opens a file with 'a'"),
         ("nowhere", "", "nowhere has no place in LINES"),
     ],
 )
@@ -154,6 +194,9 @@ def test_a_breach_is_found(module: str, source: str, complaint: str) -> None:
     [
         ("lower.exact", "from qlib.graph import Graph\nfrom qlib.lower.ops import add"),
         ("quant.plan_file", "import yaml\nfrom qlib.quant.plan import Plan"),
+        ("app.show", "x = name.replace('a', 'b')\nwith path.open('rb') as file: pass"),
+        ("app.show", "write_whole(path, lambda file: file.write_bytes(b''), 'it')\ndataclasses.replace(x)"),
+        ("files", "import csv, tempfile, os\nos.replace(a, b)\npath.open('w')"),
         ("cli", "import argparse, sys\nfrom qlib.config.flags.table import x\nprint(1); sys.exit(2)"),
     ],
 )

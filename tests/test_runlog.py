@@ -14,13 +14,11 @@ from pathlib import Path
 import pytest
 
 from qlib import runlog
-from qlib.config.flags.groups import QuantArgs
-from qlib.config.flags.run_config import RunConfig
 from qlib.errors import ModelError, OutputError
 from qlib.progress import track
-from qlib.runlog import append_metrics, open_run
+from qlib.runlog import open_run
 
-CPU = RunConfig(cpu=True)
+LOGS = Path("logs")
 _log = logging.getLogger("qlib.test")
 
 
@@ -35,7 +33,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["no name", "name"],
 )
 def test_names_of_folder_and_file(name: str | None, pattern: str) -> None:
-    with open_run(RunConfig(cpu=True, name=name)) as run:
+    with open_run(LOGS, name) as run:
         pass
     assert re.fullmatch(pattern, run.folder.name)
     assert run.folder.parent == Path("logs").absolute()
@@ -46,16 +44,16 @@ def test_two_runs_in_one_second_have_folders_of_their_own(monkeypatch: pytest.Mo
     monkeypatch.setattr("time.strftime", lambda _: "2026.01.02-030405")
     names = []
     for _ in range(3):
-        with open_run(CPU) as run:
+        with open_run(LOGS) as run:
             names.append(run.folder.name)
     assert names == ["2026.01.02-030405", "2026.01.02-030405-2", "2026.01.02-030405-3"]
 
 
 def test_file_lines_have_the_time_and_console_lines_are_bare(capsys: pytest.CaptureFixture[str]) -> None:
-    with open_run(CPU) as run:
+    with open_run(LOGS, cpu=True) as run:
         _log.info("==> Top1: %.3f", 92.1)
         _log.debug("only with --verbose")
-        logging.getLogger("PIL").debug("never")
+        logging.getLogger("onnxscript").info("Skipping constant folding")
     where = f"Log file for this run: {run.file}"
     assert capsys.readouterr().out.splitlines() == [where, "==> Top1: 92.100", where]
     lines = run.file.read_text().splitlines()
@@ -67,7 +65,7 @@ def test_file_lines_have_the_time_and_console_lines_are_bare(capsys: pytest.Capt
 
 
 def test_verbose_shows_our_debug_messages_and_no_one_elses(capsys: pytest.CaptureFixture[str]) -> None:
-    with open_run(RunConfig(cpu=True, verbose=True)):
+    with open_run(LOGS, verbose=True):
         _log.debug("ours")
         logging.getLogger("PIL").debug("theirs")
     out = capsys.readouterr().out
@@ -76,10 +74,16 @@ def test_verbose_shows_our_debug_messages_and_no_one_elses(capsys: pytest.Captur
     assert "Command line" not in out
 
 
+def test_warnings_of_others_are_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_run(LOGS):
+        logging.getLogger("onnxscript").warning("an odd graph")
+    assert capsys.readouterr().out.splitlines()[1] == "an odd graph"
+
+
 def test_logging_is_as_before_after_the_run() -> None:
     root = logging.getLogger()
     before = (list(root.handlers), root.level, warnings.showwarning)
-    with open_run(CPU):
+    with open_run(LOGS):
         assert len(root.handlers) == len(before[0]) + 2
     assert (list(root.handlers), root.level, warnings.showwarning) == before
 
@@ -89,15 +93,14 @@ def test_configs_are_copied() -> None:
     stats.parent.mkdir()
     stats.write_text("stats")
     settings.write_text("settings")
-    config = RunConfig(cpu=True, arch="vgg11", qe=QuantArgs(stats_file=stats, config_file=settings))
-    with open_run(config) as run:
+    with open_run(LOGS, settings="arch: vgg11\n", inputs=(stats, None, Path("absent"), settings)) as run:
         found = {file.name: file.read_text() for file in run.configs.iterdir()}
-    assert found == {"run_config.yaml": config.to_yaml(), "x.yaml": "stats", "copy_of_x.yaml": "settings"}
+    assert found == {"run_config.yaml": "arch: vgg11\n", "x.yaml": "stats", "copy_of_x.yaml": "settings"}
 
 
 def test_links_point_at_the_latest_run() -> None:
     for _ in range(2):
-        with open_run(CPU) as run:
+        with open_run(LOGS) as run:
             pass
     assert Path("latest_log_dir").resolve() == run.folder.resolve()
     assert Path("latest_log_file").resolve() == run.file.resolve()
@@ -106,7 +109,7 @@ def test_links_point_at_the_latest_run() -> None:
 
 def test_links_that_cannot_be_made_are_told_in_the_log() -> None:
     (Path("latest_log_dir") / "own").mkdir(parents=True)
-    with open_run(CPU) as run:
+    with open_run(LOGS) as run:
         pass
     assert "The link latest_log_dir was not updated: " in run.file.read_text()
     assert {file.name for file in Path().iterdir()} == {"logs", "latest_log_dir", "latest_log_file"}
@@ -114,13 +117,13 @@ def test_links_that_cannot_be_made_are_told_in_the_log() -> None:
 
 def test_a_folder_that_cannot_be_written() -> None:
     Path("taken").touch()
-    with pytest.raises(OutputError) as error, open_run(RunConfig(cpu=True, out_dir=Path("taken"))):
+    with pytest.raises(OutputError) as error, open_run(Path("taken")):
         pass
     assert str(error.value) == "--out-dir taken cannot be written: File exists; give another folder"
 
 
 def test_warnings_are_logged_once_each(capsys: pytest.CaptureFixture[str]) -> None:
-    with warnings.catch_warnings(), open_run(CPU) as run:
+    with warnings.catch_warnings(), open_run(LOGS) as run:
         warnings.simplefilter("always")
         for text in ("a", "b", "a"):
             warnings.warn(text, stacklevel=1)
@@ -144,7 +147,7 @@ def test_why_a_run_ended_is_in_the_file(
     error: BaseException, verbose: bool, text: str, traceback: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
-        with open_run(RunConfig(cpu=True, verbose=verbose)):
+        with open_run(LOGS, verbose=verbose):
             raise error
 
     with pytest.raises(type(error)):
@@ -162,15 +165,6 @@ def test_environment_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runlog._version("no-such-package") == "not installed"
 
 
-def test_metrics_grow_in_rows_and_columns() -> None:
-    path = Path("metrics.csv")
-    append_metrics(path, {"model": "fp32", "top1": 92.1337})
-    append_metrics(path, {"model": "8 bits", "top1": 92.0, "agreement": 99.5})
-    assert path.read_text() == "model,top1,agreement\nfp32,92.1337,\n8 bits,92.0,99.5\n"
-    with pytest.raises(OutputError, match=r"^no/such\.csv cannot be written: No such file or directory$"):
-        append_metrics(Path("no/such.csv"), {"a": 1})
-
-
 BATCHES = [([0] * size, [0] * size) for size in (4, 4, 4, 2)]
 
 
@@ -185,7 +179,7 @@ def _run_over(
         asked += 1
         return {"Loss": 0.25, "Top1": 50.0, "Top5": 100.0}
 
-    with open_run(CPU):
+    with open_run(LOGS):
         for _ in track(
             batches,
             total_images=14,
@@ -246,7 +240,7 @@ def test_a_read_only_folder_has_no_links(monkeypatch: pytest.MonkeyPatch) -> Non
         raise PermissionError(13, os.strerror(13))
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    with open_run(CPU) as run:
+    with open_run(LOGS) as run:
         pass
     text = run.file.read_text()
     assert "The link latest_log_dir was not updated: Permission denied" in text

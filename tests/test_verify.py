@@ -13,7 +13,7 @@ import torch
 from deployed import IMAGES, exported
 from torch import fx
 
-from qlib.deploy.verify import Checked, Verification, table, verify, write_csv
+from qlib.deploy.verify import Checked, Verification, table, verify, write_verification
 from qlib.errors import OutputError
 
 onnx = pytest.importorskip("onnx")
@@ -242,7 +242,7 @@ def test_report(tmp_path: Path) -> None:
         "predictions: 63 of 64 agree, largest logit difference 0.125\n"
         "verification: exact"
     )
-    write_csv(tmp_path / "verify.csv", found)
+    write_verification(tmp_path / "verify.csv", found)
     with (tmp_path / "verify.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[1] == {
@@ -255,8 +255,8 @@ def test_report(tmp_path: Path) -> None:
         "largest": "1",
         "verdict": "within a step",
     }
-    with pytest.raises(OutputError, match=r"no/verify\.csv cannot be written: No such file or directory"):
-        write_csv(tmp_path / "no/verify.csv", found)
+    with pytest.raises(OutputError, match=r"cannot write table '.*no/verify\.csv' \(No such file or directory\); give"):
+        write_verification(tmp_path / "no/verify.csv", found)
 
 
 def test_model_and_folder_are_left_as_they_were(convolutions: tuple[fx.GraphModule, Path]) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tabulate import tabulate
 
 from qlib.app.images import images_in_memory
 from qlib.app.job import Job
-from qlib.app.search import Planner, measure, write_csv
+from qlib.app.search import Planner, measure, write_sensitivities
 from qlib.config.layers.budget import Budget, parse_budget
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.config.layers.write import ptq_text
-from qlib.errors import OutputError, UsageError
+from qlib.errors import UsageError
+from qlib.files import write_csv, write_text
 from qlib.graph import Graph, capture, kind_of
 from qlib.graph.cost import layer_costs
 from qlib.graph.ir import layers, name_of
@@ -77,7 +76,7 @@ def choose_bits(
     problem = _problem(job, graph, config, settings, planner)
     kinds = list(dict.fromkeys(group.what for group in problem.groups))
     rows, _ = measure(job, graph, settings, planner, job.config.qe.bits_choices, kinds)
-    write_csv(job.file("sensitivity.csv"), rows)
+    write_sensitivities(job.file("sensitivity.csv"), rows)
     choice = _best(job, graph, problem, rows, settings, planner)
     chosen = _with_choice(settings, problem.groups, choice)
     _report(job, problem, rows, choice)
@@ -90,7 +89,7 @@ def choose_bits(
         stats_file,
         f"Bits of each layer for a budget of {problem.budget}; pass it back with --qe-config-file",
     )
-    _write(path, text)
+    write_text(path, text, "settings")
     _log.info("Settings saved to %s; pass them back with --qe-config-file", path)
     return chosen
 
@@ -177,11 +176,7 @@ def _report(job: Job, problem: _Problem, rows: Sequence[Sensitivity], choice: Ch
     headers = ["budget", "cost", "predicted_loss_increase", "mean_bits_weights", "mean_bits_activations"]
     _log.info("%s", tabulate(curve, headers, tablefmt="psql", floatfmt=".4f"))
     path = job.file("tradeoff.csv")
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([headers, *curve])
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_csv(path, headers, curve)
     used = problem.text(cost_of(problem.costs, choice))
     _log.info("Bits chosen for a budget of %s: %s are used; trade-off saved to %s", problem.budget, used, path)
 
@@ -200,10 +195,3 @@ def _curve(problem: _Problem, errors: Sequence[Sequence[float]]) -> list[list[st
             [problem.text(limit), problem.text(cost_of(problem.costs, choice)), error_of(errors, choice), *means]
         )
     return table
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qlib.app.images import loader_of, open_split, report_skipped
 from qlib.app.job import Job
-from qlib.checkpoint.quantized import weights_hash
+from qlib.checkpoint.fingerprint import weights_hash
 from qlib.data import ImageDataset, Loader, choose_subset
+from qlib.files import STATS
 from qlib.graph import LAYOUT, Graph
 from qlib.progress import track
 from qlib.stats.collect import MICRO_BATCH, Collector
@@ -27,7 +28,6 @@ __all__ = ["calibrate"]
 
 _log = logging.getLogger(__name__)
 
-_FOLDER = Path("stats")
 _SAVE_EVERY_SECONDS = 5.0
 
 
@@ -53,12 +53,12 @@ def calibrate(job: Job, graph: Graph, fraction: float, *, histograms: bool = Fal
     fingerprint, stem = _fingerprint(job, len(indices)), _stem(job)
     histograms = histograms or config.qe.histograms
     key = {**fingerprint, "seed": config.seed, "data": str(config.data), "histograms": histograms}
-    unfinished = _Unfinished(_FOLDER / f"{stem}.partial.safetensors", key)
+    unfinished = _Unfinished(STATS / f"{stem}.partial.safetensors", key)
     _log.info("Collecting quantization calibration stats based on %.1f%% of %s dataset", 100 * fraction, split)
     collector = Collector(graph, histograms=histograms)
     _collect(job, collector, dataset, indices, unfinished)
     stats = ModelStats(collector.result(), {**fingerprint, "samples": collector.samples})
-    path = _FOLDER / f"{stem}.yaml"
+    path = STATS / f"{stem}.yaml"
     write_stats(path, stats)
     write_stats(job.file("acts_quantization_stats.yaml"), stats)
     unfinished.path.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 
 from torch import Tensor
 
@@ -26,15 +25,13 @@ from qlib.correct.gptq import gptq
 from qlib.correct.qdrop import qdrop
 from qlib.correct.smooth import smooth
 from qlib.errors import UsageError
+from qlib.files import STATS
 from qlib.graph import FoldedGraph, Graph
 from qlib.quant.plan import Plan
 
 __all__ = ["correct_float", "correct_plan", "flag_of"]
 
 _log = logging.getLogger(__name__)
-
-_SCRATCH = Path("stats")
-"""Where unfinished work is kept: as that of calibration, for the same command in a run to come."""
 
 
 def flag_of(field: str) -> str:
@@ -98,5 +95,4 @@ def _images(job: Job) -> CalibrationImages:
     def batches() -> Iterator[Tensor]:
         return (images for images, _ in calibration_batches(job, count, BATCH))
 
-    _SCRATCH.mkdir(exist_ok=True)
-    return CalibrationImages(batches, count, job.device, _SCRATCH, job.config.seed)
+    return CalibrationImages(batches, count, job.device, STATS, job.config.seed)

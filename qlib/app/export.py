@@ -170,7 +170,7 @@ def _require_images(job: Job, count: int) -> None:
 
 def _verify(job: Job, path: Path, lowered: fx.GraphModule, count: int) -> bool:
     """Compares the file with the exact model on `count` test images; logs a table and writes ``verify.csv``."""
-    from qlib.deploy.verify import table, verify, write_csv
+    from qlib.deploy.verify import table, verify, write_verification
 
     dataset = open_split(job, "test")
     loader = loader_of(job, dataset, choose_subset(len(dataset), 1.0, job.config.seed, shuffled=True)[:count], BATCH)
@@ -178,7 +178,7 @@ def _verify(job: Job, path: Path, lowered: fx.GraphModule, count: int) -> bool:
     result = verify(lowered, path, (images for images, _ in batches))
     report_skipped(loader)
     _log.info("%s", table(result))
-    write_csv(job.file("verify.csv"), result)
+    write_verification(job.file("verify.csv"), result)
     return result.exact
 
 

@@ -16,7 +16,7 @@ from qlib.app.job import Job
 from qlib.app.saturation import avoid_saturation
 from qlib.app.search import lapq
 from qlib.checkpoint.corrected import load_weights, save_weights
-from qlib.checkpoint.quantized import weights_hash
+from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.flags.search_checks import searches
 from qlib.config.layers.read import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags

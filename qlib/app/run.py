@@ -31,13 +31,14 @@ from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.run_config import RunConfig, asks_for_something, exports, nothing_to_do, trains
 from qlib.errors import ModelError, UsageError
+from qlib.files import append_csv
 from qlib.graph import fold
 from qlib.lower import lower
 from qlib.metrics import Evaluation, Model
 from qlib.models import create_model, refuse_python_file
 from qlib.quant.plan_file import check_plan, write_plan
 from qlib.report.tables import float_layers, plan_table
-from qlib.runlog import RunLog, append_metrics, open_run
+from qlib.runlog import RunLog, open_run
 from qlib.surgery.widen import find_wide_model
 from qlib.train.state import is_training
 
@@ -48,7 +49,10 @@ _log = logging.getLogger(__name__)
 
 def run(config: RunConfig) -> int:
     """Does what the command line asks; 0 when it is done. Raises QlibError for a user's mistake."""
-    with open_run(config) as run_log:
+    inputs = (config.train.compress, config.qe.stats_file, config.qe.config_file)
+    with open_run(
+        config.out_dir, config.name, config.to_yaml(), inputs, verbose=config.verbose, cpu=config.cpu
+    ) as run_log:
         for warning in startup_warnings(config):
             _log.warning("Warning: %s", warning)
         _log.info("Random seed: %d", config.seed)
@@ -214,4 +218,4 @@ def _record(job: Job, what: str, result: Evaluation, **more: float) -> None:
     low, high = result.top1_interval
     row = {"what": what, "arch": job.spec.arch, "samples": result.samples, "top1": result.top1, "top5": result.top5}
     interval = {"top1_low": low, "top1_high": high}
-    append_metrics(job.run.folder / "metrics.csv", {**row, "loss": result.loss, **interval, **more})
+    append_csv(job.run.folder / "metrics.csv", {**row, "loss": result.loss, **interval, **more})

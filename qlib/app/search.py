@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,7 +14,8 @@ from tabulate import tabulate
 from qlib.app.images import SEARCH_BATCH, images_in_memory
 from qlib.app.job import Job
 from qlib.config.layers.settings import LayerSettings
-from qlib.errors import OutputError, UsageError
+from qlib.errors import UsageError
+from qlib.files import write_csv
 from qlib.graph import Graph
 from qlib.progress import track
 from qlib.quant.plan import Plan
@@ -23,7 +23,7 @@ from qlib.report.plots import plot_sensitivity
 from qlib.search.lapq import NORMS, search_ranges
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity, Study
 
-__all__ = ["Planner", "analyse", "lapq", "measure", "with_bits", "write_csv"]
+__all__ = ["Planner", "analyse", "lapq", "measure", "with_bits", "write_sensitivities"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def analyse(job: Job, graph: Graph, settings: Mapping[str, LayerSettings], plann
     _log.info("%s", _table(rows))
     _log.info("In float: Top1 %.3f    Loss %.5f", floating[1], floating[0])
     path = job.file("sensitivity.csv")
-    write_csv(path, rows)
+    write_sensitivities(path, rows)
     _log.info("Sensitivity of each layer saved to %s", path)
     plot = job.file("sensitivity.png")
     if plot_sensitivity(plot, rows):
@@ -115,15 +115,9 @@ def _table(rows: Sequence[Sensitivity]) -> str:
     return tabulate(lines, headers, tablefmt="psql", disable_numparse=True)
 
 
-def write_csv(path: Path, rows: Sequence[Sensitivity]) -> None:
+def write_sensitivities(path: Path, rows: Sequence[Sensitivity]) -> None:
     """One line for each layer, what and bits. Raises OutputError where it cannot be written."""
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [each.name for each in fields(Sensitivity)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_csv(path, [each.name for each in fields(Sensitivity)], map(astuple, rows))
 
 
 def lapq(job: Job, graph: Graph, plan: Plan, given: bool) -> Plan:

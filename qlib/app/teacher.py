@@ -5,28 +5,28 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlib.app.images import loader_of, open_split
 from qlib.app.job import Job
+from qlib.checkpoint.fingerprint import weights_hash
 from qlib.checkpoint.fit import load_state, model_state
-from qlib.checkpoint.quantized import float_weights, is_quantized, weights_hash
+from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.groups import KdArgs
-from qlib.errors import CheckpointError, ModelError, OutputError, UsageError
+from qlib.errors import CheckpointError, ModelError, UsageError
+from qlib.files import STATS
 from qlib.graph import LAYOUT
 from qlib.metrics import MICRO_BATCH
 from qlib.models import ModelSpec, create_model, find_model
 from qlib.models.transforms import normalization
 from qlib.progress import track
+from qlib.tensor_file import read_tensors, write_tensors
 
 __all__ = ["SELF", "cached_logits", "load_teacher"]
 
@@ -34,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 SELF = "self"
 """The teacher that is the student's float original."""
-_FOLDER = Path("stats")
 
 
 def load_teacher(job: Job, args: KdArgs, prefix: str = "--kd-") -> nn.Module:
@@ -208,7 +207,7 @@ def cached_logits(job: Job, teacher: nn.Module, arch: str) -> Tensor:
     folder = None if config.data is None else str(config.data.expanduser().resolve())
     key = (weights_hash(teacher.state_dict()), arch, job.spec.arch, job.dataset_name, folder, "train", len(dataset))
     stem = re.sub(r"[^\w.-]+", "_", f"{Path(arch).name}_{job.dataset_name}")
-    path = _FOLDER / f"{stem}_teacher_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
+    path = STATS / f"{stem}_teacher_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
         found = _read(path, (len(dataset), job.num_classes))
         if found is not None:
@@ -226,28 +225,14 @@ def cached_logits(job: Job, teacher: nn.Module, arch: str) -> Tensor:
     with torch.no_grad():
         parts = [teacher(images.to(job.device, memory_format=LAYOUT)).float().cpu() for images, _ in batches]
     logits = torch.cat(parts)
-    _write(path, logits)
+    write_tensors(path, {"logits": logits}, "the teacher's logits", parents=True)
     _log.info("The teacher's logits of %d images saved to %s", len(dataset), path)
     return logits
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
     try:
-        logits = load_file(path).get("logits")
-    except (SafetensorError, OSError):
+        logits = read_tensors(path)[0].get("logits")
+    except OSError:
         return None
     return logits if logits is not None and logits.shape == shape and logits.dtype == torch.float32 else None
-
-
-def _write(path: Path, logits: Tensor) -> None:
-    """Writes the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({"logits": logits.contiguous()}, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"the teacher's logits cannot be written to {path}: {error}; make room for them") from None

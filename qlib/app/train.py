@@ -17,6 +17,7 @@ from qlib.app.policies import set_up
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule.read import Schedule, load_schedule
 from qlib.errors import UsageError
+from qlib.files import move
 from qlib.graph import LAYOUT
 from qlib.lower import lower
 from qlib.train.best import Score, nonzero, ranked
@@ -117,7 +118,7 @@ class _Run:
     def _after_step(self) -> None:
         """Saves a checkpoint now and then; it becomes `checkpoint.pth.tar` when the next step's loss is a number."""
         if self._new.exists():
-            self._new.replace(self.job.file("checkpoint.pth.tar"))
+            move(self._new, self.job.file("checkpoint.pth.tar"), "checkpoint")
         if time.monotonic() - self._saved >= self.args.save_every:
             self._check_weights(f"step {self.progress.steps} of epoch {self.progress.epoch}")
             self._save("checkpoint.new.pth.tar", None)

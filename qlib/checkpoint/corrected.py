@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import safetensors
-from safetensors.torch import load_file, save_file
-
 from qlib.correct._bias import give_bias
-from qlib.errors import ConfigError, OutputError
+from qlib.errors import ConfigError
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
+from qlib.tensor_file import read_tensors, write_tensors
 
 __all__ = ["load_weights", "save_weights"]
 
@@ -21,16 +19,11 @@ def save_weights(path: Path, graph: Graph, fingerprint: str) -> None:
     `fingerprint` is that of the model before any correction. Raises OutputError when the file cannot be written.
     """
     state = {
-        f"{name_of(node)}.{key}": value.detach().cpu().clone().contiguous()
+        f"{name_of(node)}.{key}": value.clone()
         for node, module in layers(graph)
         for key, value in module.named_parameters()
     }
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        save_file(state, temporary, {"qlib": fingerprint})
-        temporary.replace(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise OutputError(f"cannot write {path}: {error}; choose a folder that can be written") from error
+    write_tensors(path, state, "weights", {"qlib": fingerprint})
 
 
 def load_weights(path: Path, graph: Graph, fingerprint: str) -> None:
@@ -39,12 +32,10 @@ def load_weights(path: Path, graph: Graph, fingerprint: str) -> None:
     Raises ConfigError where the file cannot be read, or is of another model.
     """
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("qlib")
-        state = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        state, texts = read_tensors(path)
+    except OSError as error:
         raise ConfigError(f"the plan needs {path}, which cannot be read: {error}; keep it beside the plan") from error
-    if found != fingerprint:
+    if texts.get("qlib") != fingerprint:
         raise ConfigError(f"the weights in {path} are of another model; quantize this one again with --quantize-eval")
     for node, module in layers(graph):
         if f"{name_of(node)}.bias" in state:

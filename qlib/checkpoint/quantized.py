@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from qlib.checkpoint.fit import load_state
-from qlib.checkpoint.read import write_checkpoint
+from qlib.checkpoint.write import write_checkpoint
 from qlib.correct._bias import give_bias
 from qlib.errors import CheckpointError
 from qlib.graph import Graph
@@ -29,7 +27,6 @@ __all__ = [
     "read_header",
     "restore_quantized",
     "save_quantized",
-    "weights_hash",
 ]
 
 _FORMAT = "qlib_quantized"
@@ -125,13 +122,3 @@ def restore_quantized(
     lowered = lower(graph, header.plan)
     load_state(lowered, checkpoint["state_dict"], source)
     return lowered
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """A short hash of names, shapes and values of all weights."""
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        plain = value.detach().cpu().contiguous().view(-1)
-        digest.update(plain.view(torch.uint8).numpy().tobytes() if len(plain) else b"")
-    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Checkpoint files: read as data, so that nothing in them can run, and written whole or not at all.
+"""Checkpoint files, read as data, so that nothing in them can run.
 
 One reader serves PyTorch's zip files, the format of PyTorch before 1.6 and the objects of Distiller's in either: the
 pickle in them is read by `unpickle`, which calls nothing, and `with_tensors` makes the tensors. `torch.load` would not
@@ -9,22 +9,19 @@ with any number.
 from __future__ import annotations
 
 import io
-import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qlib.checkpoint.tensors import storage_of, with_tensors
 from qlib.checkpoint.unpickle import Persistent, Refused, unpickle
-from qlib.errors import CheckpointError, OutputError
+from qlib.errors import CheckpointError
 
-__all__ = ["read_checkpoint", "write_checkpoint"]
+__all__ = ["read_checkpoint"]
 
 _ZIP, _LEGACY = b"PK\x03\x04", pickle.dumps(0x1950A86A20F9469CFC6C, 2)
 _BYTES_OF_COUNT = 8
@@ -134,22 +131,3 @@ def _read_legacy(stream: io.BytesIO) -> Any:
             raise pickle.UnpicklingError("a storage that no tensor has, or that is not there")
         contents[key] = bytearray(stream.read(sizes[key]))
     return with_tensors(value, lambda key, _: contents.get(key, bytearray()))
-
-
-def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Writes tensors and plain values for `read_checkpoint`; the file appears whole or not at all.
-
-    Raises:
-        OutputError: the folder is missing or cannot be written.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save(dict(checkpoint), file)
-        unfinished.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write checkpoint {str(path)!r} ({error.strerror or error}); give a folder that can be written"
-        ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)

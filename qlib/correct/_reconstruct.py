@@ -13,9 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
 from qlib.correct._base import CalibrationImages
@@ -28,6 +26,7 @@ from qlib.graph import Graph
 from qlib.lower.fake import FakeLayer, FakeQuantize, FakeWeight, lower_fake
 from qlib.progress import track
 from qlib.quant.plan import Plan
+from qlib.tensor_file import read_tensors, write_tensors
 
 __all__ = ["Options", "reconstruct"]
 
@@ -242,18 +241,17 @@ class _Partial:
     def load(self) -> list[str]:
         """The names of the parts that are done, whose weights and steps are put into the model."""
         try:
-            with safetensors.safe_open(self.path, "pt") as file:
-                header = file.metadata() or {}
-            if header.get("key") == self.key:
-                self.done, self.state = header["done"].split("\n"), load_file(self.path)
-                self.fake.load_state_dict(self.state, strict=False)
-                _log.info("Going on from a broken reconstruction: %d parts are done", len(self.done))
-        except (OSError, safetensors.SafetensorError):
-            pass
+            state, header = read_tensors(self.path)
+        except OSError:
+            return self.done
+        if header.get("key") == self.key:
+            self.done, self.state = header["done"].split("\n"), state
+            self.fake.load_state_dict(self.state, strict=False)
+            _log.info("Going on from a broken reconstruction: %d parts are done", len(self.done))
         return self.done
 
     def save(self, unit: Unit) -> None:
-        """Adds a part that is done."""
+        """Adds a part that is done. Raises OutputError where the file cannot be written."""
         self.done.append(unit.name)
         targets = {str(self._node(node.name).target) for node in unit.nodes}
         state = self.fake.state_dict()
@@ -262,9 +260,8 @@ class _Partial:
             for key, value in state.items()
             if any(key.startswith(f"{t}.") for t in targets)
         }
-        temporary = self.path.with_suffix(".tmp")
-        save_file(self.state, temporary, {"key": self.key, "done": "\n".join(self.done)})
-        temporary.replace(self.path)
+        header = {"key": self.key, "done": "\n".join(self.done)}
+        write_tensors(self.path, self.state, "the parts that are done", header, parents=True)
 
     def _node(self, name: str) -> fx.Node:
         found: fx.Node = next(node for node in self.fake.graph.nodes if node.name == name)

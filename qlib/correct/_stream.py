@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from qlib.files import reserve, scratch_folder
 from qlib.progress import track
 
 __all__ = ["Buffer", "Stream", "track_nodes"]
@@ -24,25 +25,25 @@ class Buffer:
     def __init__(self, folder: Path, limit: int = MEMORY_LIMIT) -> None:
         self.limit, self.held, self.files = limit, 0, 0
         self._parent = folder
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Buffer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._stack.close()
 
     def keep(self, value: Any) -> Any:
-        """The same values, in memory or mapped from a file."""
+        """The same values, in memory or mapped from a file. Raises OutputError where the disk has no room for it."""
         if not isinstance(value, Tensor) or self.held + value.nbytes <= self.limit or not value.numel():
             self.held += value.nbytes if isinstance(value, Tensor) else 0
             return value
         self.files += 1
-        self._folder = self._folder or tempfile.TemporaryDirectory(dir=self._parent, prefix="activations-")
-        file = str(Path(self._folder.name) / f"{self.files}.bin")
-        value = value.contiguous()
-        kept = torch.from_file(file, shared=True, size=value.numel(), dtype=value.dtype)  # on the CPU
+        self._folder = self._folder or self._stack.enter_context(scratch_folder(self._parent))
+        file, value = self._folder / f"{self.files}.bin", value.contiguous()
+        reserve(file, value.nbytes, "activations")
+        kept = torch.from_file(str(file), shared=True, size=value.numel(), dtype=value.dtype)  # on the CPU
         return kept.view(value.shape).copy_(value)
 
     def drop(self, value: Any) -> None:

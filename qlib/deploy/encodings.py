@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from qlib.deploy.export import INPUT, OUTPUT
 from qlib.deploy.named import is_named
-from qlib.errors import ExportError, OutputError, StatsError
+from qlib.errors import ExportError, StatsError
+from qlib.files import write_text
 from qlib.graph import Graph, fused_activations
 from qlib.graph.ir import is_constant, is_layer, is_move, kind_of, layer_inputs, name_of
 from qlib.lower.ops.embedding import ExactEmbedding
@@ -93,20 +93,8 @@ def write_encodings(kind: str, path: Path, graph: Graph, plan: Plan, lowered: nn
     count = len(chosen.tensors(encodings))
     if not count:
         raise StatsError(f"no range to export for {kind}: the plan leaves everything in float; give --qe-bits-acts")
-    _write(path, chosen.text(encodings))
+    write_text(path, chosen.text(encodings), "encodings")
     return count
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"the encodings cannot be written to {path}: {error.strerror or error}") from None
 
 
 def collect_encodings(graph: Graph, plan: Plan, lowered: nn.Module) -> Encodings:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import io
 import logging
-import os
 import re
 import traceback
 import warnings
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.deploy.named import with_named_tensors
-from qlib.errors import ExportError, OutputError
+from qlib.errors import ExportError
+from qlib.files import write_together
 from qlib.graph import Graph
 from qlib.graph.ir import source_line
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
@@ -282,19 +282,12 @@ def _pack_four_bits(model: ir.Model, layers: Collection[str]) -> None:
 
 
 def _save(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes the file under a temporary name, then renames it; weights of more than 1.9 GB stand beside it."""
+    """Writes the file, whole or not at all; weights of more than 1.9 GB stand beside it."""
     import onnx_ir as ir
 
     model.producer_name, model.producer_version = "qlib-compress", metadata.get("version", "")
     model.metadata_props.clear()
     model.metadata_props.update({f"qlib.{key}": value for key, value in metadata.items()})
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            ir.save(model, temporary, external_data=f"{path.name}.data" if size > _EXTERNAL else None)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"the model cannot be written to {path}: {error.strerror or error}") from None
+    external = f"{path.name}.data" if size > _EXTERNAL else None
+    write_together(path, lambda file: ir.save(model, file, external_data=external), "ONNX model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from qlib.deploy.export import CODES, OUTPUT
 from qlib.deploy.kernels import Kernels, exact_layers, kernels_of, open_with_graph
 from qlib.deploy.session import run_session
+from qlib.files import scratch_folder
 from qlib.graph.ir import layer_inputs, source_of
 from qlib.lower.base import Edge
 from qlib.lower.exact import EDGE
@@ -64,8 +64,8 @@ class Inspection:
         from_float |= set() if dequantizes(exact) else {LOGITS}
         shipped, graph = open_with_graph(path)
         kernels = kernels_of(graph, names)
-        with tempfile.TemporaryDirectory() as folder:
-            exposed = Path(folder) / "inspected.onnx"
+        with scratch_folder() as folder:
+            exposed = folder / "inspected.onnx"
             seen = _expose(path, exposed, edges)
             inspected, graph = open_with_graph(exposed)
         others = kernels_of(graph, names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from qlib.deploy.session import open_session
+from qlib.files import scratch_folder
 from qlib.graph.ir import kind_of
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def open_with_graph(model: Path) -> tuple[ort.InferenceSession, onnx.GraphProto]
     """A session on a file, and the optimized graph that it runs (without the values of large tensors)."""
     import onnx
 
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
+    with scratch_folder() as folder:
+        optimized = folder / "optimized.onnx"
         session = open_session(model, optimized=optimized)
         return session, onnx.load(optimized, load_external_data=False).graph
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from tabulate import tabulate
 from torch import fx, nn
 
 from qlib.deploy.kernels import CLAMPS, MOVES, STEPS, Kernels, exact_layers, kernels_of, layer_of, open_with_graph
-from qlib.errors import OutputError
+from qlib.files import write_csv
 from qlib.graph.ir import layer_inputs
 from qlib.lower.base import Edge
 from qlib.lower.exact import EDGE
@@ -212,14 +211,10 @@ def write_placement_csv(path: Path, placed: Sequence[Placed]) -> None:
 
     Raises OutputError where that is impossible.
     """
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("layer", "kernel", "type", "why", "macs", "pairs_at_risk", "saturated"))
-            for each in placed:
-                rate = each.saturation
-                saturated = rate.share if rate.outputs or not rate.possible else ""
-                row = (each.layer, each.kernels, _type(each), each.why, each.macs, rate.pairs, saturated)
-                writer.writerow(row)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_csv(path, ("layer", "kernel", "type", "why", "macs", "pairs_at_risk", "saturated"), map(_row, placed))
+
+
+def _row(placed: Placed) -> Sequence[object]:
+    rate = placed.saturation
+    saturated = rate.share if rate.outputs or not rate.possible else ""
+    return placed.layer, placed.kernels, _type(placed), placed.why, placed.macs, rate.pairs, saturated

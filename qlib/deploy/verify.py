@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from qlib.deploy.export import OUTPUT
 from qlib.deploy.inspection import LOGITS, Inspection, dequantizes
 from qlib.deploy.kernels import Kernels
 from qlib.deploy.session import run_session
-from qlib.errors import OutputError
+from qlib.files import write_csv
 from qlib.lower import exact_arithmetic
 from qlib.lower.exact import EDGE
 
-__all__ = ["FLOAT_SHARE", "Checked", "Verification", "table", "verify", "write_csv"]
+__all__ = ["FLOAT_SHARE", "Checked", "Verification", "table", "verify", "write_verification"]
 
 FLOAT_SHARE = 1e-3
 """Of the codes of a layer that ONNX Runtime computes in float, this share may differ, by one step."""
@@ -230,12 +229,6 @@ def table(verification: Verification) -> str:
     return "\n".join(lines)
 
 
-def write_csv(path: Path, verification: Verification) -> None:
+def write_verification(path: Path, verification: Verification) -> None:
     """Writes the table's columns; raises OutputError where that is impossible."""
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow([header.lower() for header in _HEADERS])
-            writer.writerows(map(_cells, verification.layers))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    write_csv(path, [header.lower() for header in _HEADERS], map(_cells, verification.layers))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.checkpoint.quantized import weights_hash
+from qlib.checkpoint.fingerprint import weights_hash
 from qlib.distill.matching import Matching
 from qlib.errors import CheckpointError
 from qlib.train.policy import Batch, Losses, Policy

@@ -20,19 +20,18 @@ before them and are not read.
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
 
-from qlib.errors import ConfigError, OutputError, StatsError, did_you_mean
+from qlib.errors import ConfigError, StatsError, did_you_mean
+from qlib.files import write_text
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.plan_schema import HEADER, SCALARS, VERSION, has_output, has_weight, plan_from_node
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
-from qlib.yaml_tree import load_yaml
+from qlib.yaml_tree import load_yaml, parse_yaml
 
 __all__ = ["check_plan", "is_plan_file", "plan_from_text", "plan_text", "read_plan", "stats_from_plan", "write_plan"]
 
@@ -41,22 +40,13 @@ _UNKNOWN = TensorStats(count=0, samples=0, min=float("nan"), max=float("nan"))
 
 
 def write_plan(path: str | Path, plan: Plan) -> None:
-    """Writes the file under a temporary name, then renames it: it is whole or absent.
+    """Writes the file, whole or not at all.
 
     Raises:
         StatsError: a range is NaN or infinite; the sentence names the layer.
         OutputError: the file cannot be written.
     """
-    path, text = Path(path), plan_text(plan)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"the plan cannot be written to {path}: {error.strerror or error}") from None
+    write_text(Path(path), plan_text(plan), "plan")
 
 
 def plan_text(plan: Plan) -> str:
@@ -168,13 +158,7 @@ def plan_from_text(text: str, source: str) -> Plan:
     Raises:
         ConfigError: every mistake in the text, each as `source:line: sentence`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.yaml"
-        path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="\n")
-        try:
-            return read_plan(path)
-        except ConfigError as error:
-            raise ConfigError([problem.replace(str(path), source) for problem in error.problems]) from None
+    return plan_from_node(parse_yaml(text, source))
 
 
 def stats_from_plan(plan: Plan) -> ModelStats:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlib.files import write_whole
 from qlib.search.sensitivity import Sensitivity
 
 __all__ = ["plot_sensitivity"]
@@ -15,7 +16,7 @@ _HIGHEST = 80.0  # dB: beyond it nothing is lost
 
 
 def plot_sensitivity(path: Path, rows: Sequence[Sensitivity]) -> bool:
-    """Writes the signal-to-noise ratio of the logits, a curve for each bit-width; False without matplotlib."""
+    """Writes the signal-to-noise ratio of the logits as PNG, a curve for each bit-width; False without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -36,5 +37,5 @@ def plot_sensitivity(path: Path, rows: Sequence[Sensitivity]) -> bool:
         axes.tick_params(axis="x", labelrotation=90)
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
-    figure.savefig(path)
+    write_whole(path, lambda file: figure.savefig(file, format="png"), "plot")
     return True

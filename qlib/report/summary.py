@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qlib.errors import OutputError, UsageError, did_you_mean
+from qlib.errors import UsageError, did_you_mean
+from qlib.files import write_csv
 from qlib.graph.capture import capture
 from qlib.graph.cost import layer_costs
 
@@ -72,7 +72,7 @@ def _sparsity(model: nn.Module, example: Tensor, folder: Path) -> str:
     total = _percent(dense - kept, dense)
     rows: list[_Row] = [_sparsity_row(name, value) for name, value in weights.items()]
     rows.append(("Total sparsity:", "-", dense, kept, 0.0, 0.0, 0.0, 0.0, 0.0, total, 0.0, 0.0, 0.0))
-    _write_csv(
+    write_csv(
         folder / _SPARSITY_FILE,
         ("parameter", "shape", "volume", "sparse volume", "sparsity level"),
         [(row[0], row[1], row[2], row[3], row[9]) for row in rows[:-1]],
@@ -121,7 +121,7 @@ def _compute(model: nn.Module, example: Tensor, folder: Path) -> str:
     rows: list[_Row] = [
         (c.name, c.type, c.attrs, str(c.ifm), c.ifm_volume, str(c.ofm), c.ofm_volume, c.weights, c.macs) for c in costs
     ]
-    _write_csv(folder / _COMPUTE_FILE, _COMPUTE_COLUMNS, rows)
+    write_csv(folder / _COMPUTE_FILE, _COMPUTE_COLUMNS, rows)
     return f"{_table(_COMPUTE_COLUMNS, rows)}\nTotal MACs: {sum(cost.macs for cost in costs):,}"
 
 
@@ -133,16 +133,6 @@ def _table(columns: Sequence[str], rows: Sequence[_Row]) -> str:
     cells = [[f"{cell:.5f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     align = ["left" if isinstance(cell, str) else "right" for cell in rows[0]] if rows else None
     return tabulate(cells, columns, tablefmt="psql", disable_numparse=True, colalign=align)
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[_Row]) -> None:
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(rows)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 SUMMARIES: Mapping[str, Callable[[nn.Module, Tensor, Path], str]] = {

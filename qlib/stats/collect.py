@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from qlib.errors import OutputError, StatsError
+from qlib.errors import StatsError
 from qlib.graph.ir import Graph, attribute, is_constant, is_layer, is_move, layer_inputs, layers, name_of
 from qlib.stats.histogram import Histogram
 from qlib.stats.histogram_rows import HistogramRows
 from qlib.stats.tensor_stats import LayerStats, TensorStats
+from qlib.tensor_file import read_tensors, write_tensors
 
 __all__ = ["MICRO_BATCH", "Collector"]
 
@@ -198,31 +196,21 @@ class Collector:
         return None if before is None else before.clipped(0.0, limit)
 
     def save(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
-        """Writes all that `load` needs to go on from here, atomically."""
+        """Writes all that `load` needs to go on from here, whole or not at all."""
         assert self._state is not None
         header = {"fingerprint": fingerprint, "shapes": self._shapes}
-        temporary = path.with_name(path.name + ".tmp")
         rows = {} if self._rows is None else self._rows.state()
         tensors = vars(self._state) | {_ROWS + name: value for name, value in rows.items()}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: value.cpu().contiguous() for name, value in tensors.items()},
-                temporary,
-                metadata={"qlib": json.dumps(header, sort_keys=True)},
-            )
-            os.replace(temporary, path)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise OutputError(f"cannot write {path}: {error}; choose a folder that can be written") from error
+        texts = {"qlib": json.dumps(header, sort_keys=True)}
+        write_tensors(path, tensors, "the statistics so far", texts, parents=True)
 
     def load(self, path: Path, fingerprint: Mapping[str, Any]) -> int:
         """Goes on from a file of `save`: how many images it consumed; 0 where absent or of another calibration."""
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                header = json.loads((file.metadata() or {}).get("qlib", "{}"))
-            tensors = load_file(path)
-        except (OSError, safetensors.SafetensorError):
+            tensors, texts = read_tensors(path)
+        except OSError:
             return 0
+        header = json.loads(texts.get("qlib", "{}"))
         if header.get("fingerprint") != json.loads(json.dumps(fingerprint)):
             return 0
         rows = {name.removeprefix(_ROWS): tensors.pop(name) for name in list(tensors) if name.startswith(_ROWS)}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -19,7 +18,8 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import load, save
 
-from qlib.errors import OutputError, StatsError
+from qlib.errors import StatsError
+from qlib.files import write_whole
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import LayerStats
 
@@ -66,17 +66,8 @@ def content_hash(content: bytes) -> str:
 
 
 def write_histograms(path: Path, content: bytes) -> None:
-    """Writes the file under a temporary name, then renames it. Raises OutputError where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"the histograms cannot be written to {path}: {error.strerror or error}") from None
+    """Writes the file whole or not at all; its folder is made. Raises OutputError where it cannot be written."""
+    write_whole(path, lambda file: file.write_bytes(content), "histograms", parents=True)
 
 
 def read_histograms(path: Path, expected: str, stats_path: Path) -> dict[str, LayerHistograms]:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qlib.errors import ConfigError, OutputError, StatsError, did_you_mean
+from qlib.errors import ConfigError, StatsError, did_you_mean
+from qlib.files import write_text
 from qlib.stats.histogram import Histogram
 from qlib.stats.histogram_file import content_hash, histogram_bytes, histogram_path, read_histograms, write_histograms
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
@@ -40,7 +40,7 @@ _PLAIN = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)\Z)[a-z_][\w.]*", 
 
 
 def write_stats(path: str | Path, stats: ModelStats) -> None:
-    """Writes the file under a temporary name, then renames it: it is whole or absent. Folders are made.
+    """Writes the file, whole or not at all; its folder is made.
 
     Histograms go to a file beside it, first. The same statistics give the same bytes, and every number reads back as
     the same number.
@@ -53,16 +53,7 @@ def write_stats(path: str | Path, stats: ModelStats) -> None:
     text = "".join(_lines(stats, None if histograms is None else content_hash(histograms)))
     if histograms is not None:
         write_histograms(histogram_path(path), histograms)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8", newline="\n")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"the statistics cannot be written to {path}: {error.strerror or error}") from None
+    write_text(path, text, "statistics", parents=True)
 
 
 def _lines(stats: ModelStats, histograms: str | None) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qlib.runlog import append_metrics
+from qlib.files import append_csv
 
 __all__ = ["Records"]
 
@@ -22,7 +22,7 @@ class Records:
         """Adds an epoch; `seconds` are those of its training. Raises OutputError where the file cannot be written."""
         means = {f"train {name}": value for name, value in training.items()}
         results = {f"valid {name}": value for name, value in validation.items()}
-        append_metrics(self._file, {"epoch": epoch, **means, **results, "seconds": round(seconds, 1)})
+        append_csv(self._file, {"epoch": epoch, **means, **results, "seconds": round(seconds, 1)})
         if self._board is None:
             return
         for phase, values in (("Training", training), ("Validation", validation)):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from qlib.checkpoint.read import write_checkpoint
+from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
 from qlib.train.best import Score
 from qlib.train.loop import Progress, Running
