@@ -383,7 +383,8 @@ def test_all_weights_of_a_model_with_attention_train_under_a_quantizer() -> None
     again = good(f"{words} --epochs 2 --resume-from {file}", Path.cwd())
     files = (contents(each.folder / "checkpoint.pth.tar") for each in (rest, again))
     assert same(*files), "dropout follows from seed, epoch and step"
-    good(f"--resume-from {rest.folder}/checkpoint.pth.tar --quantize-eval --verify 8 {FAST}", Path.cwd())
+    file = rest.folder / "checkpoint.pth.tar"
+    good(f"-a mine.py:tokens --resume-from {file} --quantize-eval --verify 8 {FAST}", Path.cwd())
 
 
 def test_steps_that_run_away_are_told() -> None:

@@ -28,7 +28,7 @@ from qlib.config.flags.groups import KdArgs, TrainArgs
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.schedule.read import Component, PolicySpec, Schedule
 from qlib.distill.loss import Distillation, DistillSettings, distillation_loss
-from qlib.distill.matching import Matching, Taps, attention_loss, feature_loss, named_outputs
+from qlib.distill.matching import ForwardHooks, Matching, attention_loss, feature_loss, named_outputs
 from qlib.errors import CheckpointError, ConfigError, ModelError, OutputError, QlibError, UsageError
 from qlib.graph import capture, fold
 from qlib.lower.trainable import lower_trainable
@@ -676,7 +676,7 @@ class TestMatching:
         assert policy is not None
         batch = batch_of(job, [0, 1, 2])
         _, losses = step(policy, job.model, batch)
-        seen = Taps(named_outputs(job.model), "student")
+        seen = ForwardHooks(named_outputs(job.model), "student")
         seen._layers = {name: named_outputs(job.model)[name] for pair in given["match"].items() for name in pair}
         seen.open()
         job.model(batch.images)
@@ -704,7 +704,10 @@ class TestMatching:
         names = ("relu", "stem.relu", "stem", "wide", "maxpool", "pointwise", "fc")
         there = named_outputs(lowered, fold(job.model, job.example).absorbed)
         assert "stem.bn" not in there  # what leaves the layer has passed the ReLU
-        taps = [Taps({name: layers[name] for name in names}, "student") for layers in (there, named_outputs(job.model))]
+        taps = [
+            ForwardHooks({name: layers[name] for name in names}, "student")
+            for layers in (there, named_outputs(job.model))
+        ]
         images = batch_of(job, [0, 1]).images
         found = []
         for tap, model in zip(taps, (lowered, job.model), strict=True):
@@ -724,7 +727,7 @@ class TestMatching:
 
     def test_outputs_that_are_changed_in_place(self) -> None:
         model = InPlace()
-        taps = Taps({"conv": model.conv}, "student")
+        taps = ForwardHooks({"conv": model.conv}, "student")
         taps.open()
         model(torch.randn(2, 1, 8, 8))
         assert taps.close()["conv"].min() < 0
@@ -801,7 +804,7 @@ class TestMatching:
 
     def test_a_broken_step_leaves_nothing(self) -> None:
         model = InPlace()
-        taps = Taps({"conv": model.conv}, "student")
+        taps = ForwardHooks({"conv": model.conv}, "student")
         for _ in range(2):
             taps.open()
         model(torch.zeros(1, 1, 8, 8))

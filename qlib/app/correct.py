@@ -57,7 +57,7 @@ def correct_float(job: Job, folded: FoldedGraph) -> None:
 
 
 def correct_plan(job: Job, folded: FoldedGraph, plan: Plan) -> Plan:
-    """Changes weights and biases of the folded graph so that the plan's integers lose less; answers the new plan."""
+    """Changes weights and biases of the folded graph so that the plan's integers lose less; returns the new plan."""
     args = job.config.ptq
     if not args.of_plan:
         return plan

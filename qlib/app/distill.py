@@ -65,7 +65,7 @@ def _of_flags(job: Job) -> Distillation:
         )
     settings, start = _weights(args), args.start_epoch
     teacher = load_teacher(job, args)
-    _tell(job, args, settings, f"from epoch {start} on")
+    _log_distillation(job, args, settings, f"from epoch {start} on")
     return Distillation(teacher, settings, lambda epoch: epoch >= start, own=args.teacher == SELF)
 
 
@@ -93,7 +93,8 @@ def _of_schedule(job: Job, student: nn.Module, policies: tuple[PolicySpec, ...])
     except UsageError as error:
         raise ConfigError(f"{where}: {error}") from error
     settings = _weights(args, given.get("match_wt", 1.0))
-    _tell(job, args, settings, " and ".join(f"in epochs {each.start} to {each.end - 1}" for each in policies))
+    when = " and ".join(f"in epochs {each.start} to {each.end - 1}" for each in policies)
+    _log_distillation(job, args, settings, when)
     arch = job.spec.arch if args.teacher == SELF else str(args.teacher)
     return Distillation(
         teacher,
@@ -113,7 +114,7 @@ def _matching(job: Job, student: nn.Module, teacher: nn.Module, given: Mapping[s
     return matching
 
 
-def _tell(job: Job, args: KdArgs, settings: DistillSettings, when: str) -> None:
+def _log_distillation(job: Job, args: KdArgs, settings: DistillSettings, when: str) -> None:
     name = f"the float {job.spec.arch} itself" if args.teacher == SELF else f"{args.teacher}"
     source = f" ({args.resume})" if args.resume else " with its published weights" if args.pretrained else ""
     _log.info("Distillation: %s learns from %s%s %s", job.spec.arch, name, source, when)

@@ -11,7 +11,7 @@ from qlib.lower import exact_arithmetic
 from qlib.metrics import Evaluation, Meter, Model, evaluate_together
 from qlib.progress import track
 
-__all__ = ["measure", "tell_confusion", "tell_interval", "tell_result"]
+__all__ = ["measure", "log_confusion", "log_interval", "log_result"]
 
 _log = logging.getLogger(__name__)
 
@@ -38,18 +38,18 @@ def measure(job: Job, loader: Loader, description: str, *models: Model) -> list[
     return results
 
 
-def tell_result(result: Evaluation) -> None:
+def log_result(result: Evaluation) -> None:
     """The line of an evaluation."""
     _log.info("==> Top1: %.3f    Top5: %.3f    Loss: %.3f\n", result.top1, result.top5, result.loss)
 
 
-def tell_interval(result: Evaluation) -> None:
+def log_interval(result: Evaluation) -> None:
     """The interval of Top1, and the loss to more digits."""
     low, high = result.top1_interval
     _log.info("Top1 95 %% interval: %.2f to %.2f (%d images), Loss %.5f", low, high, result.samples, result.loss)
 
 
-def tell_confusion(result: Evaluation) -> None:
+def log_confusion(result: Evaluation) -> None:
     """The matrix: row i counts the images of class i by the class that was predicted."""
     rows = (" ".join(f"{count:5d}" for count in row) for row in result.confusion.tolist())
     _log.info("==> Confusion:\n%s\n", "\n".join(rows))

@@ -1,4 +1,4 @@
-"""Handing a model over: the ONNX file, where each layer runs, the proof, and evaluation by ONNX Runtime."""
+"""Export of a model: the ONNX file, where each layer runs, its verification, and evaluation by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_text
 from qlib.stats.tensor_stats import ModelStats
 
-__all__ = ["Deployed", "hand_over", "hand_over_float"]
+__all__ = ["Deployed", "export_model", "export_float_model"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Deployed:
     exit_code: int = 0
 
 
-def hand_over(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, stats: ModelStats | None) -> Deployed:
+def export_model(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, stats: ModelStats | None) -> Deployed:
     """Exports and verifies the integer model as far as the flags ask; `graph` is its folded float graph."""
     config = job.config
     for kind in config.export_encodings:
@@ -72,8 +72,8 @@ def hand_over(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, stats
     return Deployed(engine, (emulated(lowered),) if saturates else (), 0 if exact else 1)
 
 
-def hand_over_float(job: Job, graph: Graph) -> Model:
-    """Exports the float model if the flags ask for it; answers what to evaluate.
+def export_float_model(job: Job, graph: Graph) -> Model:
+    """Exports the float model if the flags ask for it; returns what to evaluate.
 
     Raises UsageError for what needs an integer model.
     """
@@ -117,7 +117,7 @@ def _metadata(job: Job, **more: str) -> dict[str, str]:
 
 
 def _export_float(job: Job, graph: Graph) -> Path:
-    """Writes the float model; answers where."""
+    """Writes the float model; returns where."""
     from qlib.deploy.export import export_float
 
     path = _path(job, "")
@@ -128,7 +128,7 @@ def _export_float(job: Job, graph: Graph) -> Path:
 
 
 def _export_quantized(job: Job, lowered: fx.GraphModule, plan: Plan, stats: ModelStats | None) -> Path:
-    """Writes the integer model, its placement as a table and as ``placement.csv``; answers where the model is."""
+    """Writes the integer model, its placement as a table and as ``placement.csv``; returns where the model is."""
     from qlib.deploy.export import export_quantized
 
     refuse_unexportable(plan, lowered)

@@ -141,7 +141,7 @@ def _check_weights(model: nn.Module, arch: str) -> None:
 
 
 def _check_output(job: Job) -> None:
-    """A model of the user's own may answer anything. Raises ModelError unless it answers a logit for each class."""
+    """A model of the user's own may return anything. Raises ModelError unless it returns a logit for each class."""
     try:
         with torch.inference_mode():
             logits: object = job.model(job.example)

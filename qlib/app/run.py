@@ -12,8 +12,8 @@ import torch
 
 from qlib.app.calibrate import calibrate
 from qlib.app.correct import correct_float
-from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
-from qlib.app.export import hand_over, hand_over_float
+from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
+from qlib.app.export import export_float_model, export_model
 from qlib.app.images import test_loader
 from qlib.app.job import Job, choose_device, load_job
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
@@ -108,7 +108,7 @@ def _quantize_and_evaluate(job: Job) -> int:
     lowered = lower(folded.graph, plan).to(job.device)
     for line in float_layers(plan):
         _log.info("%s", line)
-    deployed = hand_over(job, folded.graph, lowered, plan, planned.stats)
+    deployed = export_model(job, folded.graph, lowered, plan, planned.stats)
     result, reference, *others = _test(job, deployed.engine, job.model, *deployed.others)
     _log.info("FP32:    Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
     _log.info("Predictions that differ from FP32: %.2f %%", result.changed(reference))
@@ -125,7 +125,7 @@ def _quantize_and_evaluate(job: Job) -> int:
 
 def _use_float(job: Job) -> None:
     """Exports and evaluates the float model, as the flags ask."""
-    engine = hand_over_float(job, fold(job.model, job.example).graph)
+    engine = export_float_model(job, fold(job.model, job.example).graph)
     if job.config.evaluate:
         result, *_ = _test(job, engine)
         _record(job, "fp32", result)
@@ -148,7 +148,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     if config.check:
         _log.info("%s", plan_table(folded.graph, header.plan))
         return 0
-    deployed = hand_over(job, folded.graph, lowered, header.plan, None)
+    deployed = export_model(job, folded.graph, lowered, header.plan, None)
     if config.evaluate or not exports(config):
         result, *others = _test(job, deployed.engine, *deployed.others)
         _record(job, "quantized", result)
@@ -196,10 +196,10 @@ def _test(job: Job, *models: Model) -> list[Evaluation]:
             " --qe-calibration tells in which layer they arise"
         )
     result = results[0]
-    tell_result(result)
-    tell_interval(result)
+    log_result(result)
+    log_interval(result)
     if job.config.confusion:
-        tell_confusion(result)
+        log_confusion(result)
     return results
 
 

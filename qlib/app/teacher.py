@@ -68,7 +68,7 @@ def load_teacher(job: Job, args: KdArgs, prefix: str = "--kd-") -> nn.Module:
     teacher = _published(job, spec, resume) if args.resume is None else _resumed(job, spec, args.resume, prefix)
     teacher = _fixed(teacher, job)
     _convert_images(teacher, spec, job)
-    _check_answers(teacher, spec, job)
+    _check_logits(teacher, spec, job)
     return teacher
 
 
@@ -167,7 +167,7 @@ def _convert_images(teacher: nn.Module, spec: ModelSpec, job: Job) -> None:
     teacher.register_forward_pre_hook(lambda _, args: (args[0] * scale + shift, *args[1:]))
 
 
-def _check_answers(teacher: nn.Module, spec: ModelSpec, job: Job) -> None:
+def _check_logits(teacher: nn.Module, spec: ModelSpec, job: Job) -> None:
     """Raises UsageError or ModelError unless the teacher gives a finite logit for each of the student's classes."""
     try:
         with torch.no_grad():

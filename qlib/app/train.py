@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlib.app.evaluate import measure, tell_confusion, tell_interval, tell_result
+from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
 from qlib.app.policies import set_up
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
@@ -22,7 +22,7 @@ from qlib.graph import LAYOUT
 from qlib.lower import lower
 from qlib.train.best import Score, nonzero, ranked
 from qlib.train.loop import Diverged, Progress, Settings, Trainee, run_epoch
-from qlib.train.records import Records
+from qlib.train.records import MetricsWriter
 from qlib.train.state import TrainingState, is_training
 
 __all__ = ["train"]
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
     """Trains as the flags and the schedule say; `checkpoint` is what `--resume-from` holds.
 
-    Answers the exit code: 1 where the loss became NaN or infinite.
+    Returns the exit code: 1 where the loss became NaN or infinite.
 
     Raises:
         UsageError: there is no epoch left to train.
@@ -59,7 +59,7 @@ class _Run:
         self.state = TrainingState(
             self.job.model, self.trainee.optimizer, self.trainee.policies, self.progress, list[Score]()
         )
-        self.records = Records(job.run.folder)
+        self.metrics = MetricsWriter(job.run.folder)
         self._saved = time.monotonic()
         self._new = self.job.file("checkpoint.new.pth.tar")
 
@@ -136,7 +136,7 @@ class _Run:
         model, quantized = self._evaluated()
         _log.info("--- validate (epoch=%d)-----------", epoch)
         (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
-        tell_result(result)
+        log_result(result)
         if not math.isfinite(result.loss):
             raise Diverged(f"the validation loss is {result.loss} after epoch {epoch}")
         metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
@@ -147,7 +147,7 @@ class _Run:
         self.state.best[:] = ranked([*self.state.best, score], self.args.best_by, max(self.args.num_best_scores, 1))
         for best in self.state.best:
             _log.info("%s", best)
-        self.records.add(epoch, {**means, "LR": lr}, metrics, seconds)
+        self.metrics.add(epoch, {**means, "LR": lr}, metrics, seconds)
         self.progress.epoch, self.progress.steps = epoch + 1, 0
         self.progress.running.sums, self.progress.running.images = {}, 0
         if quantized is not None:
@@ -183,12 +183,12 @@ class _Run:
         _log.info("--- test ---------------------")
         models = [model, *([self.trainee.model.eval()] if quantized is not None else [])]
         result, *others = measure(self.job, self.images.test, "Test", *map(_laid_out, models))
-        tell_result(result)
+        log_result(result)
         for other in others:
             _log.info("Predictions in integers that differ from those of training: %.2f %%", result.changed(other))
-        tell_interval(result)
+        log_interval(result)
         if self.job.config.confusion:
-            tell_confusion(result)
+            log_confusion(result)
 
 
 def _laid_out(model: nn.Module) -> Any:

@@ -93,7 +93,7 @@ class Distillation(Policy):
         if not self._active(batch.epoch):
             return losses
         settings = self._settings
-        distill = distillation_loss(logits.float(), self._answers(batch).float(), settings.temperature)
+        distill = distillation_loss(logits.float(), self._teacher_logits(batch).float(), settings.temperature)
         added = losses.overall - losses.objective
         overall = settings.student_wt * losses.objective + settings.distill_wt * distill + added
         others = {**losses.others, "Distill Loss": distill.detach()}
@@ -103,12 +103,12 @@ class Distillation(Policy):
             others["Match Loss"] = match.detach()
         return Losses(overall, losses.objective, others)
 
-    def _answers(self, batch: Batch) -> Tensor:
+    def _teacher_logits(self, batch: Batch) -> Tensor:
         """The teacher's logits of a batch."""
         if self._logits is None:
             with torch.no_grad():  # not inference_mode, whose tensors the gradient could not use
-                answers: Tensor = self._teacher(batch.images)
-            return answers
+                logits: Tensor = self._teacher(batch.images)
+            return logits
         assert len(batch.indices) == len(batch.images), "the cache needs the index of each image"
         return self._logits[torch.as_tensor(batch.indices)].to(batch.images.device)
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from qlib.errors import ConfigError, ModelError, did_you_mean
 from qlib.graph.ir import name_of
 
-__all__ = ["MATCHES", "Matching", "Taps", "attention_loss", "feature_loss", "named_outputs"]
+__all__ = ["MATCHES", "Matching", "ForwardHooks", "attention_loss", "feature_loss", "named_outputs"]
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def named_outputs(model: nn.Module, absorbed: Mapping[str, str] | None = None) -
     return {**containers, **{name: layers[layer] for layer, name in leaving.items() if layer in layers}, **layers}
 
 
-class Taps:
+class ForwardHooks:
     """Keeps what some layers of a model give, from `open` to `close`: outside of that the model has no hooks of it."""
 
     def __init__(self, layers: Mapping[str, nn.Module], whose: str) -> None:
@@ -84,7 +84,7 @@ class Taps:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def open(self) -> None:
-        """Listens, from the next forward pass on. What a broken step has left is forgotten."""
+        """Registers the hooks. What an interrupted step has left is forgotten."""
         self._remove()
         self._seen = {name: [] for name in self._layers}
         for name, module in self._layers.items():
@@ -135,17 +135,19 @@ class Matching:
         where: str = "match",
     ) -> None:
         self.pairs, self._kind, self._where = pairs, kind, where
-        self._student, self._teacher = self._taps(student, teacher, absorbed)
+        self._student, self._teacher = self._hooks_of(student, teacher, absorbed)
         trial = copy.deepcopy(student).eval()
         seen = []
-        for taps, model in zip(self._taps(trial, teacher, absorbed), (trial, teacher), strict=True):
-            taps.open()
+        for hooks, model in zip(self._hooks_of(trial, teacher, absorbed), (trial, teacher), strict=True):
+            hooks.open()
             with torch.no_grad():
                 model(example)
-            seen.append(taps.close())
+            seen.append(hooks.close())
         self._check_shapes(*seen)
 
-    def _taps(self, student: nn.Module, teacher: nn.Module, absorbed: Mapping[str, str] | None) -> tuple[Taps, Taps]:
+    def _hooks_of(
+        self, student: nn.Module, teacher: nn.Module, absorbed: Mapping[str, str] | None
+    ) -> tuple[ForwardHooks, ForwardHooks]:
         sides = {
             "student": (list(self.pairs), named_outputs(student, absorbed)),
             "teacher": (list(dict.fromkeys(self.pairs.values())), named_outputs(teacher)),
@@ -158,10 +160,10 @@ class Matching:
         ]
         if problems:
             raise ConfigError(problems)
-        student_taps, teacher_taps = (
-            Taps({name: there[name] for name in names}, whose) for whose, (names, there) in sides.items()
+        left, right = (
+            ForwardHooks({name: there[name] for name in names}, whose) for whose, (names, there) in sides.items()
         )
-        return student_taps, teacher_taps
+        return left, right
 
     def _check_shapes(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> None:
         problems = []

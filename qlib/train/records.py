@@ -8,11 +8,11 @@ from typing import Any
 
 from qlib.files import append_csv
 
-__all__ = ["Records"]
+__all__ = ["MetricsWriter"]
 
 
-class Records:
-    """The records in the folder of a run."""
+class MetricsWriter:
+    """Writes the metrics of each epoch into the folder of a run."""
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "training.csv"
