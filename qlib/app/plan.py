@@ -10,13 +10,14 @@ from pathlib import Path
 
 from qlib.app.budget import choose_bits
 from qlib.app.calibrate import calibrate
-from qlib.app.correct import correct_float, correct_plan, flag_of
+from qlib.app.correct import correct_float, correct_plan
 from qlib.app.images import image_range
 from qlib.app.job import Job
 from qlib.app.saturation import avoid_saturation
 from qlib.app.search import lapq
 from qlib.checkpoint.corrected import load_weights, save_weights
 from qlib.checkpoint.fingerprint import weights_hash
+from qlib.config.flags.corrections import flag_of
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.flags.search_checks import searches
 from qlib.config.layers.read import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
@@ -69,7 +70,7 @@ def with_corrections(config: RunConfig) -> RunConfig:
     if file is None or is_plan_file(file):
         return config
     asked = {key: value for key, value in load_ptq_config(file).corrections.items() if flag_of(key) not in config.given}
-    return replace(config, ptq=replace(config.ptq, **asked))  # type: ignore[arg-type]
+    return replace(config, ptq=config.ptq.with_settings(asked))
 
 
 def settings_of(job: Job, folded: FoldedGraph) -> tuple[PtqConfig, dict[str, LayerSettings]]:

@@ -7,6 +7,7 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor, nn
 
+from qlib.correct._base import CORRECTIONS
 from qlib.correct._bias import give_bias
 from qlib.correct._pairs import Pair, find_pairs, grouped
 from qlib.graph import Graph, NormStatistics, kind_of
@@ -17,6 +18,9 @@ __all__ = ["absorb_bias", "excess"]
 _DEVIATIONS = 3.0
 
 
+@CORRECTIONS.register(
+    "absorb_bias", order=1, of_float=True, help="move high biases into the next layer; after --ptq-equalize"
+)
 @torch.no_grad()
 def absorb_bias(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> list[str]:
     """Lowers biases of a folded graph, in place, and the means in `norms`; one line a pair of layers.

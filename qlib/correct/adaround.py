@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlib.correct._base import CalibrationImages
+from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._reconstruct import Options, reconstruct
 from qlib.correct._units import layer_units
 from qlib.graph import Graph
@@ -13,6 +13,7 @@ __all__ = ["adaround"]
 ITERATIONS = 500
 
 
+@CORRECTIONS.register("adaround", order=11, choice="rounding", images=True, iterates=True)
 def adaround(graph: Graph, plan: Plan, images: CalibrationImages, iterations: int | None = None) -> Plan:
     """Learns, layer after layer, whether each weight is rounded up or down; the weights of `graph` are set to that.
 

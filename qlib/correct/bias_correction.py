@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qlib.correct._base import CalibrationImages
+from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._bias import give_bias, over_channels
 from qlib.correct._pairs import shared_layers, single_layers
 from qlib.correct._walk import channel_moments, layer_outputs
@@ -20,6 +20,7 @@ from qlib.stats.moments import propagate
 __all__ = ["analytic_bias_correction", "bias_correction"]
 
 
+@CORRECTIONS.register("empirical", order=30, choice="bias_correction", images=True)
 @torch.no_grad()
 def bias_correction(graph: Graph, plan: Plan, images: CalibrationImages, reference: Graph | None = None) -> list[str]:
     """Corrects the biases of `graph`, in place, by what the calibration images show; log lines.
@@ -47,6 +48,7 @@ def bias_correction(graph: Graph, plan: Plan, images: CalibrationImages, referen
     return [_summary("Bias correction", shifts), *_not_corrected(graph)]
 
 
+@CORRECTIONS.register("analytic", order=31, choice="bias_correction", data_free=True)
 @torch.no_grad()
 def analytic_bias_correction(graph: Graph, plan: Plan, norms: Mapping[str, NormStatistics]) -> list[str]:
     """Corrects the biases of `graph`, in place, without images; log lines.

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from qlib.correct._base import CalibrationImages
+from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._bias import give_bias
 from qlib.correct._pairs import shared_layers, single_layers
 from qlib.correct._walk import channel_moments, layer_outputs
@@ -27,6 +27,12 @@ _LIMITS = (0.5, 2.0)
 """Of the factor: channels that hardly vary have no deviation worth restoring."""
 
 
+@CORRECTIONS.register(
+    "bn_reestimation",
+    order=20,
+    images=True,
+    help="match mean and deviation of each channel to those of the float model",
+)
 @torch.no_grad()
 def bn_reestimation(graph: Graph, plan: Plan, images: CalibrationImages, reference: Graph | None = None) -> Plan:
     """Matches mean and deviation of each rounded channel to the float one's; changes `graph`, answers the new plan.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlib.correct._base import CalibrationImages
+from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._reconstruct import Options, reconstruct
 from qlib.correct._units import block_units
 from qlib.graph import Graph
@@ -13,6 +13,7 @@ __all__ = ["brecq"]
 ITERATIONS = 500
 
 
+@CORRECTIONS.register("brecq", order=12, choice="rounding", images=True, iterates=True)
 def brecq(graph: Graph, plan: Plan, images: CalibrationImages, iterations: int | None = None) -> Plan:
     """Learns the roundings of all weights of a block together, and the steps of its activations.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from qlib.correct._base import CORRECTIONS
 from qlib.correct._pairs import Pair, find_pairs, grouped
 from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import name_of
@@ -23,6 +24,13 @@ _DEVIATIONS = 6.0
 """How many standard deviations above the mean a channel is taken to reach: as far as data-free ranges go."""
 
 
+@CORRECTIONS.register(
+    "equalize",
+    order=0,
+    of_float=True,
+    data_free=True,
+    help="equalize the weight ranges of successive layers; then collect the statistics",
+)
 @torch.no_grad()
 def equalize(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> list[str]:
     """Equalizes the weights of a folded graph, in place, and scales `norms` along; one line a pair of layers.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.correct._base import CalibrationImages
+from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._stream import Buffer, Stream, track_nodes
 from qlib.correct._write_back import write_back
 from qlib.graph import Graph
@@ -19,6 +19,7 @@ DAMPING = 0.01
 """Added to the diagonal of the Hessian, as a share of its mean."""
 
 
+@CORRECTIONS.register("gptq", order=10, choice="rounding", images=True)
 @torch.no_grad()
 def gptq(graph: Graph, plan: Plan, images: CalibrationImages) -> Plan:
     """Rounds the weights of convolutions and linear layers, layer after layer; those of `graph` are set to that.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlib.correct._base import CalibrationImages
+from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._reconstruct import Options, reconstruct
 from qlib.correct._units import block_units
 from qlib.correct.brecq import ITERATIONS
@@ -12,6 +12,7 @@ from qlib.quant.plan import Plan
 __all__ = ["qdrop"]
 
 
+@CORRECTIONS.register("qdrop", order=13, choice="rounding", images=True, iterates=True)
 def qdrop(graph: Graph, plan: Plan, images: CalibrationImages, iterations: int | None = None) -> Plan:
     """As `brecq`; in each step every element of the block's inputs and activations stays in float with chance 1/2.
 

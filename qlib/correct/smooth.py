@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.correct._base import CalibrationImages
+from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._pairs import grouped, passes, single_layers
 from qlib.graph import Graph
 from qlib.graph.channels import Origin, input_origins
@@ -26,6 +26,14 @@ class _Site:
     readers: tuple[tuple[fx.Node, Origin], ...]
 
 
+@CORRECTIONS.register(
+    "smooth",
+    order=2,
+    of_float=True,
+    images=True,
+    number={"name": "alpha", "low": 0, "high": 1},
+    help="move outliers of activations after layer norms into the weights, by this power (0.5 is usual)",
+)
 @torch.no_grad()
 def smooth(graph: Graph, images: CalibrationImages, alpha: float) -> list[str]:
     """Moves the ranges of channels from layer norms to the weights that read them, in place; one line a layer norm.

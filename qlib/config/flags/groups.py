@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
 from qlib.config.layers.clips import CLIP_DEFAULTS, ClipParameters
 
 __all__ = [
     "BEST_BY",
-    "BIAS_CORRECTIONS",
     "GROUPS",
     "OPTIMIZERS",
-    "ROUNDINGS",
     "KdArgs",
     "LapqArgs",
     "PtqArgs",
@@ -57,39 +57,60 @@ class QuantArgs:
     lapq: bool = False
 
 
-ROUNDINGS = ("nearest", "gptq", "adaround", "brecq", "qdrop")
-BIAS_CORRECTIONS = ("none", "empirical", "analytic")
+_NO_CORRECTIONS = Switches()
 
 
 @dataclass(frozen=True)
 class PtqArgs:
-    """The `--ptq-*` flags: corrections that need no training. A field is named as its flag, without `--ptq-`."""
+    """The `--ptq-*` flags: corrections that need no training. A field is named as its flag, without `--ptq-`.
 
-    equalize: bool = False
-    absorb_bias: bool = False
-    smooth: float | None = None
+    `switches` are those that a flag of their own asks for: `smooth` is `--ptq-smooth`.
+    """
+
+    switches: Switches = _NO_CORRECTIONS
     data_free: bool = False
     rounding: str = "nearest"
-    bn_reestimation: bool = False
     bias_correction: str = "none"
     images: int = 1024
     iterations: int | None = None
 
     @property
+    def asked(self) -> dict[str, float]:
+        """The corrections to do, in their order -> True, or the number of its flag.
+
+        >>> PtqArgs(data_free=True, switches=Switches({"smooth": 0.5})).asked
+        {'equalize': True, 'smooth': 0.5, 'analytic': True}
+        """
+        free = [each for each in CORRECTION_FLAGS.values() if each.data_free and self.data_free]
+        chosen = {"rounding": self.rounding, "bias_correction": self.bias_correction}
+        chosen |= {each.choice: each.name for each in free if each.choice}
+        asked = {**self.switches, **dict.fromkeys([*(each.name for each in free), *chosen.values()], True)}
+        return {name: asked[name] for name in CORRECTION_FLAGS if name in asked}
+
+    def with_settings(self, settings: Mapping[str, Any]) -> PtqArgs:
+        """These arguments with some replaced, which are fields or corrections with a flag of their own.
+
+        >>> PtqArgs().with_settings({"equalize": True, "smooth": None, "rounding": "gptq"}).asked
+        {'equalize': True, 'gptq': True}
+        """
+        switches = {name: value for name, value in settings.items() if name in CORRECTION_FLAGS}
+        fields = {name: value for name, value in settings.items() if name not in CORRECTION_FLAGS}
+        return replace(self, switches=Switches({**self.switches, **switches}), **fields)
+
+    @property
     def of_float(self) -> str:
         """The corrections of the float model, in their order: statistics collected with others do not fit.
 
-        >>> PtqArgs(equalize=True, smooth=0.5).of_float
+        >>> PtqArgs(switches=Switches({"equalize": True, "smooth": 0.5})).of_float
         'equalize, smooth 0.5'
         """
-        words = ["equalize"] * (self.equalize or self.data_free) + ["absorb_bias"] * self.absorb_bias
-        return ", ".join(words + ([] if self.smooth is None else [f"smooth {self.smooth:g}"]))
+        asked = {name: value for name, value in self.asked.items() if CORRECTION_FLAGS[name].of_float}
+        return ", ".join(name if value is True else f"{name} {value:g}" for name, value in asked.items())
 
     @property
     def of_plan(self) -> bool:
         """Whether any correction comes after the plan."""
-        corrects_bias = self.bias_correction != "none" or self.data_free
-        return self.rounding != "nearest" or self.bn_reestimation or corrects_bias
+        return not all(CORRECTION_FLAGS[name].of_float for name in self.asked)
 
 
 @dataclass(frozen=True)

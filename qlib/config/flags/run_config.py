@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
 from qlib.config.flags.groups import GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.config.layers.clips import CLIP_PARAMETERS, ClipParameters
 from qlib.errors import ConfigError, UsageError, did_you_mean
@@ -27,7 +28,11 @@ __all__ = [
     "wants_onnx",
 ]
 
-_CLIP = "clip_parameters"
+_MAPPINGS: Mapping[str, tuple[Mapping[str, object], type]] = {
+    "clip_parameters": ({key: each.default for key, each in CLIP_PARAMETERS.items()}, ClipParameters),
+    "switches": ({name: each.default for name, each in CORRECTION_FLAGS.items() if not each.choice}, Switches),
+}
+"""Fields of groups that are mappings -> their keys with the defaults, and the type: each key is a setting."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def _of_group(group: str, args: Any) -> Mapping[str, object]:
     found: dict[str, object] = {}
     for each in fields(args):
         value = getattr(args, each.name)
-        own = {key: value.get(key) for key in CLIP_PARAMETERS} if each.name == _CLIP else {each.name: value}
+        keys, _ = _MAPPINGS.get(each.name, ({}, None))
+        own = {key: value.get(key, default) for key, default in keys.items()} or {each.name: value}
         found |= {f"{group}.{key}": item for key, item in own.items()}
     return found
 
@@ -121,8 +127,9 @@ def config_of(settings: Mapping[str, Any]) -> RunConfig:
     for group, kind in GROUPS.items():
         start = f"{group}."
         own = {name.removeprefix(start): value for name, value in settings.items() if name.startswith(start)}
-        if parameters := {key: own.pop(key) for key in CLIP_PARAMETERS if key in own}:
-            own[_CLIP] = ClipParameters(parameters)
+        for field_name, (keys, mapping) in _MAPPINGS.items():
+            if items := {key: own.pop(key) for key in keys if key in own}:
+                own[field_name] = mapping(items)
         top[group] = kind(**own)
     return RunConfig(**top)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qlib.config.flags.groups import BEST_BY, BIAS_CORRECTIONS, OPTIMIZERS, ROUNDINGS
+from qlib.config.flags.corrections import BIAS_CORRECTIONS, CORRECTION_FLAGS, ROUNDINGS, CorrectionFlag
+from qlib.config.flags.groups import BEST_BY, OPTIMIZERS
 from qlib.config.flags.groups import GROUPS as ARGUMENT_GROUPS
 from qlib.config.flags.kinds import (
     SWITCH,
@@ -61,6 +62,13 @@ class Flag:
         words = self.name.removeprefix("--").replace("-", "_")
         group, _, rest = words.partition("_")
         return self.field or (f"{group}.{rest}" if group in ARGUMENT_GROUPS else words)
+
+
+def _correction(each: CorrectionFlag) -> Flag:
+    """The flag of a correction that is a switch, or takes a number."""
+    number = each.number
+    kind = SWITCH if number is None else real(number.allows, number.allowed, number.name.upper())
+    return Flag(each.flag, kind, each.help)
 
 
 GROUPS: dict[str, tuple[Flag, ...]] = {
@@ -206,20 +214,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("--qe-pytorch-backend", choice(("fbgemm", "qnnpack")), "backend of PyTorch's own quantized modules"),
     ),
     "Corrections that need no training (with --quantize-eval)": (
-        Flag("--ptq-equalize", SWITCH, "equalize the weight ranges of successive layers; then collect the statistics"),
-        Flag("--ptq-absorb-bias", SWITCH, "move high biases into the next layer; after --ptq-equalize"),
-        Flag(
-            "--ptq-smooth",
-            real(lambda number: 0 <= number <= 1, "a number from 0 to 1", "ALPHA"),
-            "move outliers of activations after layer norms into the weights, by this power (0.5 is usual)",
-        ),
+        *(_correction(each) for each in CORRECTION_FLAGS.values() if each.of_float),
         Flag("--ptq-data-free", SWITCH, "no images at all: ranges and corrections from batch-norm statistics"),
         Flag(
             "--ptq-rounding",
             choice(ROUNDINGS),
             "how weights are rounded: to the nearest code, or so that the layer's or the block's output changes least",
         ),
-        Flag("--ptq-bn-reestimation", SWITCH, "match mean and deviation of each channel to those of the float model"),
+        *(_correction(each) for each in CORRECTION_FLAGS.values() if not each.of_float and not each.choice),
         Flag(
             "--ptq-bias-correction",
             choice(BIAS_CORRECTIONS),

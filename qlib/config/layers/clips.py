@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlib.config.frozen import FrozenMapping
 from qlib.registry import registered
 
 __all__ = [
@@ -76,40 +77,24 @@ CLIP_PARAMETERS: Mapping[str, ClipParameter] = {
 """Key in YAML -> the parameter."""
 
 
-class ClipParameters(Mapping[str, float]):
+class ClipParameters(FrozenMapping[float]):
     """The parameters of all clip methods, by their keys in YAML; immutable.
 
-    Laws: one that is not given, or given as None, has its default; without a default it is absent.
+    Laws: one that is not given has its default; without a default, or given as None, it is absent.
 
     >>> parameters = ClipParameters({"clip_p": 3.0})
     >>> parameters["clip_p"], parameters["clip_percentile"], "clip_n_stds" in parameters
     (3.0, 99.99, False)
-    >>> (parameters | {"clip_p": None}) == ClipParameters()
-    True
+    >>> "clip_p" in parameters | {"clip_p": None}
+    False
     """
 
     def __init__(self, given: Mapping[str, float | None] | None = None) -> None:
-        values = {key: parameter.default for key, parameter in CLIP_PARAMETERS.items()}
-        values |= {key: value for key, value in (given or {}).items() if value is not None}
-        self._values = {key: value for key, value in values.items() if value is not None}
-
-    def __getitem__(self, key: str) -> float:
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._values.items()))
-
-    def __repr__(self) -> str:
-        return f"ClipParameters({self._values})"
+        values = {key: parameter.default for key, parameter in CLIP_PARAMETERS.items()} | dict(given or {})
+        super().__init__({key: value for key, value in values.items() if value is not None})
 
     def __or__(self, changes: Mapping[str, float | None]) -> ClipParameters:
-        return ClipParameters({**self._values, **changes})
+        return ClipParameters({**self, **changes})
 
     def read_by(self, method: str) -> dict[str, float | None]:
         """Those that a method looks at, None for one that it lacks; `auto` looks at all, and lacks none.
@@ -118,8 +103,8 @@ class ClipParameters(Mapping[str, float]):
         ({'clip_p': 2.0}, {'clip_n_stds': None}, {})
         """
         if method == "auto":
-            return dict(self._values)
-        return {key: self._values.get(key) for key, each in CLIP_PARAMETERS.items() if each.method == method}
+            return dict(self)
+        return {key: self.get(key) for key, each in CLIP_PARAMETERS.items() if each.method == method}
 
     def lacks(self, method: str) -> list[str]:
         """The parameters that a method cannot do without, and that are not given."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qlib.config.flags.groups import BIAS_CORRECTIONS, ROUNDINGS
+from qlib.config.flags.corrections import BIAS_CORRECTIONS, CORRECTION_FLAGS, ROUNDINGS, CorrectionFlag, Number
 from qlib.config.layers.clips import CLIP_NAMES, CLIP_PARAMETERS, WEIGHT_CLIPS, ClipParameter
 from qlib.errors import did_you_mean
 from qlib.quant.spec import MODES
@@ -233,26 +233,33 @@ QUANTIZER_FIELDS: Mapping[str, Field] = {
 """The arguments of the quantizer itself, besides its overrides."""
 
 
-def _share(node: Node) -> float | None:
-    value = node.value
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise NotAllowed("a number from 0 to 1, or null for none")
-    return float(value)
+def _number(number: Number) -> Callable[[Node], float | None]:
+    """The number that a correction takes; null means that it is not done."""
+
+    def convert(node: Node) -> float | None:
+        value = node.value
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not number.allows(value):
+            raise NotAllowed(f"{number.allowed}, or null for none")
+        return float(value)
+
+    return convert
+
+
+def _switch(name: str, correction: CorrectionFlag) -> Field:
+    return setting(_number(correction.number) if correction.number else flag, name)
 
 
 _COUNT = whole(1, 10**9, null=None)
 
 CORRECTION_FIELDS: Mapping[str, Field] = {
-    "equalize": setting(flag, "equalize"),
-    "absorb_bias": setting(flag, "absorb_bias"),
-    "smooth": setting(_share, "smooth"),
+    **{name: _switch(name, each) for name, each in CORRECTION_FLAGS.items() if each.of_float},
     "data_free": setting(flag, "data_free"),
     "rounding": setting(choice({name: name for name in ROUNDINGS}), "rounding"),
-    "bn_reestimation": setting(flag, "bn_reestimation"),
+    **{name: _switch(name, each) for name, each in CORRECTION_FLAGS.items() if not each.of_float and not each.choice},
     "bias_correction": setting(choice({name: name for name in BIAS_CORRECTIONS}), "bias_correction"),
     "images": setting(_COUNT, "images"),
     "iterations": setting(_COUNT, "iterations"),
 }
-"""The keys of the section `corrections`: the fields of `PtqArgs`, each with the values of its flag."""
+"""The keys of the section `corrections`: those that `PtqArgs.with_settings` takes, each with the values of its flag."""
