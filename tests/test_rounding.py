@@ -152,7 +152,7 @@ class _FixedStep(CodedWeight):
         super().__init__(params.spec.bits, stochastic=False, per_channel=True)
         self.fixed = params.scale
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         return self.fixed
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ class ActivationSite:
     input: bool = False
 
 
-class TrainingQuantizer(Protocol):
+class TrainingQuantizer(ABC):
     """A method: a frozen dataclass whose fields are the keys of its YAML component, without those common to all."""
 
     least_bits: ClassVar[int] = 2
@@ -55,12 +56,15 @@ class TrainingQuantizer(Protocol):
     """Whether, as in its paper, it quantizes what leaves a ReLU and no other output; `edges` in YAML overrules it."""
 
     @property
+    @abstractmethod
     def planning(self) -> Mapping[str, object]:
         """The fields of `LayerSettings` (modes, ways of clipping) that the grids to start from are planned with."""
 
+    @abstractmethod
     def weight(self, site: WeightSite) -> WeightQuantizer:
         """The quantizer of a weight."""
 
+    @abstractmethod
     def activation(self, site: ActivationSite) -> ActivationQuantizer:
         """The quantizer of an activation."""
 

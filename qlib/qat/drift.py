@@ -1,4 +1,4 @@
-"""Learned steps that run away: training goes on, but what it learns is worth nothing."""
+"""Learned scales that run away: training goes on, but what it learns is worth nothing."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MOST_DRIFT", "StepDrift"]
+__all__ = ["MAX_DRIFT", "ScaleDrift"]
 
-MOST_DRIFT = 4.0
-"""Steps that learn well stay within a few percent of where they began, or some ten at 2 bits."""
+MAX_DRIFT = 4.0
+"""Scales that learn well stay within a few percent of where they began, or some ten at 2 bits."""
 
 
-class StepDrift:
-    """Remembers where the steps of quantizers, their parameter `scale`, began; those that learn no step do not count.
+class ScaleDrift:
+    """Remembers where the learned scales of quantizers, parameters called `scale`, began; others do not count.
 
     >>> learned = nn.Module()
     >>> learned.scale = nn.Parameter(torch.tensor([0.5, 0.25]))
-    >>> drift = StepDrift()
+    >>> drift = ScaleDrift()
     >>> drift.watch({"conv1.weight": learned})
     >>> learned.scale.data[1] = 2.0
     >>> drift.worst()

@@ -19,6 +19,7 @@ __all__ = [
     "SignWeight",
     "along_outputs",
     "clip_and_round",
+    "dithered",
     "mean_magnitude",
     "positive",
 ]
@@ -50,13 +51,25 @@ def mean_magnitude(weight: Tensor, *, per_channel: bool = False) -> Tensor:
     return positive(weight.abs().flatten(1).mean(1) if per_channel else weight.abs().mean())
 
 
+def dithered(scaled: Tensor, gap: int = 1) -> Tensor:
+    """With noise that is uniform over the `gap` between two quantized values: to round it is stochastic rounding.
+
+    The nearest quantized value is then one of the two around a number, the nearer the likelier, so that its mean is the
+    number.
+
+    References: Gupta et al., "Deep learning with limited numerical precision", 2015, section 3.
+
+    >>> _ = torch.manual_seed(0)
+    >>> round(dithered(torch.full([10000], 0.3)).round().mean().item(), 1)
+    0.3
+    """
+    return scaled + (torch.rand_like(scaled) - 0.5) * gap
+
+
 class CodedWeight(WeightQuantizer):
-    """``codes(value(w) / s) * s`` with ``s = step(w)``; the gradient is that of `value`, straight through the codes.
+    """``codes(value(w) / s) * s`` with ``s = scale_of(w)``, straight through: the gradient is that of `value`.
 
-    Stochastic: in training, noise that is uniform over the `gap` between two codes is added first. The nearest code is
-    then one of the two around a value, the nearer the likelier, so that its mean is the value.
-
-    References: Gupta et al., "Deep learning with limited numerical precision", 2015, section 3 (stochastic rounding).
+    Stochastic: in training, values are `dithered` over the `gap` between two codes.
     """
 
     gap = 1
@@ -70,29 +83,25 @@ class CodedWeight(WeightQuantizer):
         """What is rounded, differentiable."""
         return weight
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         """The scale, ``[]`` or ``[out]``, of a detached weight."""
         raise NotImplementedError
 
-    def codes(self, steps: Tensor, weight: Tensor) -> Tensor:
+    def codes(self, scaled: Tensor, weight: Tensor) -> Tensor:
         """The codes of a detached weight, given in units of the scale."""
-        return steps.round().clamp_(self.spec.qmin, self.spec.qmax)
-
-    def dithered(self, steps: Tensor) -> Tensor:
-        """With noise, where rounding is stochastic."""
-        if not (self.stochastic and self.training):
-            return steps
-        return steps + (torch.rand_like(steps) - 0.5) * self.gap
+        return scaled.round().clamp_(self.spec.qmin, self.spec.qmax)
 
     def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         value, detached = self.value(weight), weight.detach()
-        scale = self.step(detached)
+        scale = self.scale_of(detached)
         wide = along_outputs(scale, weight)
-        steps = self.dithered(value.detach() / wide)
-        return identity(value, self.codes(steps, detached) * wide), scale
+        scaled = value.detach() / wide
+        if self.stochastic and self.training:
+            scaled = dithered(scaled, self.gap)
+        return identity(value, self.codes(scaled, detached) * wide), scale
 
     def grid(self, weight: Tensor) -> QParams:
-        scale = self.step(weight.detach())
+        scale = self.scale_of(weight.detach())
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32), self.spec)
 
 
@@ -107,8 +116,8 @@ class SignWeight(CodedWeight):
     def __init__(self, *, stochastic: bool, per_channel: bool = False) -> None:
         super().__init__(2, stochastic=stochastic, per_channel=per_channel)
 
-    def codes(self, steps: Tensor, weight: Tensor) -> Tensor:
-        return (steps >= 0).to(steps.dtype).mul_(2).sub_(1)
+    def codes(self, scaled: Tensor, weight: Tensor) -> Tensor:
+        return (scaled >= 0).to(scaled.dtype).mul_(2).sub_(1)
 
 
 class _ClipAndRound(torch.autograd.Function):

@@ -26,7 +26,7 @@ from qlib.lower.trainable import (
 )
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.qat.assignment import Claim, make_claims, planned_settings
-from qlib.qat.drift import MOST_DRIFT, StepDrift
+from qlib.qat.drift import MAX_DRIFT, ScaleDrift
 from qlib.qat.layer_quantizers import LayerQuantizers
 from qlib.quant.plan import LayerPlan, Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
@@ -59,7 +59,7 @@ class Quantization(Policy):
         self._optimizer: Optimizer | None = None
         self._first_group = 1
         self._epoch = -1
-        self._drift, self._warned = StepDrift(), False
+        self._drift, self._warned = ScaleDrift(), False
         self.plan: Plan | None = None
 
     @property
@@ -179,7 +179,7 @@ class Quantization(Policy):
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         name, factor = self._drift.worst()
-        if factor > MOST_DRIFT and not self._warned:
+        if factor > MAX_DRIFT and not self._warned:
             self._warned = True
             _log.warning(
                 "Warning: the step of %s has moved by a factor of %.3g since it began: steps learn too fast; lower the"

@@ -79,5 +79,5 @@ class BinaryWeight(SignWeight):
     def value(self, weight: Tensor) -> Tensor:
         return held(weight, torch.ones_like(self.unit))
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         return self.unit.clone()

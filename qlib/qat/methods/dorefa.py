@@ -89,12 +89,12 @@ class DorefaWeight(CodedWeight):
         squashed = torch.tanh(weight)
         return squashed * (self.unit / positive(squashed.abs().max()))
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         return self.unit / self.most
 
-    def codes(self, steps: Tensor, weight: Tensor) -> Tensor:
+    def codes(self, scaled: Tensor, weight: Tensor) -> Tensor:
         most = self.most
-        codes = 2 * torch.round((steps + most) / 2) - most if self.odd else steps.round()
+        codes = 2 * torch.round((scaled + most) / 2) - most if self.odd else scaled.round()
         return codes.clamp_(-most, most)
 
 
@@ -107,7 +107,7 @@ class MeanSignWeight(SignWeight):
     tensor([[-1.2500,  1.2500,  1.2500,  1.2500]])
     """
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         return mean_magnitude(weight)
 
 

@@ -1,4 +1,4 @@
-"""LSQ: the step of each grid is a parameter that is learned with the weights."""
+"""LSQ: the scale of each grid is a parameter that is learned with the weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Lsq", "LsqActivation", "LsqWeight", "scaled_gradient"]
 @TRAINING_QUANTIZERS.register("LSQQuantizer")
 @dataclass(frozen=True)
 class Lsq(TrainingQuantizer):
-    """Steps of weights, per tensor or per output channel, and of activations are learned.
+    """Scales of weights, per tensor or per output channel, and of activations are learned.
 
     They start from the ranges of least squared error instead of the paper's ``2 mean|v| / sqrt(q)``, which assumes that
     training is long.
@@ -57,7 +57,7 @@ class LsqWeight(WeightQuantizer):
     """``clamp(round(w / s), -q, q) * s`` with a learned s, per tensor or per output channel.
 
     The gradient of s, ``round(w / s) - w / s`` or the bound, is multiplied by ``1 / sqrt(N q)`` for the N weights that
-    share s, so that steps and weights learn at the same pace.
+    share s, so that scales and weights learn at the same pace.
 
     References: Esser et al., "Learned step size quantization", 2020, sections 2.1 and 2.2.
     """

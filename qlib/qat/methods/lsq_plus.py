@@ -1,4 +1,4 @@
-"""LSQ+: the step and the offset of each activation's grid are learned."""
+"""LSQ+: the scale and the offset of each activation's grid are learned."""
 
 from __future__ import annotations
 

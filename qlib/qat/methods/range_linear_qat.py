@@ -11,7 +11,7 @@ from torch import Tensor
 from qlib.lower.fake import fake_quantize
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
-from qlib.qat.few_codes import CodedWeight, along_outputs
+from qlib.qat.few_codes import along_outputs, dithered
 from qlib.qat.straight_through import identity
 from qlib.quant.affine import QParams, grid_of_range, range_of_grid, range_of_weight
 from qlib.quant.spec import QuantSpec
@@ -64,7 +64,7 @@ def linear_activation(site: ActivationSite) -> ActivationQuantizer:
     return EmaActivation(site)
 
 
-class RangeWeight(CodedWeight):
+class RangeWeight(WeightQuantizer):
     """``clamp(round(w / s), qmin - z, qmax - z) * s``, where s and z are those of the range of w; straight through.
 
     >>> quantizer = RangeWeight(QuantSpec.of_mode("asym_u", 2), stochastic=False, folds=True)
@@ -74,8 +74,8 @@ class RangeWeight(CodedWeight):
     """
 
     def __init__(self, spec: QuantSpec, *, stochastic: bool, folds: bool) -> None:
-        super().__init__(spec.bits, stochastic=stochastic)
-        self.spec, self.folds = spec, folds
+        super().__init__()
+        self.spec, self.stochastic, self.folds = spec, stochastic, folds
 
     def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         low, high = range_of_weight(weight, self.spec.axis)
@@ -85,7 +85,10 @@ class RangeWeight(CodedWeight):
         detached = weight.detach()
         scale, zero_point = self._grid(detached)
         wide, zero = along_outputs(scale, weight), along_outputs(zero_point, weight)
-        codes = self.dithered(detached / wide).round().clamp(self.spec.qmin - zero, self.spec.qmax - zero)
+        scaled = detached / wide
+        if self.stochastic and self.training:
+            scaled = dithered(scaled)
+        codes = scaled.round().clamp(self.spec.qmin - zero, self.spec.qmax - zero)
         return identity(weight, codes * wide), scale
 
     def grid(self, weight: Tensor) -> QParams:

@@ -47,13 +47,13 @@ class TernaryWeight(CodedWeight):
     tensor([[-0.8000,  0.0000,  0.0000,  0.8000]])
     """
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         beyond = weight.abs() > self._threshold(weight)
         return positive((weight.abs() * beyond).sum() / beyond.sum().clamp(min=1))
 
-    def codes(self, steps: Tensor, weight: Tensor) -> Tensor:
-        threshold = self._threshold(weight) / self.step(weight)
-        return steps.sign() * (steps.abs() > threshold)
+    def codes(self, scaled: Tensor, weight: Tensor) -> Tensor:
+        threshold = self._threshold(weight) / self.scale_of(weight)
+        return scaled.sign() * (scaled.abs() > threshold)
 
     @staticmethod
     def _threshold(weight: Tensor) -> Tensor:

@@ -67,5 +67,5 @@ class WrpnWeight(CodedWeight):
     def value(self, weight: Tensor) -> Tensor:
         return held(weight, self.unit)
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         return self.unit / self.spec.qmax

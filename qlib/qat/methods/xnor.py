@@ -64,8 +64,8 @@ class XnorWeight(SignWeight):
 
     def value(self, weight: Tensor) -> Tensor:
         detached = weight.detach()
-        near = (detached.abs() <= 1) * along_outputs(self.step(detached), weight)
+        near = (detached.abs() <= 1) * along_outputs(self.scale_of(detached), weight)
         return identity(weight * (near + 1 / weight[0].numel()), detached)
 
-    def step(self, weight: Tensor) -> Tensor:
+    def scale_of(self, weight: Tensor) -> Tensor:
         return mean_magnitude(weight, per_channel=True)
