@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,128 @@ def test_empty_folders(tmp_path: Path, paths: list[str], match: str) -> None:
         (tmp_path / path).mkdir(parents=True)
     with pytest.raises(DataError, match=match):
         opened(tmp_path)
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (4, 4), 1).save(path)
+
+
+def test_nested_folders_are_in_the_order_of_torchvision(folder: Path) -> None:
+    nested = ["a/z.png", "a/B/1.png", "a/b/2.PNG", "a/b/c/3.bmp", "a/b.png", "a/b-c/1.png", "a/b c/1.png", "a/b/c.png"]
+    for name in [*nested, "b/y/1.png", "b/10.png", "b/9.ppm"]:
+        picture(folder / "val" / name)
+    (folder / "val" / "a" / "notes.txt").touch()
+    (folder / "val" / "a" / "d.png").mkdir()
+    picture(folder / "val" / "a" / "d.png" / "1.png")
+    picture(folder / "elsewhere" / "1.png")
+    (folder / "val" / "b" / "link").symlink_to(folder / "elsewhere")
+    expected = torchvision.datasets.ImageFolder(str(folder / "val"), allow_empty=True).samples
+    dataset = opened(folder)
+    assert [(dataset.path(index), dataset.labels[index]) for index in range(len(dataset))] == expected
+    assert len(dataset) == 5 + 13
+
+
+def test_postscript_under_another_name_is_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would give it to Ghostscript, whatever its name says."""
+    mark, programs = folder / "ran", folder / "bin"
+    programs.mkdir()
+    for name in ("gs", "gswin64c"):
+        (programs / name).write_text(f"#!/bin/sh\ntouch {mark}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # it is looked for once
+    path = folder / "val" / "a" / "0.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as image:
+        assert image.format == "EPS"
+    dataset = opened(folder)
+    assert dataset.path(0) == str(path)
+    with pytest.raises(DataError, match=r"cannot read image '.*/0.jpg', number 1 of 6 \(cannot identify image file"):
+        dataset[0]
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "ppm", "bmp", "tiff", "webp", "gif"])
+def test_formats(folder: Path, kind: str) -> None:
+    """The content tells what an image is, not the name."""
+    Image.new("RGB", (4, 4), (8, 8, 8)).save(folder / "val" / "a" / "0.png", kind)
+    dataset = opened(folder)
+    if kind == "gif":
+        with pytest.raises(DataError, match=r"cannot read image '.*/0.png', number 1 of 5 \(cannot identify"):
+            dataset[0]
+    else:
+        assert dataset[0][0].tolist() == [8.0] * 3
+
+
+def test_what_has_an_image_s_name_but_is_no_file(folder: Path) -> None:
+    os.mkfifo(folder / "val" / "a" / "x.png")
+    with pytest.raises(DataError) as error:
+        opened(folder)
+    path = str(folder / "val" / "a" / "x.png")
+    assert str(error.value) == f"{path!r} has an image's name but is no file; remove it"
+
+
+LINKS = {
+    "to itself": ("val/a/loop", "."),
+    "to its class": ("val/a/x/loop", ".."),
+    "to all classes": ("val/a/loop", ".."),
+    "to the dataset": ("val/a/x/loop", "../../.."),
+    "to what holds the dataset": ("val/a/loop", "../../.."),
+    "to a folder beside": ("val/a/y", "x"),
+    "to nothing": ("val/a/y", "z"),
+}
+
+
+@pytest.mark.parametrize(("link", "target"), LINKS.values(), ids=LINKS)
+def test_links_do_not_multiply_images(folder: Path, link: str, target: str) -> None:
+    picture(folder / "val" / "a" / "x" / "1.png")
+    (folder / link).symlink_to(target)
+    assert opened(folder).labels == [0] * 4 + [1] * 2
+
+
+def test_a_link_to_itself_is_told(folder: Path) -> None:
+    (folder / "val" / "a" / "x").symlink_to("x")
+    with pytest.raises(
+        DataError, match=r"cannot read '.*/val/a/x' \(.*symbolic links.*\); remove it, or make it readable"
+    ):
+        opened(folder)
+
+
+def test_two_links_in_each_of_40_folders(folder: Path) -> None:
+    """There are 2**40 ways to the last one."""
+    path = folder / "val" / "a"
+    for _ in range(40):
+        (path / "next").mkdir()
+        (path / "link").symlink_to("next")
+        path = path / "next"
+    picture(path / "1.png")
+    assert len(opened(folder)) == 6
+
+
+@pytest.fixture
+def deep(folder: Path) -> Iterator[None]:
+    """1,500 folders in each other: more than the longest path that the system takes."""
+    name, top = "x" * 20, folder / "val" / "a"
+    handles = [os.open(top, os.O_RDONLY)]
+    for _ in range(1500):
+        os.mkdir(name, dir_fd=handles[-1])
+        handles.append(os.open(name, os.O_RDONLY, dir_fd=handles[-1]))
+        if len(handles) > 2:
+            os.close(handles.pop(0))
+    yield
+    above = handles[0]
+    os.close(handles[1])
+    for _ in range(1500):
+        os.rmdir(name, dir_fd=above)
+        above, below = os.open("..", os.O_RDONLY, dir_fd=above), above
+        os.close(below)
+    os.close(above)
+
+
+def test_folders_that_are_too_deep(folder: Path, deep: None) -> None:
+    with pytest.raises(DataError, match=r"'.*/val/a/x.*' and what follows lies more than 50 folders deep; move it up"):
+        opened(folder)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion-mnist"])

@@ -104,6 +104,11 @@ def make_job(kd: KdArgs | None = None, *, arch: str = "digits_cnn", given: str =
     return Job(settings, run, torch.device("cpu"), spec, spec.dataset, spec.num_classes, model)
 
 
+def trusting_job() -> Job:
+    """A job whose command line names the teacher as well, since that is a Python file."""
+    return make_job(KdArgs(teacher="net.py:wide"), given="--kd-teacher")
+
+
 def saved(of: str, path: str = "teacher.pth", **extra: Any) -> nn.Module:
     """Writes a checkpoint of a model with random weights."""
     torch.manual_seed(1)
@@ -505,7 +510,7 @@ class TestSettings:
     def test_a_schedule(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
         saved("net.py:wide")
-        job = make_job()
+        job = trusting_job()
         given = {"teacher": "net.py:wide", "resume": "teacher.pth", "temperature": 5.0, "student_wt": 0.3}
         policy = make_distillation(job, job.model, schedule(start=1, end=3, **given))
         assert policy is not None
@@ -529,6 +534,18 @@ class TestSettings:
     )
     def test_mistakes_in_a_schedule(self, folder: Path, settings: dict[str, Any], sentence: str) -> None:
         assert problem(make_job(), schedule(**settings)) == (ConfigError, sentence)
+
+    @pytest.mark.parametrize("named", [None, "net.py:pair"], ids=["no teacher", "another teacher"])
+    def test_a_python_file_is_run_only_if_the_command_line_names_it_too(self, folder: Path, named: str | None) -> None:
+        saved("net.py:wide")
+        Path("net.py").write_text("open('ran', 'w')")
+        job = make_job(KdArgs(teacher=named))
+        assert problem(job, schedule(teacher="net.py:wide", resume="teacher.pth")) == (
+            ConfigError,
+            "kd.yaml:3: the schedule names the Python file 'net.py:wide', and reading a file runs no other; if you"
+            " trust it, name it on the command line: --kd-teacher net.py:wide",
+        )
+        assert not Path("ran").exists()
 
     def test_both(self, folder: Path) -> None:
         job = make_job(KdArgs(teacher="self"), given="--kd-temperature --kd-teacher")
@@ -568,7 +585,7 @@ class TestCache:
     ) -> None:
         caplog.set_level(logging.INFO)
         teacher = saved("net.py:wide").eval()
-        job = make_job()
+        job = trusting_job()
         policy, batch = self.policy(job), batch_of(job, [900, 3, 17])
         assert not Path("stats").exists()
         logits, losses = step(policy, job.model, batch)
@@ -583,7 +600,7 @@ class TestCache:
 
     def test_sees_the_images_as_evaluation_does(self, folder: Path) -> None:
         saved("net.py:wide")
-        job = make_job()
+        job = trusting_job()
         batch = batch_of(job, [3, 4])
         changed = replace(batch, images=torch.zeros_like(batch.images))
         of_both = [step(self.policy(job), job.model, each)[1].others["Distill Loss"] for each in (batch, changed)]
@@ -593,7 +610,7 @@ class TestCache:
         assert of_both[0] != of_both[1]
 
     def test_another_teacher_has_another_file(self, folder: Path) -> None:
-        job = make_job()
+        job = trusting_job()
         model = saved("net.py:wide")
         self.policy(job).on_epoch_begin(0)
         with torch.no_grad():
@@ -609,7 +626,7 @@ class TestCache:
         from safetensors.torch import save_file
 
         saved("net.py:wide")
-        job = make_job()
+        job = trusting_job()
         first = self.policy(job)
         first.on_epoch_begin(0)
         (file,) = Path("stats").iterdir()
@@ -635,7 +652,7 @@ class TestCache:
         saved("net.py:wide")
         Path("stats").write_text("a file")
         with pytest.raises(OutputError, match=r"cannot write the teacher's logits 'stats/.*; give a folder"):
-            self.policy(make_job()).on_epoch_begin(0)
+            self.policy(trusting_job()).on_epoch_begin(0)
 
 
 class InPlace(nn.Module):

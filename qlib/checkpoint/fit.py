@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from torch import Tensor, nn
 
 from qlib.errors import CheckpointError
 
-__all__ = ["load_state", "model_state"]
+__all__ = ["is_state", "load_state", "model_state"]
 
 
 def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -25,15 +25,24 @@ def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     tensor([0.])
     """
     state = checkpoint.get("state_dict", checkpoint.get("model"))
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        keys = ", ".join(map(str, checkpoint)) or "nothing"
+    if not is_state(state) or not state:
+        keys = ", ".join(key for key in checkpoint if isinstance(key, str)) or "nothing"
         raise CheckpointError(f"the checkpoint has no weights under 'state_dict', only {keys}; save model.state_dict()")
     # The layers' versions, by which a model recognizes what an older one of its kind saved.
     versions = getattr(state, "_metadata", None)
     plain: OrderedDict[str, Tensor] = OrderedDict((_own_name(name), value) for name, value in state.items())
     if versions is not None:
-        cast(Any, plain)._metadata = {_own_name(f"{name}.").rstrip("."): value for name, value in versions.items()}
+        cast(Any, plain)._metadata = {
+            _own_name(f"{name}.").rstrip("."): value
+            for name, value in versions.items()
+            if isinstance(name, str) and isinstance(value, dict) and isinstance(value.get("version"), int)
+        }
     return plain
+
+
+def is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
+    """Whether a value in a checkpoint is weights by name."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def _own_name(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from qlib.checkpoint.fit import load_state
+from qlib.checkpoint.fit import is_state, load_state
 from qlib.checkpoint.write import write_checkpoint
 from qlib.correct._bias import give_bias
 from qlib.errors import CheckpointError
@@ -95,8 +95,9 @@ def float_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
 
 def read_header(checkpoint: Mapping[str, Any], source: str) -> QuantizedHeader:
     """The header of a checkpoint for which `is_quantized` holds. Raises CheckpointError where it is damaged."""
-    wanted = {"arch": str, "dataset": str, "num_classes": int, "plan": str, "state_dict": dict}
+    wanted = {"version": int, "arch": str, "dataset": str, "num_classes": int, "plan": str}
     wrong = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
+    wrong += [] if is_state(checkpoint.get("state_dict")) else ["state_dict"]
     if checkpoint.get("version") != _VERSION or wrong:
         what = f"lacks {', '.join(wrong)}" if wrong else f"is of version {checkpoint.get('version')}, not {_VERSION}"
         raise CheckpointError(f"the quantized checkpoint {source} {what}; write it again with --quantize-eval")

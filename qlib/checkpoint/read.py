@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["read_checkpoint"]
 
 _ZIP, _LEGACY = b"PK\x03\x04", pickle.dumps(0x1950A86A20F9469CFC6C, 2)
 _BYTES_OF_COUNT = 8
+_OF_ZIPFILE = (EOFError, MemoryError, RuntimeError, ValueError, OverflowError, struct.error)  # of damaged archives
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def _read_torch(path: Path, start: bytes) -> Any:
             f"checkpoint {str(path)!r} was not loaded because it refers to {str(error)!r}, which could run code; "
             "save the state_dict of the model instead"
         ) from error
-    except (pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError, EOFError, MemoryError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, *_OF_ZIPFILE) as error:
         raise _damaged(path) from error
     raise CheckpointError(f"{str(path)!r} is not a checkpoint; give a file that torch.save wrote")
 
@@ -116,7 +118,7 @@ def _read_legacy(stream: io.BytesIO) -> Any:
     _, version, machine = (unpickle(stream) for _ in range(3))
     little = machine.get("little_endian", True) if isinstance(machine, dict) else None
     if version != 1001 or little is not (sys.byteorder == "little"):
-        raise pickle.UnpicklingError(f"version {version} of the format, little endian {little}")
+        raise pickle.UnpicklingError("another version of the format, or numbers in the other byte order")
     sizes: dict[str, int] = {}
 
     def persistent(identifier: Any) -> Persistent:
@@ -127,7 +129,7 @@ def _read_legacy(stream: io.BytesIO) -> Any:
     value = unpickle(stream, persistent)
     keys, contents = unpickle(stream), dict[str, bytearray]()
     for key in keys if isinstance(keys, list) else ():
-        if key not in sizes or len(stream.read(_BYTES_OF_COUNT)) < _BYTES_OF_COUNT:
+        if not isinstance(key, str) or key not in sizes or len(stream.read(_BYTES_OF_COUNT)) < _BYTES_OF_COUNT:
             raise pickle.UnpicklingError("a storage that no tensor has, or that is not there")
         contents[key] = bytearray(stream.read(sizes[key]))
     return with_tensors(value, lambda key, _: contents.get(key, bytearray()))

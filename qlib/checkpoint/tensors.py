@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlib.checkpoint.unpickle import Inert, Persistent
+from qlib.checkpoint.unpickle import Inert, Persistent, plain_key
 
 __all__ = ["Storages", "storage_of", "with_tensors"]
 
-_MAX_DEPTH = 100
+_MAX_DEPTH, _MAX_DIMENSIONS, _MAX_VALUES = 100, 64, 2**59
 
 _STORAGE_TYPES = {
     "DoubleStorage": torch.float64,
@@ -27,10 +27,14 @@ _STORAGE_TYPES = {
     "ShortStorage": torch.int16,
     "CharStorage": torch.int8,
     "ByteStorage": torch.uint8,
-    "UntypedStorage": torch.uint8,
+    "UntypedStorage": torch.uint8,  # of any type: what its identifier counts is not known
     "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
+}
+
+_TYPES_WITHOUT_STORAGES = {torch.uint16, torch.uint32, torch.uint64, torch.complex32} | {
+    dtype for name, dtype in vars(torch).items() if name.startswith("float8_")
 }
 
 Storages = Callable[[str, int], bytearray]
@@ -40,8 +44,8 @@ Storages = Callable[[str, int], bytearray]
 def with_tensors(value: Any, storages: Storages) -> Any:
     """`value` as `unpickle` gave it, with its tensors (on the CPU), dtypes, sizes and ordered dictionaries made.
 
-    Objects of other classes stay `Inert`, with what they hold made in the same way. `storages` is asked once for each
-    storage.
+    Objects of other classes stay the `Inert` that they are; what they hold is made in the same way, and set in them.
+    `storages` is asked once for each storage.
 
     Raises:
         pickle.UnpicklingError: a call has other arguments than torch writes, a tensor lies outside its storage or is of
@@ -62,7 +66,7 @@ def storage_of(identifier: Any) -> tuple[str, torch.dtype, int]:
     match identifier:
         case ("storage", Inert(name=name, args=None), str(key), str(), int(count), *_):
             kind = name.rpartition(".")[2]
-            if kind in _STORAGE_TYPES and count >= 0:
+            if kind in _STORAGE_TYPES and 0 <= count <= _MAX_VALUES:
                 return key, _STORAGE_TYPES[kind], count * _STORAGE_TYPES[kind].itemsize
             raise pickle.UnpicklingError(f"a storage of {count} values of {name}")
     raise pickle.UnpicklingError("an identifier of no storage")
@@ -74,6 +78,7 @@ class _Builder:
     def __init__(self, storages: Storages) -> None:
         self._storages = storages
         self._opened: dict[str, Tensor] = {}
+        self._bools: dict[str, Tensor] = {}
         self._built: dict[int, Any] = {}
 
     def built(self, value: Any, depth: int) -> Any:
@@ -90,23 +95,24 @@ class _Builder:
         if isinstance(value, Persistent):
             return self._storage(value.identifier)
         if isinstance(value, dict):
-            return {self.built(key, depth): self.built(item, depth) for key, item in value.items()}
+            return {key: self.built(item, depth) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self.built(item, depth) for item in value)
-        args = None if value.args is None else tuple(self.built(arg, depth) for arg in value.args)
+        args = self.built(value.args, depth)  # one tuple, however many calls share it
         items = [self.built(item, depth) for item in value.items]
         state = self.built(value.state, depth)
         if args is None:
-            dtype = getattr(torch, value.name.removeprefix("torch."), None) if value.name.count(".") == 1 else None
+            dtype = vars(torch).get(value.name.removeprefix("torch."))  # getattr would import modules
             return dtype if isinstance(dtype, torch.dtype) else value
         if value.name in _CALLS:
             try:
                 return _CALLS[value.name](args, items, state)
-            except (IndexError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            except (IndexError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
                 raise pickle.UnpicklingError(f"{value.name} with other arguments than torch writes") from error
         if value.name.startswith("torch._utils."):
             raise pickle.UnpicklingError(f"a tensor of a kind that weights do not have ({value.name})")
-        return Inert(value.name, args, state, items)
+        value.args, value.items, value.state = args, items, state
+        return value
 
     def _storage(self, identifier: Any) -> Tensor:
         key, dtype, size = storage_of(identifier)
@@ -116,15 +122,21 @@ class _Builder:
         content = self._opened[key]
         if len(content) < size:
             raise pickle.UnpicklingError(f"storage {key} has {len(content)} bytes, not {size}")
-        if dtype == torch.uint8:  # an untyped storage, whose identifier counts values of the tensor's own type
-            return content
-        return content[:size] != 0 if dtype == torch.bool else content[:size].view(dtype)
+        if dtype == torch.bool and key not in self._bools:
+            self._bools[key] = content != 0
+        if dtype == torch.bool:
+            return self._bools[key][:size]
+        return content if dtype == torch.uint8 else content[:size].view(dtype)
 
 
-def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    """The part of a storage that a tensor is, if it lies inside and holds no value twice."""
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any) -> Tensor:
+    """The part of a storage that a tensor is, if it lies inside and holds no value twice.
+
+    Of `more`, whether a gradient is wanted and hooks do not matter; torch adds marks for values to be conjugated.
+    """
+    if len(size) != len(stride) or len(size) > _MAX_DIMENSIONS or any(more[2:]):
+        raise ValueError("a tensor that is no plain one")
+    if not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
         raise ValueError("sizes and strides that are no numbers")
     count = prod(size)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
@@ -134,10 +146,11 @@ def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[i
 
 
 def _typed_tensor(args: tuple[Any, ...], *_: Any) -> Tensor:
-    storage, offset, size, stride, _requires_grad, _hooks, dtype, *_metadata = args
+    storage, offset, size, stride, gradient, hooks, dtype, *more = args
+    if not isinstance(dtype, torch.dtype) or dtype not in _TYPES_WITHOUT_STORAGES or storage.dtype != torch.uint8:
+        raise ValueError("a type that has its own storages, or no weights")
     width = dtype.itemsize
-    whole = storage[: storage.numel() // width * width]
-    return _tensor(whole != 0 if dtype == torch.bool else whole.view(dtype), offset, size, stride)
+    return _tensor(storage[: len(storage) // width * width].view(dtype), offset, size, stride, gradient, hooks, *more)
 
 
 def _parameter(args: tuple[Any, ...], *_: Any) -> Tensor:
@@ -146,8 +159,16 @@ def _parameter(args: tuple[Any, ...], *_: Any) -> Tensor:
     return args[0]
 
 
+def _size(args: tuple[Any, ...], *_: Any) -> tuple[Any, ...]:
+    if not isinstance(args[0], tuple):
+        raise TypeError("a size that is no tuple")
+    return args[0]
+
+
 def _ordered(args: tuple[Any, ...], items: list[Any], state: Any) -> OrderedDict[Any, Any]:
-    made: OrderedDict[Any, Any] = OrderedDict([*(args[0] if args else ()), *items])
+    old: list[Any] = args[0] if args else []  # by Python 2, which writes a new list of pairs for each
+    made: OrderedDict[Any, Any] = OrderedDict((plain_key(key), value) for key, value in [*old, *items])
+    old.clear()  # calls that share a list could else take any memory
     versions = state.get("_metadata") if isinstance(state, Mapping) else None
     if isinstance(versions, Mapping):
         made._metadata = versions  # type: ignore[attr-defined]  # where torch keeps the versions of layers
@@ -156,12 +177,11 @@ def _ordered(args: tuple[Any, ...], items: list[Any], state: Any) -> OrderedDict
 
 _CALLS: dict[str, Callable[[tuple[Any, ...], list[Any], Any], Any]] = {
     "torch._utils._rebuild_tensor": lambda args, *_: _tensor(*args),
-    "torch._utils._rebuild_tensor_v2": lambda args, *_: _tensor(*args[:4]),
+    "torch._utils._rebuild_tensor_v2": lambda args, *_: _tensor(*args),
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,
-    "torch.Size": lambda args, *_: tuple(args[0]),
+    "torch.Size": _size,
     "collections.OrderedDict": _ordered,
-    "_codecs.encode": lambda args, *_: args[0].encode("latin1"),
 }

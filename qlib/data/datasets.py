@@ -163,7 +163,12 @@ def _from_folder(name: str, root: Path, split: Split) -> _Parts:
     if not root.is_dir():
         raise DataError(f"there is no dataset folder {str(root)!r}; give the folder of {name} as DATASET_DIR")
     if (root / "train").is_dir() or (root / "val").is_dir() or name in ("imagenet", "imagefolder"):
-        return _image_folder(root, split)
+        try:
+            return _image_folder(root, split)
+        except OSError as error:
+            raise DataError(
+                f"cannot read {str(error.filename)[:200]!r} ({error.strerror}); remove it, or make it readable"
+            ) from error
     if name == "digits":
         raise DataError(f"{str(root)!r} has no train/ and val/; leave it out: the digits come with scikit-learn")
     return _torchvision(name, root, split)
@@ -189,18 +194,20 @@ def _image_folder(root: Path, split: Split) -> _Parts:
 def _image_paths(folder: Path) -> list[str]:
     """The image files in a folder and those in it, in torchvision's order; a folder that links reach twice counts once.
 
+    A link to a folder that holds this one is not followed.
+
     Raises:
         DataError: something with an image's name is no file, or the folders are nested too deep.
     """
     files: dict[str, list[str]] = {}
-    seen: set[tuple[int, int]] = set()
+    seen = {_identity(str(parent)) for parent in folder.resolve().parents}
     waiting = [(str(folder), 0)]
     while waiting:
         path, depth = waiting.pop()
-        status = os.stat(path)
-        if (status.st_dev, status.st_ino) in seen:
+        identity = _identity(path)
+        if identity in seen:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity)
         if depth > _MAX_DEPTH:
             raise DataError(f"{path[:200]!r} and what follows lies more than {_MAX_DEPTH} folders deep; move it up")
         with os.scandir(path) as scan:
@@ -212,6 +219,11 @@ def _image_paths(folder: Path) -> list[str]:
                 raise DataError(f"{entry.path!r} has an image's name but is no file; remove it")
         files[path] = [entry.path for entry in images if entry.is_file()]
     return [path for _, paths in sorted(files.items()) for path in paths]
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _class_folders(folder: Path) -> list[str]:

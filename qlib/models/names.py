@@ -5,6 +5,8 @@ A family is a file beside this one with a function `model_spec(arch) -> ModelSpe
 
 from __future__ import annotations
 
+import shlex
+
 from qlib.errors import UsageError
 
 FAMILIES: dict[str, str] = {
@@ -87,5 +89,5 @@ it, name it on the command line: -a mine.py:net
     if names_python_file(arch) and arch != named:
         raise UsageError(
             f"{source} names the Python file {arch!r}, and reading a file runs no other; if you trust it, name it on"
-            f" the command line: {flag} {arch}"
+            f" the command line: {flag} {shlex.quote(arch)}"
         )
