@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qlib.lower.ops import Edge
+from qlib.lower.base import Edge
 from qlib.quant.affine import QParams
 from qlib.quant.spec import QuantSpec
 

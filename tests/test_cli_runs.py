@@ -88,7 +88,7 @@ def test_lines_and_files_of_a_quantized_run(folder: Path, quantized: Run) -> Non
         "first_quantized_checkpoint.pth.tar",
         "metrics.csv",
     }
-    assert "15 layers compute in integers, 0 in float" in lines
+    assert "100.0 % of the multiply-accumulates are computed in integers: 15 of 15 layers" in lines
     assert lines[-3:] == [
         f"FP32:    Top1 {top1:.3f}    Top5 {top5:.3f}    Loss {loss:.5f}",
         f"Predictions that differ from FP32: {changed:.2f} %",

@@ -13,7 +13,7 @@ from oracle import Codes, Ints, f32
 from torch import Tensor, nn
 
 from qlib.graph.ops import Add, Concat, GlobalAvgPool, MatMul, Mul
-from qlib.lower.ops import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, Edge, Site
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.quant.plan import LayerPlan, WeightPlan
 from qlib.quant.spec import QuantSpec

@@ -12,7 +12,7 @@ import torch
 from oracle import Codes, Ints, f32
 from torch import Tensor, nn
 
-from qlib.lower.ops import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, Edge, Site
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.quant.affine import dequantize
 from qlib.quant.plan import LayerPlan, WeightPlan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,16 @@ from torch import Tensor, fx, nn
 
 from qlib.config.layers.read import LayerSettings
 from qlib.graph import Graph, capture, fold_batch_norm, kind_of
-from qlib.graph import ir as graph_ir
-from qlib.graph.ir import layers
+from qlib.graph.ir import layer_inputs, layers, name_of
+from qlib.graph.kinds import LAYER_KINDS
 from qlib.lower import lower
-from qlib.lower.ops import LOWERINGS
+from qlib.lower.base import LOWERINGS
+from qlib.lower.dynamic import DynamicMatMul
+from qlib.lower.ops.embedding import ExactEmbedding
+from qlib.lower.ops.float_op import FloatOp
+from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
+from qlib.quant.arithmetic import float_reasons
 from qlib.quant.plan import Plan
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
@@ -80,9 +86,14 @@ def graph_of(kind: str, seed: int = 1) -> Graph:
     return graph
 
 
-def plan_of(kind: str, *, dynamic: bool = False, **settings: Any) -> Plan:
+def plan_of(kind: str, *, dynamic: bool = False, image_in_float: bool = False, **settings: Any) -> Plan:
     graph = graph_of(kind)
-    each = {info.name: LayerSettings(mode_activations="asym_u", **settings) for info in layer_infos(graph)}
+    chosen = {"mode_activations": "asym_u", **settings}
+    each = {info.name: LayerSettings(**chosen) for info in layer_infos(graph)}
+    for node, _ in layers(graph) if image_in_float else ():
+        images = [i for i, source in enumerate(layer_inputs(node)) if source.op == "placeholder"]
+        overrides = {index: {"bits_activations": 0} for index in images}
+        each[name_of(node)] = dataclasses.replace(each[name_of(node)], input_overrides=overrides)
     if dynamic:
         return plan_post_train_linear(graph, each, None)
     collector = Collector(graph)
@@ -97,10 +108,64 @@ def run(model: fx.GraphModule, kind: str) -> Tensor:
 
 
 def test_every_kind_has_a_lowering_and_a_model_here() -> None:
-    kinds = {kind for _, kind in graph_ir._KINDS} | {"float_op"}
-    assert kinds - {"move"} == set(LOWERINGS) == set(MODELS)
+    assert set(LAYER_KINDS) == set(LOWERINGS) == set(MODELS)
     for kind in MODELS:
         assert kind in {kind_of(module) for _, module in layers(graph_of(kind))}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{f"{bits} bits": {"bits_activations": bits} for bits in (2, 8, 9, 12, 16)},
+    **{mode: {"mode_activations": mode} for mode in ("sym", "sym_restr", "asym_s")},
+    "float activations": {"bits_activations": 0},
+    "float weights": {"bits_weights": 0},
+    "half precision": {"fpq": 16},
+    "image in float": {"image_in_float": True},
+    "first input on more bits": {"input_overrides": {0: {"bits_activations": 12}}},
+    "dynamic": {"dynamic": True},
+    "dynamic, float weights": {"dynamic": True, "bits_weights": 0},
+    "dynamic, 12 bits": {"dynamic": True, "bits_activations": 12},
+}
+
+
+def lowered_in_float(graph: Graph, plan: Plan) -> dict[str, bool]:
+    """What each layer's module in the lowered model computes in; ReLUs that are a clamp of another are left out."""
+    lowered = lower(graph, plan)
+    found: dict[str, bool] = {}
+    for node in lowered.graph.nodes:
+        name = str(node.meta.get("name"))
+        if node.op != "call_module" or name not in plan.layers or node.target.startswith(("quantize", "dequantize")):
+            continue
+        module = lowered.get_submodule(str(node.target))
+        if isinstance(module, (ExactWeighted, DynamicMatMul, ExactEmbedding)):
+            found[name] = False
+        elif plan.dynamic or isinstance(module, (FloatOp, FloatWeighted)):
+            found[name] = True
+        else:  # the exact forms of others, and what keeps grids
+            found[name] = node.meta["edge"] is None
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_a_run_prints_is_what_it_lowers(kind: str, settings: dict[str, Any]) -> None:
+    graph, plan = graph_of(kind), plan_of(kind, **settings)
+    lowered = lowered_in_float(graph, plan)
+    assert kind in {plan.layers[name].kind for name in lowered}
+    assert {name: bool(plan.layers[name].note) for name in lowered} == lowered
+    assert {name: bool(reason) for name, reason in float_reasons(graph, plan).items() if name in lowered} == lowered
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_edit_of_a_plan_is_reported_as_it_is_lowered(kind: str) -> None:
+    """The notes of a plan stay behind when its bits are edited."""
+    graph, plan = graph_of(kind), plan_of(kind)
+    wide = {
+        name: dataclasses.replace(each, output=each.output and dataclasses.replace(each.output, bits=12))
+        for name, each in plan.layers.items()
+    }
+    edited = dataclasses.replace(plan, layers=wide)
+    lowered, reasons = lowered_in_float(graph, edited), float_reasons(graph, edited)
+    assert {name: bool(reasons[name]) for name in lowered} == lowered
 
 
 @pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])

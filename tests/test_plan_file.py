@@ -19,7 +19,8 @@ from qlib.config.layers.read import LayerSettings
 from qlib.errors import ConfigError, OutputError, StatsError
 from qlib.graph import capture, fold_batch_norm, kind_of
 from qlib.graph.ir import layer_inputs, layers, name_of
-from qlib.lower.ops import LOWERINGS
+from qlib.graph.kinds import LAYER_KINDS
+from qlib.lower.base import LOWERINGS
 from qlib.ptq.planner import plan_post_train_linear
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.plan_file import (
@@ -31,7 +32,6 @@ from qlib.quant.plan_file import (
     stats_from_plan,
     write_plan,
 )
-from qlib.quant.plan_schema import KINDS
 from qlib.quant.spec import MODES, QuantSpec
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
@@ -208,7 +208,7 @@ def test_dynamic_n_std_needs_its_width() -> None:
 
 
 def test_kinds_are_those_that_can_be_lowered() -> None:
-    assert set(KINDS) == set(LOWERINGS)
+    assert set(LAYER_KINDS) == set(LOWERINGS)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -16,7 +16,7 @@ from qlib.config.layers.settings import Rule
 from qlib.config.schedule.read import Component, PolicySpec
 from qlib.errors import ConfigError
 from qlib.graph import FoldedGraph, Graph, capture, fold_batch_norm
-from qlib.graph.ir import DROPOUTS
+from qlib.graph.kinds import DROPOUTS
 from qlib.lower import lower
 from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers
 from qlib.qat.few_codes import ClippedActivation

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qlib.config.layers.clips import WEIGHT_CLIPS, ClipParameters
 from qlib.graph import capture
+from qlib.graph.weights import swap_channels
 from qlib.lower import lower
-from qlib.lower.ops.weighted import swap_channels
 from qlib.ptq.weight_ranges import WEIGHT_METHODS, WeightContext, plan_weight, rounding_error
 from qlib.quant.affine import qparams_from_range
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan

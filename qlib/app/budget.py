@@ -16,9 +16,10 @@ from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.config.layers.write import ptq_text
 from qlib.errors import UsageError
 from qlib.files import write_csv, write_text
-from qlib.graph import Graph, capture, kind_of
-from qlib.graph.cost import layer_costs
+from qlib.graph import Graph
+from qlib.graph.cost import layer_macs
 from qlib.graph.ir import layers, name_of
+from qlib.graph.kinds import layer_kind
 from qlib.search.allocate import Choice, Costs, allocate, best_uniform, cost_of, error_of, smallest_cost
 from qlib.search.bit_groups import Group, bit_operations, errors_of, groups_of, weight_bits, weight_count
 from qlib.search.replay import Point
@@ -80,12 +81,12 @@ def choose_bits(
     choice = _best(job, graph, problem, rows, settings, planner)
     chosen = _with_choice(settings, problem.groups, choice)
     _report(job, problem, rows, choice)
-    kind = {name_of(node): kind_of(module) for node, module in layers(graph)}
+    known = {name_of(node): layer_kind(module) for node, module in layers(graph)}
     path = job.file("mixed_precision.yaml")
     text = ptq_text(
         config,
-        {name: each for name, each in chosen.items() if kind[name] not in ("relu", "max_pool")},
-        {name for name in kind if kind[name] in ("conv", "conv_transpose", "linear", "embedding")},
+        {name: each for name, each in chosen.items() if not known[name].keeps_grid},
+        {name for name, kind in known.items() if kind.weighted},
         stats_file,
         f"Bits of each layer for a budget of {problem.budget}; pass it back with --qe-config-file",
     )
@@ -109,8 +110,7 @@ def _problem(
     if not any(len(group.options) > 1 for group in groups):
         raise UsageError("--qe-budget finds no bits to choose: each layer is in float, or a rule gives its bits")
     if operations:
-        macs = {cost.name: cost.macs for cost in layer_costs(capture(job.model, job.example[:1]))}
-        costs, fixed = bit_operations(graph, plan, groups, macs)
+        costs, fixed = bit_operations(graph, plan, groups, layer_macs(graph))
     else:
         costs, fixed = weight_bits(graph, groups)
     problem = _Problem(groups, costs, fixed, budget, weight_count(graph))

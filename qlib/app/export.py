@@ -23,8 +23,8 @@ from qlib.deploy.encodings import encodings_file, write_encodings
 from qlib.deploy.extra import require_onnx
 from qlib.deploy.storage import choose_opset, refuse_unexportable, storage_notes
 from qlib.errors import UsageError
-from qlib.graph import Graph, capture
-from qlib.graph.cost import layer_costs
+from qlib.graph import Graph
+from qlib.graph.cost import layer_macs
 from qlib.lower.saturation import SaturationRate, emulated
 from qlib.metrics import Model
 from qlib.progress import track
@@ -65,7 +65,7 @@ def export_model(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, st
         _require_images(job, config.verify)
     path = _export_quantized(job, lowered, plan, stats)
     rates = measure_saturation(job, lowered)
-    _report_placement(job, path, lowered, rates)
+    _report_placement(job, path, graph, lowered, rates)
     exact = config.verify is None or _verify(job, path, lowered, config.verify)
     engine = _onnx_engine(path, lowered, job.device) if config.engine == "onnxruntime" else lowered
     saturates = any(rate.saturated for rate in rates.values())
@@ -152,12 +152,13 @@ def _export_quantized(job: Job, lowered: fx.GraphModule, plan: Plan, stats: Mode
     return path
 
 
-def _report_placement(job: Job, path: Path, lowered: fx.GraphModule, rates: Mapping[str, SaturationRate]) -> None:
+def _report_placement(
+    job: Job, path: Path, graph: Graph, lowered: fx.GraphModule, rates: Mapping[str, SaturationRate]
+) -> None:
     """Logs what kernel runs each layer, and writes it to ``placement.csv``."""
     from qlib.deploy.placement import placement, placement_table, write_placement_csv
 
-    macs = {cost.name: cost.macs for cost in layer_costs(capture(job.model, job.example[:1]))}
-    placed = placement(path, lowered, macs, rates)
+    placed = placement(path, lowered, layer_macs(graph), rates)
     _log.info("%s", placement_table(placed))
     write_placement_csv(job.file("placement.csv"), placed)
 

@@ -37,7 +37,7 @@ from qlib.lower import lower
 from qlib.metrics import Evaluation, Model
 from qlib.models import create_model, refuse_python_file
 from qlib.quant.plan_file import check_plan, write_plan
-from qlib.report.tables import float_layers, plan_table
+from qlib.report.tables import arithmetic_lines, plan_table
 from qlib.runlog import RunLog, open_run
 from qlib.surgery.widen import find_wide_model
 from qlib.train.state import is_training
@@ -106,7 +106,7 @@ def _quantize_and_evaluate(job: Job) -> int:
     write_plan(plan_path, plan)
     _log.info("Plan of each layer saved to %s; edit it and pass it back with --qe-config-file", plan_path)
     lowered = lower(folded.graph, plan).to(job.device)
-    for line in float_layers(plan):
+    for line in arithmetic_lines(folded.graph, plan):
         _log.info("%s", line)
     deployed = export_model(job, folded.graph, lowered, plan, planned.stats)
     result, reference, *others = _test(job, deployed.engine, job.model, *deployed.others)

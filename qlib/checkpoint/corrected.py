@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qlib.correct._bias import give_bias
 from qlib.errors import ConfigError
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
+from qlib.graph.weights import give_bias
 from qlib.tensor_file import read_tensors, write_tensors
 
 __all__ = ["load_weights", "save_weights"]

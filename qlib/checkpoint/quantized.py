@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 
 from qlib.checkpoint.fit import is_state, load_state
 from qlib.checkpoint.write import write_checkpoint
-from qlib.correct._bias import give_bias
 from qlib.errors import CheckpointError
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
+from qlib.graph.weights import give_bias
 from qlib.lower import lower
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_from_text, plan_text

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, kind_of
+from qlib.graph import Graph
 from qlib.graph.channels import input_origins
-from qlib.graph.ir import is_layer, is_move, name_of, tensor_users
-from qlib.lower.ops.weighted import swap_channels
+from qlib.graph.ir import is_move, layers, name_of, tensor_users
+from qlib.graph.kinds import layer_kind
+from qlib.graph.walk import kind_of_node
 
-__all__ = ["Pair", "find_pairs", "grouped", "passes", "shared_layers", "single_layers"]
-
-_WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
-_PASSING = frozenset({"relu", "max_pool", "avg_pool", "global_avg_pool"})
+__all__ = ["Pair", "find_pairs", "passes", "shared_layers", "single_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +63,8 @@ def find_pairs(graph: Graph) -> list[Pair]:
             between.append(last)
         if len(users) == 1 and users[0] in single and users[0] in origins:
             origin = origins[users[0]]
-            modules = [graph.get_submodule(str(node.target)) for node in between if node.op == "call_module"]
-            activated = any(kind_of(module) == "relu" for module in modules)
+            kinds = (kind_of_node(graph, node) for node in between)
+            activated = any(kind is not None and kind.is_relu for kind in kinds)
             pairs.append(Pair(first, users[0], tuple(between), origin.channels, origin.padded, activated))
     return pairs
 
@@ -90,28 +88,10 @@ def single_layers(graph: Graph) -> list[fx.Node]:
 
 
 def _weighted(graph: Graph) -> list[fx.Node]:
-    return [
-        node
-        for node in graph.graph.nodes
-        if is_layer(graph, node) and kind_of(graph.get_submodule(str(node.target))) in _WEIGHTED
-    ]
+    return [node for node, module in layers(graph) if layer_kind(module).affine]
 
 
 def passes(graph: Graph, node: fx.Node) -> bool:
     """Whether a node is a move, pool or ReLU: a positive factor of a channel goes through it unchanged."""
-    if node.op == "output" or not node.meta["tensor"]:
-        return False
-    return is_move(graph, node) or (
-        node.op == "call_module" and kind_of(graph.get_submodule(str(node.target))) in (*_PASSING, "move")
-    )
-
-
-def grouped(module: nn.Module, weight: Tensor) -> Tensor:
-    """A layer's weight, copied, as ``[groups, out / groups, in / groups, kernel]``.
-
-    >>> grouped(nn.Conv2d(4, 6, 3, groups=2), torch.zeros(6, 2, 3, 3)).shape
-    torch.Size([2, 3, 2, 9])
-    """
-    groups = getattr(module, "groups", 1)
-    rows = swap_channels(module, weight).contiguous()
-    return rows.view(groups, rows.shape[0] // groups, rows.shape[1], -1).clone()
+    kind = kind_of_node(graph, node)
+    return is_move(graph, node) if kind is None else kind.pools or kind.is_relu

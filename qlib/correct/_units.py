@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from qlib.graph import Graph, fused_activations, kind_of
-from qlib.graph.ir import is_layer
+from qlib.graph import Graph, fused_activations
+from qlib.graph.walk import kind_of_node
 
 __all__ = ["Unit", "block_units", "layer_units", "unit_module"]
-
-_WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def layer_units(graph: Graph) -> list[Unit]:
 
 
 def _has_weight(graph: Graph, nodes: list[fx.Node]) -> bool:
-    return any(is_layer(graph, node) and kind_of(graph.get_submodule(str(node.target))) in _WEIGHTED for node in nodes)
+    return any((kind := kind_of_node(graph, node)) is not None and kind.affine for node in nodes)
 
 
 def unit_module(graph: fx.GraphModule, unit: Unit) -> fx.GraphModule:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.correct._base import CalibrationImages
-from qlib.correct._bias import over_channels
 from qlib.correct._pairs import single_layers
 from qlib.correct._stream import Buffer, Stream
 from qlib.graph import Graph
 from qlib.graph.ir import name_of
+from qlib.graph.weights import over_channels
 from qlib.lower.fake import FakeLayer
 from qlib.progress import track
 

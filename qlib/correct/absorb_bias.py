@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from qlib.correct._base import CORRECTIONS
-from qlib.correct._bias import give_bias
-from qlib.correct._pairs import Pair, find_pairs, grouped
-from qlib.graph import Graph, NormStatistics, kind_of
+from qlib.correct._pairs import Pair, find_pairs
+from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import name_of
+from qlib.graph.weights import give_bias, grouped
 
 __all__ = ["absorb_bias", "excess"]
 
@@ -89,7 +89,7 @@ def _pads(graph: Graph, pair: Pair) -> bool:
     """Whether zeros come beside the values on the way, or at the border of the second layer or of an average pool."""
     modules = [graph.get_submodule(str(n.target)) for n in (*pair.between, pair.second) if n.op == "call_module"]
     second = modules[-1]
-    transposed = kind_of(second) == "conv_transpose"  # its border has fewer taps, padded or not
+    transposed = isinstance(second, nn.modules.conv._ConvTransposeNd)  # its border has fewer taps, padded or not
     averaged = any(isinstance(m, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)) and _any(m.padding) for m in modules[:-1])
     zeros = getattr(second, "padding_mode", "zeros") == "zeros" and _any(getattr(second, "padding", 0))
     return pair.padded or transposed or averaged or zeros

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from qlib.correct._base import CORRECTIONS, CalibrationImages
-from qlib.correct._bias import give_bias, over_channels
 from qlib.correct._pairs import shared_layers, single_layers
 from qlib.correct._walk import channel_moments, layer_outputs
 from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import layer_inputs, name_of
+from qlib.graph.weights import give_bias, over_channels
 from qlib.lower.fake import FakeLayer, FakeWeight, lower_fake
 from qlib.quant.plan import Plan
 from qlib.stats.moments import propagate

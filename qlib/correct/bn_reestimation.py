@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from qlib.correct._base import CORRECTIONS, CalibrationImages
-from qlib.correct._bias import give_bias
 from qlib.correct._pairs import shared_layers, single_layers
 from qlib.correct._walk import channel_moments, layer_outputs
 from qlib.correct._write_back import write_back
 from qlib.graph import Graph
 from qlib.graph.ir import name_of
+from qlib.graph.weights import give_bias, swap_channels
 from qlib.lower.fake import FakeLayer, FakeWeight, lower_fake
-from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import QParams
 from qlib.quant.plan import Plan
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.correct._base import CORRECTIONS
-from qlib.correct._pairs import Pair, find_pairs, grouped
+from qlib.correct._pairs import Pair, find_pairs
 from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import name_of
-from qlib.lower.ops.weighted import swap_channels
+from qlib.graph.weights import grouped, swap_channels
 
 __all__ = ["equalize", "equalizing_factors"]
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.correct._base import CORRECTIONS, CalibrationImages
-from qlib.correct._pairs import grouped, passes, single_layers
+from qlib.correct._pairs import passes, single_layers
 from qlib.graph import Graph
 from qlib.graph.channels import Origin, input_origins
-from qlib.graph.ir import name_of, tensor_users
-from qlib.lower.ops.weighted import swap_channels
+from qlib.graph.ir import name_of
+from qlib.graph.walk import readers_of
+from qlib.graph.weights import grouped, swap_channels
 from qlib.progress import track
 
 __all__ = ["smooth", "smoothing_factors"]
@@ -96,7 +97,7 @@ def _sites(graph: Graph) -> list[tuple[fx.Node, _Site | str]]:
         if len(module.normalized_shape) != 1 or not isinstance(module.weight, Tensor):
             found.append((node, "it has no factor for each channel"))
             continue
-        readers = _readers(graph, node)
+        readers = readers_of(graph, node, passes)
         wrong = [reader for reader in readers if reader not in single or reader not in origins]
         if wrong:
             what = "it gives the model's output" if wrong[0].op == "output" else f"{name_of(wrong[0])!r} reads it"
@@ -104,14 +105,6 @@ def _sites(graph: Graph) -> list[tuple[fx.Node, _Site | str]]:
         else:
             found.append((node, _Site(node, tuple((reader, origins[reader]) for reader in readers))))
     return found
-
-
-def _readers(graph: Graph, node: fx.Node) -> list[fx.Node]:
-    """The nodes that the values of `node` reach through moves, pools and ReLUs."""
-    readers: list[fx.Node] = []
-    for user in tensor_users(node):
-        readers += _readers(graph, user) if passes(graph, user) else [user]
-    return list(dict.fromkeys(readers))
 
 
 def _maxima(graph: Graph, nodes: list[fx.Node], images: CalibrationImages) -> dict[fx.Node, Tensor]:

@@ -16,7 +16,9 @@ from qlib.deploy.named import is_named
 from qlib.errors import ExportError, StatsError
 from qlib.files import write_text
 from qlib.graph import Graph, fused_activations
-from qlib.graph.ir import is_constant, is_layer, is_move, kind_of, layer_inputs, name_of
+from qlib.graph.ir import is_constant, is_layer, is_move, layer_inputs, name_of
+from qlib.graph.kinds import kind_of
+from qlib.graph.walk import keeps_grid
 from qlib.lower.ops.embedding import ExactEmbedding
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.quant.affine import QParams, qparams_from_range
@@ -26,7 +28,6 @@ from qlib.registry import Registry
 
 __all__ = ["ENCODINGS", "Encodings", "Format", "collect_encodings", "encodings_file", "write_encodings"]
 
-_PASSING = frozenset({"relu", "max_pool"})
 _AIMET_BITS = 4
 """The fewest bits of an AIMET encoding."""
 
@@ -143,7 +144,7 @@ class _Collector:
                 self._keep_chain(source, grid)
         if plan.weight is not None:
             self._keep_parameter(f"{node.target}.weight", _weight_params(self.lowered.get_submodule(name_of(node))))
-        if kind in _PASSING:
+        if keeps_grid(self.graph, node):
             self._pass_on(node)
         elif plan.output is not None:
             self.grids[node] = plan.output

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from qlib.deploy.session import open_session
 from qlib.files import scratch_folder
-from qlib.graph.ir import kind_of
+from qlib.graph.kinds import layer_kind
 
 if TYPE_CHECKING:
     import onnx
@@ -55,7 +55,7 @@ def exact_layers(exact: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module]]:
     for node in exact.graph.nodes:
         if node.op == "call_module":
             module = exact.get_submodule(str(node.target))
-            if kind_of(module) != "move":
+            if not layer_kind(module).moves:
                 yield node, module
 
 

@@ -51,7 +51,7 @@ class Placed:
 
 
 def placement(
-    path: Path, exact: fx.GraphModule, macs: Mapping[str, int], rates: Mapping[str, SaturationRate] | None = None
+    path: Path, exact: fx.GraphModule, macs: Mapping[str, int | None], rates: Mapping[str, SaturationRate] | None = None
 ) -> list[Placed]:
     """Where each layer of the exported model runs, in execution order.
 
@@ -74,7 +74,7 @@ def placement(
         else:
             integer, why = found.integer, "" if found.integer else _why(node, module, found, shipped)
         rate = (rates or {}).get(name, NEVER)
-        placed.append(Placed(name, str(found or ""), integer, why, macs.get(name, 0), rate))
+        placed.append(Placed(name, str(found or ""), integer, why, macs.get(name) or 0, rate))
     return placed
 
 

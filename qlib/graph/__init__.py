@@ -5,7 +5,8 @@ from qlib.graph.fold_bn import fold_batch_norm
 from qlib.graph.folded import LAYOUT, FoldedGraph, fold, fold_copy
 from qlib.graph.fuse import activation_bounds, fused_activations
 from qlib.graph.identities import drop_dropouts
-from qlib.graph.ir import Graph, kind_of
+from qlib.graph.ir import Graph
+from qlib.graph.kinds import kind_of
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
 
 __all__ = [

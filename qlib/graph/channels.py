@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph.ir import Graph, is_layer, kind_of, layer_inputs
+from qlib.graph.ir import Graph, is_layer, layer_inputs
+from qlib.graph.kinds import layer_kind
+from qlib.graph.weights import channel_axis
 
-__all__ = ["Origin", "channel_axis", "input_origins"]
-
-_POOLS = frozenset({"max_pool", "avg_pool", "global_avg_pool"})
-_CONVOLUTIONS = frozenset({"conv", "conv_transpose"})
+__all__ = ["Origin", "input_origins"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,11 +24,6 @@ class Origin:
 
     channels: Tensor
     padded: bool
-
-
-def channel_axis(module: nn.Module) -> int:
-    """The axis of a layer's channels, in its input and in its output: last for linear layers and layer norms."""
-    return 1 if kind_of(module) in _CONVOLUTIONS else -1
 
 
 @torch.no_grad()
@@ -59,17 +53,17 @@ class _Tracer(fx.Interpreter):
         if not is_layer(self.module, n) or "shape" not in n.meta:  # type: ignore[arg-type]
             return super().run_node(n)
         module = self.module.get_submodule(str(n.target))
-        kind, shape = kind_of(module), n.meta["shape"]
+        kind, shape = layer_kind(module), n.meta["shape"]
         inputs = [self.env[source] for source in layer_inputs(n)]
-        if kind == "relu":
-            return inputs[0]
-        if kind in _POOLS:
+        if kind.pools:
             channels, _ = _per_channel(inputs[0], 1)
             return channels.view(1, -1, *[1] * (len(shape) - 2)).expand(shape)
-        if kind not in (*_CONVOLUTIONS, "linear") and not isinstance(module, nn.LayerNorm):
+        if kind.keeps_grid:
+            return inputs[0]
+        if not kind.affine and not isinstance(module, nn.LayerNorm):
             return torch.full(shape, torch.nan)
         axis = channel_axis(module)
-        if kind != "float_op" and len(inputs) == 1:
+        if kind.affine and len(inputs) == 1:
             channels, padded = _per_channel(inputs[0], axis)
             if not bool(channels.isnan().any()):
                 self.origins[n] = Origin(channels.long() - 1, padded)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from qlib.graph.ir import Graph, kind_of, layer_inputs, layers, name_of
+from qlib.graph.ir import Graph, layer_inputs, layers, name_of
+from qlib.graph.kinds import layer_kind
+from qlib.graph.ops import ChannelAffine, Function
 
-__all__ = ["LayerCost", "layer_costs"]
+__all__ = ["LayerCost", "layer_costs", "layer_macs"]
 
 
 @dataclass(frozen=True)
@@ -70,16 +73,47 @@ def _cost(node: fx.Node, module: nn.Module) -> LayerCost:
     )
 
 
+def layer_macs(graph: Graph) -> dict[str, int | None]:
+    """Layer name -> multiply-accumulates for one image, None where they are not known; `graph` may be folded.
+
+    A batch-norm has none, be it folded, a scaling of its own or in float.
+
+    >>> import torch
+    >>> from qlib.graph.folded import fold
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    >>> layer_macs(fold(model, torch.zeros(2, 3, 4, 4)).graph)
+    {'0': 3456, '2': 0}
+    """
+    batch = next(node for node in graph.graph.nodes if node.op == "placeholder").meta["shape"][0]
+    found: dict[str, int | None] = {}
+    for node, module in layers(graph):
+        macs = _macs(module, [_shape(source) for source in layer_inputs(node)], _shape(node))
+        found[name_of(node)] = None if _multiplies(module) else macs // batch
+    return found
+
+
 def _macs(module: nn.Module, inputs: list[tuple[int, ...]], ofm: tuple[int, ...]) -> int:
     """For each element of the output the products it is a sum of; transposed, those each input element goes into."""
-    kind = kind_of(module)
-    if kind in ("conv", "conv_transpose"):
-        assert isinstance(module.weight, Tensor)
+    kind = layer_kind(module)
+    if isinstance(module, ChannelAffine) or not kind.accumulates:
+        return 0
+    if isinstance(module, nn.modules.conv._ConvNd):
         each = math.prod(module.weight.shape[1:])  # [out, in / groups, k...]; transposed [in, out / groups, k...]
-        return _volume(ofm if kind == "conv" else inputs[0]) * each
-    if kind in ("linear", "matmul"):  # the inner axis of the product is the last one of the first input
-        return _volume(ofm) * inputs[0][-1]
-    return 0
+        return _volume(inputs[0] if module.transposed else ofm) * each
+    return _volume(ofm) * inputs[0][-1]  # the inner axis of the product is the last one of the first input
+
+
+_PRODUCT_NAMES = "conv linear bilinear matmul einsum dot tensordot mm bmm addmm baddbmm mv attention"
+"""Words in the names of functions that add up products."""
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a layer without a kind of its own adds up products: nobody has counted them."""
+    if layer_kind(module).integer_bits:
+        return False
+    name = getattr(module.function, "__name__", "") if isinstance(module, Function) else ""
+    matrices = any(parameter.ndim > 1 for parameter in module.parameters()) and not isinstance(module, nn.LayerNorm)
+    return matrices or not set(_PRODUCT_NAMES.split()).isdisjoint(re.split(r"[_\d]+", name))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

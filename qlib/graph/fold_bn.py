@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph.ir import Graph, kind_of, layer_inputs, name_of
+from qlib.graph.ir import Graph, layer_inputs, name_of
+from qlib.graph.kinds import layer_kind
 from qlib.graph.norms import BATCH_NORMS
 from qlib.graph.ops import ChannelAffine
+from qlib.graph.weights import channel_axis
 
 __all__ = ["fold_batch_norm"]
 
@@ -54,10 +56,10 @@ def _absorbs(graph: Graph, source: fx.Node, node: fx.Node) -> bool:
     """Whether the layer `source` can take the batch-norm `node` into its weight."""
     if source.op != "call_module" or len(source.users) > 1:
         return False
-    kind = kind_of(graph.get_submodule(str(source.target)))
-    if kind == "linear":  # the norm is over axis 1, the layer's outputs are last
-        return len(node.meta["shape"]) == 2
-    return kind in ("conv", "conv_transpose")
+    layer = graph.get_submodule(str(source.target))
+    if not layer_kind(layer).affine:
+        return False
+    return channel_axis(layer) == 1 or len(node.meta["shape"]) == 2  # the norm is over axis 1
 
 
 def _gain_and_bias(norm: nn.Module, bias: Tensor | None) -> tuple[Tensor, Tensor]:

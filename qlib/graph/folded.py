@@ -13,7 +13,8 @@ from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
 from qlib.graph.fuse import fused_activations
 from qlib.graph.identities import drop_dropouts
-from qlib.graph.ir import Graph, kind_of, layer_inputs, layers, name_of
+from qlib.graph.ir import Graph, layer_inputs, layers, name_of
+from qlib.graph.kinds import kind_of
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
 
 __all__ = ["LAYOUT", "FoldedGraph", "fold", "fold_copy"]

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import fx, nn
 
-from qlib.graph.ir import DROPOUTS, Graph
+from qlib.graph.ir import Graph
+from qlib.graph.kinds import DROPOUTS
 from qlib.graph.norms import BATCH_NORMS
 
 __all__ = ["drop_dropouts", "drop_identities", "keep_dropouts"]

@@ -13,19 +13,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torchvision.ops import StochasticDepth
 
-from qlib.graph import ops
+from qlib.graph.kinds import layer_kind
 
 __all__ = [
-    "DROPOUTS",
     "MOVES",
     "Graph",
     "attribute",
     "is_constant",
     "is_layer",
     "is_move",
-    "kind_of",
     "layer_inputs",
     "layers",
     "name_of",
@@ -44,38 +41,6 @@ _MOVES = (
 )
 MOVES = frozenset(_MOVES.split())
 """Names of the functions and methods that only move values (or pad with zeros): codes go through them unchanged."""
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
-"""Modules that change values at random while a model trains, and not in evaluation."""
-
-_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), "conv"),
-    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), "conv_transpose"),
-    (nn.Linear, "linear"),
-    (nn.Embedding, "embedding"),
-    (ops.MatMul, "matmul"),
-    (ops.Add, "add"),
-    (ops.Mul, "mul"),
-    (ops.Concat, "concat"),
-    ((nn.ReLU, nn.ReLU6), "relu"),
-    ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), "max_pool"),
-    ((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), "avg_pool"),
-    (ops.GlobalAvgPool, "global_avg_pool"),
-    ((nn.Softmax, ops.MaskedSoftmax), "softmax"),
-    ((ops.Move, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d), "move"),
-    (DROPOUTS, "move"),  # in a graph that trains; in evaluation they pass values on
-)
-
-
-def kind_of(module: nn.Module) -> str:
-    """The layer kind of a module; ``float_op`` for what has no integer form.
-
-    >>> kind_of(nn.Conv2d(1, 1, 1)), kind_of(nn.GELU()), kind_of(nn.Flatten())
-    ('conv', 'float_op', 'move')
-    """
-    if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-        return "global_avg_pool"
-    return next((kind for types, kind in _KINDS if isinstance(module, types)), "float_op")
 
 
 def name_of(node: fx.Node) -> str:
@@ -106,7 +71,7 @@ def attribute(graph: Graph, node: fx.Node) -> torch.Tensor:
 
 def is_layer(graph: Graph, node: fx.Node) -> bool:
     """Whether the node changes values."""
-    return node.op == "call_module" and kind_of(graph.get_submodule(str(node.target))) != "move"
+    return node.op == "call_module" and not layer_kind(graph.get_submodule(str(node.target))).moves
 
 
 def is_move(graph: Graph, node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.quant.affine import QParams
+from qlib.quant.arithmetic import float_reason
 from qlib.quant.plan import LayerPlan
 from qlib.registry import Registry
 
@@ -81,13 +82,8 @@ class Site:
 
     @property
     def integer(self) -> bool:
-        """Whether every input arrives as codes and the output leaves as codes."""
-        return self.output is not None and all(edge is not None for edge in self.inputs)
-
-    @property
-    def byte_codes(self) -> bool:
-        """Whether all of these are codes of at most 8 bits: on wider ones ONNX Runtime computes in float."""
-        return self.integer and all(edge is None or edge.dtype == torch.uint8 for edge in (*self.inputs, self.output))
+        """Whether it computes in integers: then every input arrives as codes and the output leaves as codes."""
+        return not float_reason(self.module, self.plan, [_bits(edge) for edge in self.inputs], _bits(self.output))
 
     @property
     def accumulator_limit(self) -> float:
@@ -107,13 +103,17 @@ class Site:
         return edges
 
 
+def _bits(edge: Edge | None) -> int | None:
+    return None if edge is None else edge.params.spec.bits
+
+
 Edges = tuple["Edge | None", ...]
 """The edges of a layer's inputs; None where one is float."""
 
 Lowered = tuple[nn.Module, "Edge | None"]
 """The exact module, and the edge of what it returns."""
 
-LOWERINGS: Registry[Callable[[Site], Lowered]] = Registry("layer kind")
+LOWERINGS: Registry[Callable[[Site], Lowered]] = Registry("layer kind", "qlib.lower.ops")
 """Layer kind -> the function that builds its exact form."""
 
 

@@ -15,12 +15,14 @@ from torch import Tensor, fx, nn
 from qlib.clip import CLIP_METHODS, ClipContext
 from qlib.config.layers.clips import ClipParameters
 from qlib.errors import StatsError
-from qlib.graph import Graph, kind_of
+from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
+from qlib.graph.kinds import kind_of, layer_kind
 from qlib.graph.ops import MatMul
 from qlib.lower.base import LOWERINGS, Edge, Site
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.quant.affine import QParams, qparams_from_range
+from qlib.quant.arithmetic import dynamic_float_reason
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan
 from qlib.stats.tensor_stats import TensorStats
 
@@ -36,7 +38,7 @@ def lower_dynamic(graph: Graph, plan: Plan) -> fx.GraphModule:
         module = lowered.get_submodule(str(node.target))
         layer = plan.layers[name_of(node)]
         target = f"layers.{node.name}"
-        if any(layer.inputs):
+        if layer_kind(module).accumulates and not dynamic_float_reason(module, layer):
             replacement = _build(name_of(node), module, layer)
         elif layer.weight is not None or layer.float_bits is not None:
             replacement, _ = LOWERINGS[kind_of(module)](Site(module, layer, (None,) * len(layer.inputs), None))

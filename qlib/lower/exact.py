@@ -9,7 +9,7 @@ from torch import fx, nn
 from qlib.errors import StatsError
 from qlib.graph import Graph, activation_bounds, fused_activations, kind_of
 from qlib.graph.ir import attribute, is_layer, is_move, layer_inputs, name_of
-from qlib.lower.ops import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, Edge, Site
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan

@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, activation_bounds, fused_activations, kind_of
-from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
+from qlib.graph import Graph, activation_bounds, fused_activations
+from qlib.graph.ir import is_layer, layer_inputs, name_of
+from qlib.graph.walk import keeps_grid
+from qlib.graph.weights import swap_channels
 from qlib.lower.base import Edge
 from qlib.lower.chunks import chunks, dense, laid_out_as
-from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 
 __all__ = ["FakeLayer", "FakeQuantize", "FakeWeight", "fake_quantize", "lower_fake"]
-
-
-_PASSING = frozenset({"relu", "max_pool"})
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -223,11 +221,11 @@ def lower_fake(graph: Graph, plan: Plan) -> fx.GraphModule:
         sources = layer_inputs(node) if node.op != "placeholder" else []
         source = grids.get(sources[0]) if sources else None
         if not is_layer(lowered, node):
-            grids[node] = source if is_move(lowered, node) else None
+            grids[node] = source if keeps_grid(lowered, node) else None
             continue
         module, layer = lowered.get_submodule(str(node.target)), plan.layers[name_of(node)]
         if layer.weight is None and layer.output is None and not any(layer.inputs):
-            grids[node] = source if kind_of(module) in _PASSING else None
+            grids[node] = source if keeps_grid(lowered, node) else None
             continue
         activation = fused.get(node) if layer.output is not None else None
         bounds = None if activation is None else activation_bounds(lowered, activation)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, drop_dropouts, fold_batch_norm, fold_copy, fused_activations, kind_of
-from qlib.graph.ir import is_layer, is_move, layer_inputs, name_of
+from qlib.graph import Graph, drop_dropouts, fold_batch_norm, fold_copy, fused_activations
+from qlib.graph.ir import is_layer, layer_inputs, name_of
+from qlib.graph.walk import keeps_grid
+from qlib.graph.weights import swap_channels
 from qlib.lower.fake import fake_quantize
-from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import QParams, range_of_grid
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 
@@ -31,8 +32,6 @@ __all__ = [
     "lower_trainable",
     "trainable_layers",
 ]
-
-_PASSING = frozenset({"relu", "max_pool"})
 
 
 class WeightQuantizer(nn.Module):
@@ -216,7 +215,7 @@ def lower_trainable(graph: Graph) -> fx.GraphModule:
     fused = fused_activations(lowered)
     of_new = {node: old for old, node in nodes.items()}
     for node in list(lowered.graph.nodes):
-        if not is_layer(lowered, node) or kind_of(lowered.get_submodule(str(node.target))) in _PASSING:
+        if not is_layer(lowered, node) or keeps_grid(lowered, node):
             continue
         follower, relu = norms.get(of_new[node]), fused.get(node)
         layer = TrainableLayer(
@@ -261,8 +260,7 @@ def connect(lowered: fx.GraphModule) -> None:
             layer.source[0] = source
             grids[node] = layer.output
         else:
-            passes = is_move(lowered, node) or (layer is not None and kind_of(layer) in _PASSING)
-            grids[node] = source if passes else None
+            grids[node] = source if keeps_grid(lowered, node) else None
 
 
 @torch.no_grad()

@@ -11,38 +11,37 @@ from torch import Tensor, fx, nn
 from qlib.config.layers.read import LayerSettings
 from qlib.config.layers.resolve import LayerInfo
 from qlib.errors import ConfigError, StatsError
-from qlib.graph import Graph, fused_activations, kind_of
+from qlib.graph import Graph, fused_activations
 from qlib.graph.ir import (
     attribute,
     is_constant,
     is_layer,
-    is_move,
     layer_inputs,
     layers,
     name_of,
     source_of,
     tensor_users,
 )
+from qlib.graph.kinds import KINDS, LayerKind, layer_kind
 from qlib.graph.ops import ChannelAffine
-from qlib.lower.ops.weighted import swap_channels
+from qlib.graph.walk import producer_of, sole_producer
+from qlib.graph.weights import swap_channels
 from qlib.ptq.activation_ranges import clipped, constant_plan, dynamic_plan, plan_tensor, request_of, softmax_plan
 from qlib.ptq.weight_ranges import plan_weight
+from qlib.quant.arithmetic import NOT_DYNAMIC, with_notes
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import QuantSpec
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
 __all__ = ["layer_infos", "plan_post_train_linear"]
 
-_WEIGHTED = frozenset({"conv", "conv_transpose", "linear", "embedding"})
-_PASSING = frozenset({"relu", "max_pool"})
-_ACCUMULATING = frozenset({"conv", "conv_transpose", "linear", "matmul"})
-_IN_FLOAT = "computed in float between integer tensors"
 _SATURATING = ((nn.Sigmoid, 6.0), (nn.Tanh, 4.0))
 
 
 def layer_infos(graph: Graph) -> list[LayerInfo]:
     """The layers of a graph, as the settings are resolved against them."""
-    return [LayerInfo(name_of(node), kind_of(module), kind_of(module) in _WEIGHTED) for node, module in layers(graph)]
+    kinds = {name_of(node): layer_kind(module) for node, module in layers(graph)}
+    return [LayerInfo(name, kind.name, kind.weighted) for name, kind in kinds.items()]
 
 
 def plan_post_train_linear(
@@ -64,7 +63,7 @@ def plan_post_train_linear(
     plans = {name_of(node): planner.plan(node, module) for node, module in layers(graph)}
     if planner.problems:
         raise ConfigError(planner.problems)
-    return Plan(_share_concat_grids(graph, settings, plans), dynamic=stats is None)
+    return with_notes(graph, Plan(_share_concat_grids(graph, settings, plans), dynamic=stats is None))
 
 
 def _share_concat_grids(
@@ -75,31 +74,18 @@ def _share_concat_grids(
     Its codes are then copied instead of being rounded a second time to the same grid, which costs accuracy and time.
     Layers whose bits, mode or clipping differ from the concatenation's keep their own.
     """
-    for node, _ in layers(graph):
+    for node, module in layers(graph):
         whole = plans[name_of(node)].output
-        if plans[name_of(node)].kind != "concat" or whole is None:
+        if not layer_kind(module).shares_grid or whole is None:
             continue
         for source in layer_inputs(node):
-            producer = _sole_producer(graph, source, node)
+            producer = sole_producer(graph, source, node)
             part = plans[name_of(producer)].output if producer is not None else None
-            if part is None or producer is None or plans[name_of(producer)].kind == "softmax":
+            if part is None or producer is None or KINDS[plans[name_of(producer)].kind].fixed_grid:
                 continue
             if request_of(settings[name_of(producer)]) == request_of(settings[name_of(node)]):
                 plans[name_of(producer)] = replace(plans[name_of(producer)], output=whole)
     return plans
-
-
-def _sole_producer(graph: Graph, source: fx.Node, user: fx.Node) -> fx.Node | None:
-    """The layer that computes `source`, through moves, ReLUs and max pools, if all of it goes to `user` alone."""
-    node = source
-    while tensor_users(node) == [user]:
-        if node.op != "call_module" and not is_move(graph, node):
-            return None
-        kind = kind_of(graph.get_submodule(str(node.target))) if node.op == "call_module" else "move"
-        if kind not in (*_PASSING, "move"):
-            return node
-        node, user = layer_inputs(node)[0], node
-    return None
 
 
 @dataclass
@@ -118,23 +104,15 @@ class _Planner:
     def arrives_quantized(self, node: fx.Node) -> bool:
         return self.quantized.get(source_of(self.graph, node), False)
 
-    def _quantizer_of(self, node: fx.Node) -> fx.Node:
-        """The layer that gave `node` its grid: activations and max pools only pass one on."""
-        source = source_of(self.graph, node)
-        while kind_of(self.graph.get_submodule(str(source.target))) in _PASSING:
-            source = source_of(self.graph, layer_inputs(source)[0])
-        return source
-
     def plan(self, node: fx.Node, module: nn.Module) -> LayerPlan:
         """The plan of one layer; notes whether its output is quantized."""
-        kind, settings = kind_of(module), self.settings[name_of(node)]
+        kind, settings = layer_kind(module), self.settings[name_of(node)]
         if settings.make_identity and node not in self.fused.values():
             self._problem(node, "make_identity", "is only known for a ReLU that its producer computes; remove it")
-        if kind in _PASSING:
+        if kind.keeps_grid:
             (source,) = layer_inputs(node)
             self.quantized[node] = self.arrives_quantized(source)
-            note = "" if self.quantized[node] else "its input is float"
-            return LayerPlan(kind, (None,), note=note)
+            return LayerPlan(kind.name, (None,))
         plan = self._plan_float(node, kind, settings) or (
             self._plan_dynamic(node, kind, settings) if self.stats is None else self._plan_static(node, kind, settings)
         )
@@ -145,50 +123,42 @@ class _Planner:
         where = self.settings[name_of(node)].origin_of(setting)
         self.problems.append(f"{where}: {setting} of {name_of(node)!r} {sentence}")
 
-    def _weight(self, node: fx.Node, kind: str, settings: LayerSettings) -> WeightPlan | None:
-        if kind not in _WEIGHTED or not settings.bits_weights or settings.fake:
+    def _weight(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> WeightPlan | None:
+        if not kind.weighted or not settings.bits_weights or settings.fake:
             return None
         if node not in self.weights:
             self.weights[node] = self._new_weight(node, kind, settings)
         return self.weights[node]
 
-    def _new_weight(self, node: fx.Node, kind: str, settings: LayerSettings) -> WeightPlan:
+    def _new_weight(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> WeightPlan:
         module = self.graph.get_submodule(str(node.target))
         if isinstance(module, ChannelAffine):  # one weight a channel: unless rounded, the scale makes it exact
             return WeightPlan(QuantSpec.of_mode("sym_restr", settings.bits_weights, 0, settings.pow2))
         spec = settings.spec_weights
-        plan = WeightPlan(replace(spec, axis=None) if kind == "embedding" else spec)
+        plan = WeightPlan(spec if kind.affine else replace(spec, axis=None))
         assert isinstance(module.weight, Tensor)
         weight = swap_channels(module, module.weight.detach())
         return plan_weight(plan, weight, settings.clip_wts, settings.clip_parameters)
 
-    def _plan_float(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan | None:
+    def _plan_float(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> LayerPlan | None:
         """The plan of a layer that computes in float whatever the statistics."""
         inputs = (None,) * len(layer_inputs(node))
         if settings.fpq is not None:
             note = f"runs in float{settings.fpq} ({settings.origin_of('fpq')})"
-            return LayerPlan(kind, inputs, float_bits=settings.fpq, note=note)
+            return LayerPlan(kind.name, inputs, float_bits=settings.fpq, note=note)
         weight = self._weight(node, kind, settings)
-        if kind == "embedding":
-            return LayerPlan(kind, inputs, weight, note="" if weight else "bits_weights 0")
+        if not kind.accumulates and kind.weighted:
+            return LayerPlan(kind.name, inputs, weight, note="" if weight else "bits_weights 0")
         if "shape" not in node.meta:
-            return LayerPlan(kind, inputs, note="its output is not one tensor")
+            return LayerPlan(kind.name, inputs, note="its output is not one tensor")
         if not settings.bits_activations:
             note = f"activations: bits 0 ({settings.origin_of('bits_activations')})"
-            return LayerPlan(kind, inputs, weight, note=note)
+            return LayerPlan(kind.name, inputs, weight, note=note)
         return None
 
-    def _common(self, node: fx.Node, kind: str, settings: LayerSettings) -> dict[str, Any]:
-        weight = self._weight(node, kind, settings)
-        note = ""
-        if kind in _WEIGHTED and weight is None:
-            note = _IN_FLOAT
-        elif kind == "float_op":
-            note = f"{_IN_FLOAT}: no integer form"
-        elif kind == "softmax" and not self._exact_softmax(node, settings):
-            note = f"{_IN_FLOAT}: the integer form is that of at most 8 bits, over the last axis, without a mask"
-        common: dict[str, Any] = {"weight": weight, "note": note}
-        if kind in _ACCUMULATING:  # others have no accumulator: their plan does not claim one
+    def _common(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> dict[str, Any]:
+        common: dict[str, Any] = {"weight": self._weight(node, kind, settings)}
+        if kind.accumulates:  # others have no accumulator: their plan does not claim one
             common |= {
                 "bits_bias": settings.bits_bias,
                 "bits_accum": settings.bits_accum,
@@ -196,30 +166,25 @@ class _Planner:
             }
         return common
 
-    def _exact_softmax(self, node: fx.Node, settings: LayerSettings) -> bool:
-        module = self.graph.get_submodule(str(node.target))
-        return settings.bits_activations <= 8 and isinstance(module, nn.Softmax) and module.dim == -1
-
-    def _plan_dynamic(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
+    def _plan_dynamic(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> LayerPlan:
         sources = layer_inputs(node)
-        if kind not in _ACCUMULATING or (kind != "matmul" and not self._weight(node, kind, settings)):
-            note = "dynamic: only weighted layers and matmul are quantized"
-            return LayerPlan(kind, (None,) * len(sources), note=note)
+        if not kind.accumulates or (kind.weighted and not self._weight(node, kind, settings)):
+            return LayerPlan(kind.name, (None,) * len(sources), note=NOT_DYNAMIC)
         inputs = tuple(dynamic_plan(settings.of_input(index)) for index in range(len(sources)))
-        return LayerPlan(kind, inputs, **self._common(node, kind, settings))
+        return LayerPlan(kind.name, inputs, **self._common(node, kind, settings))
 
-    def _plan_static(self, node: fx.Node, kind: str, settings: LayerSettings) -> LayerPlan:
+    def _plan_static(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> LayerPlan:
         inputs = tuple(self._plan_input(node, kind, i, source) for i, source in enumerate(layer_inputs(node)))
         return LayerPlan(
-            kind, inputs, output=self._plan_output(node, kind, settings), **self._common(node, kind, settings)
+            kind.name, inputs, output=self._plan_output(node, kind, settings), **self._common(node, kind, settings)
         )
 
-    def _plan_input(self, node: fx.Node, kind: str, index: int, source: fx.Node) -> TensorPlan | None:
+    def _plan_input(self, node: fx.Node, kind: LayerKind, index: int, source: fx.Node) -> TensorPlan | None:
         settings = self.settings[name_of(node)]
         overridden = index in settings.input_overrides
         mine = settings.of_input(index)
         if self.arrives_quantized(source):
-            producer = name_of(self._quantizer_of(source))
+            producer = name_of(producer_of(self.graph, source))
             if not overridden or request_of(mine) == request_of(self.settings[producer]):
                 return None
             if not mine.bits_activations:
@@ -229,7 +194,7 @@ class _Planner:
                     f"gives input {index} no bits, but {producer!r} quantizes it; override that layer",
                 )
                 return None
-        if kind == "float_op" and not settings.quantize_inputs:
+        if not kind.integer_bits and not settings.quantize_inputs:
             return None
         if not settings.inputs_quant_auto_fallback and not overridden:
             self._problem(
@@ -246,16 +211,16 @@ class _Planner:
         stats = self._input_stats(node, index)
         return self._tensor_plan(node, f"input {index} of", stats, mine, self._half_range(node, settings))
 
-    def _plan_output(self, node: fx.Node, kind: str, settings: LayerSettings) -> TensorPlan:
+    def _plan_output(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> TensorPlan:
         stats = self._layer_stats(node).output
-        if kind == "softmax":
+        if kind.fixed_grid:
             return softmax_plan(stats.max, node.meta["shape"][-1], settings)
         norm = self.norm_of.get(name_of(node))
         assert self.stats is not None
         if norm is not None and norm in self.stats.layers:
             stats = self.stats.layers[norm].output
         activation = self.fused.get(node)
-        if settings.clip_acts == "n_std" and activation is not None and kind not in _WEIGHTED:
+        if settings.clip_acts == "n_std" and activation is not None and not kind.weighted:
             # Inferred from the ancestor's results, not from its code: only after weighted layers is the ReLU part of
             # the layer, after others its own mean and std count.
             stats = self._layer_stats(activation).output

@@ -14,12 +14,14 @@ from qlib.config.layers.resolve import resolve
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.config.schedule.read import PolicySpec
 from qlib.errors import ConfigError
-from qlib.graph import FoldedGraph, Graph, kind_of
-from qlib.graph.ir import layers, name_of
+from qlib.graph import FoldedGraph, Graph
+from qlib.graph.ir import is_layer, layer_inputs, layers, name_of
+from qlib.graph.kinds import layer_kind
 from qlib.graph.ops import ChannelAffine
+from qlib.graph.walk import producer_of
 from qlib.ptq.planner import layer_infos
 from qlib.qat.base import TRAINING_QUANTIZERS, TrainingQuantizer
-from qlib.qat.quantized_tensors import ends_in_relu, later_relus, on_inputs, producer_of
+from qlib.qat.quantized_tensors import ends_in_relu, later_relus, on_inputs
 
 __all__ = ["Claim", "Common", "make_claims", "planned_settings"]
 
@@ -101,13 +103,13 @@ class Claim:
     def _ends(self, graph: Graph) -> dict[str, dict[str, int]]:
         """Settings of the first and the last layer with weights, and of what gives the last one its input."""
         bits = self.common.bits_first_last
-        weighted = [node for node, module in layers(graph) if kind_of(module) in ("conv", "linear")]
+        weighted = [node for node, module in layers(graph) if layer_kind(module).affine]
         if bits is None or not weighted:
             return {}
         acts = {"bits_activations": bits} if self.common.bits_activations else {}
         wanted = {name_of(node): {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
-        source = producer_of(graph, weighted[-1])
-        if source is not None and acts and self.edges != "inputs":
+        source = producer_of(graph, layer_inputs(weighted[-1])[0])
+        if is_layer(graph, source) and acts and self.edges != "inputs":
             wanted.setdefault(name_of(source), acts)
         return wanted
 
@@ -116,7 +118,7 @@ class Claim:
         bits = self.common.bits_other_edges
         if bits is None or not self.common.bits_activations or self.edges == "inputs":
             return {}
-        others = [node for node, module in layers(graph) if kind_of(module) not in ("relu", "max_pool")]
+        others = [node for node, module in layers(graph) if not layer_kind(module).keeps_grid]
         return {name_of(node): {"bits_activations": bits} for node in others if not ends_in_relu(graph, node)}
 
     def leaves_float(self, source: fx.Node) -> bool:

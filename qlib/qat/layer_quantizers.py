@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx, nn
 
 from qlib.config.layers.settings import LayerSettings
-from qlib.graph import Graph, kind_of
+from qlib.graph import Graph
 from qlib.graph.ir import layer_inputs, name_of, source_of
-from qlib.lower.ops.weighted import swap_channels
+from qlib.graph.kinds import KINDS
+from qlib.graph.walk import producer_of
+from qlib.graph.weights import swap_channels
 from qlib.lower.trainable import (
     ActivationQuantizer,
     FixedActivation,
@@ -19,7 +21,7 @@ from qlib.lower.trainable import (
 from qlib.ptq.weight_ranges import plan_weight
 from qlib.qat.assignment import Claim
 from qlib.qat.base import ActivationSite, WeightSite
-from qlib.qat.quantized_tensors import ends_in_relu
+from qlib.qat.quantized_tensors import before_relu, ends_in_relu
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, TensorPlan, WeightPlan
 
@@ -66,7 +68,7 @@ class LayerQuantizers:
         if self.plan.output is None:
             return None
         start = self.plan.output.qparams()
-        if self.plan.kind == "softmax":
+        if KINDS[self.plan.kind].fixed_grid:
             return FixedActivation(start)
         relu = self.layer.activation is not None or ends_in_relu(self.graph, self.node)
         return self.claim.method.activation(ActivationSite(self.settings.bits_activations, start, relu))
@@ -83,9 +85,8 @@ class LayerQuantizers:
 
     def _gives_relu(self, source: fx.Node) -> bool:
         """Whether `source` holds the output of a ReLU, perhaps pooled."""
-        module = self.graph.get_submodule(str(source.target)) if source.op == "call_module" else None
-        if module is not None and kind_of(module) == "max_pool":
-            return self._gives_relu(source_of(self.graph, layer_inputs(source)[0]))
+        node = producer_of(self.graph, source, before_relu)
+        module = self.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         return isinstance(getattr(module, "activation", module), (nn.ReLU, nn.ReLU6))
 
     def gradient(self) -> nn.Module | None:

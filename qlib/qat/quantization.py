@@ -15,7 +15,7 @@ from qlib.config.layers.settings import LayerSettings
 from qlib.config.schedule.read import PolicySpec
 from qlib.graph import FoldedGraph, Graph, fold_copy
 from qlib.graph.ir import layer_inputs, layers, name_of, parameters_of
-from qlib.lower.ops.weighted import swap_channels
+from qlib.graph.weights import swap_channels
 from qlib.lower.trainable import (
     TrainableLayer,
     WeightQuantizer,

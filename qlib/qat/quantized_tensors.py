@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import fx, nn
 
 from qlib.config.layers.settings import LayerSettings
-from qlib.graph import Graph, kind_of
-from qlib.graph.ir import layers, name_of, tensor_users
+from qlib.graph import Graph
+from qlib.graph.ir import is_layer, layers, name_of
+from qlib.graph.kinds import layer_kind
 from qlib.graph.ops import ChannelAffine
+from qlib.graph.walk import keeps_grid, kind_of_node, producer_of, readers_of
 
-__all__ = ["ends_in_relu", "later_relus", "on_inputs", "producer_of"]
+__all__ = ["before_relu", "ends_in_relu", "later_relus", "on_inputs"]
 
 
 def ends_in_relu(graph: Graph, node: fx.Node) -> bool:
     """Whether all that leaves a layer goes through a ReLU, behind nothing but moves and max pools."""
-    users = tensor_users(node)
-    return bool(users) and all(_is_relu_later(graph, user) for user in users)
+    readers = [kind_of_node(graph, reader) for reader in readers_of(graph, node, before_relu)]
+    return bool(readers) and all(kind is not None and kind.is_relu for kind in readers)
 
 
-def _is_relu_later(graph: Graph, node: fx.Node) -> bool:
-    kind = kind_of(graph.get_submodule(str(node.target))) if node.op == "call_module" else "move"
-    if kind == "relu":
-        return True
-    return node.op != "output" and kind in ("max_pool", "move") and ends_in_relu(graph, node)
-
-
-def producer_of(graph: Graph, node: fx.Node) -> fx.Node | None:
-    """The layer that gives the first input of `node` its grid: behind moves, ReLUs and max pools."""
-    source = next((each for each in node.all_input_nodes if each.meta["tensor"]), None)
-    while source is not None and source.op != "placeholder":
-        kind = kind_of(graph.get_submodule(str(source.target))) if source.op == "call_module" else "move"
-        if kind not in ("relu", "max_pool", "move"):
-            return source
-        source = next((each for each in source.all_input_nodes if each.meta["tensor"]), None)
-    return None
+def before_relu(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node moves or pools values, so that a ReLU may stand behind it as well as before it."""
+    kind = kind_of_node(graph, node)
+    return keeps_grid(graph, node) and (kind is None or not kind.is_relu)
 
 
 def later_relus(graph: Graph) -> dict[str, str]:
     """ReLUs that no layer takes in -> the layer before them: a rule for the ReLU says what leaves that layer."""
     found = {}
     for node, module in layers(graph):
-        source = producer_of(graph, node) if kind_of(module) == "relu" else None
-        if source is not None:
+        source = producer_of(graph, node)
+        if layer_kind(module).is_relu and is_layer(graph, source):
             found[name_of(node)] = name_of(source)
     return found
 
@@ -63,7 +53,7 @@ def on_inputs(graph: Graph, settings: Mapping[str, LayerSettings], wide: int, de
     for node, _ in layers(graph):
         name = name_of(node)
         own = settings[name]
-        bits = {wanted.get(name_of(reader), 0) for reader in _readers(graph, node)}
+        bits = {wanted.get(name_of(reader), 0) for reader in readers_of(graph, node)}
         output = bits.pop() if len(bits) == 1 and all(bits) else wide
         if wanted.get(name):
             found[name] = replace(own, bits_activations=output, input_overrides={0: {"bits_activations": wanted[name]}})
@@ -74,14 +64,4 @@ def on_inputs(graph: Graph, settings: Mapping[str, LayerSettings], wide: int, de
 
 def _weighs(module: nn.Module) -> bool:
     """Whether a layer multiplies its input with a matrix of weights; a batch-norm that stands alone scales it."""
-    return kind_of(module) in ("conv", "conv_transpose", "linear") and not isinstance(module, ChannelAffine)
-
-
-def _readers(graph: Graph, node: fx.Node) -> Iterator[fx.Node]:
-    """What reads the output of a layer, behind moves, ReLUs and max pools."""
-    for user in tensor_users(node):
-        kind = kind_of(graph.get_submodule(str(user.target))) if user.op == "call_module" else "move"
-        if user.op != "output" and kind in ("relu", "max_pool", "move"):
-            yield from _readers(graph, user)
-        else:
-            yield user
+    return layer_kind(module).affine and not isinstance(module, ChannelAffine)

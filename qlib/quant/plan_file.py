@@ -28,8 +28,9 @@ import yaml
 
 from qlib.errors import ConfigError, StatsError, did_you_mean
 from qlib.files import write_text
+from qlib.graph.kinds import KINDS
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
-from qlib.quant.plan_schema import HEADER, SCALARS, VERSION, has_output, has_weight, plan_from_node
+from qlib.quant.plan_schema import HEADER, SCALARS, VERSION, plan_from_node
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 from qlib.yaml_tree import load_yaml, parse_yaml
 
@@ -83,9 +84,10 @@ def _layer_lines(name: str, layer: LayerPlan) -> Iterator[str]:
         yield from (f"  - {_tensor(f'input {i} of {name!r}', tensor)}" for i, tensor in enumerate(layer.inputs))
     else:
         yield f"inputs: {_flow(list(layer.inputs))}"
-    if has_weight(layer.kind) or layer.weight is not None:
+    kind = KINDS[layer.kind]
+    if kind.weighted or layer.weight is not None:
         yield f"weight: {'null' if layer.weight is None else _flow(_weight(layer.weight))}"
-    if has_output(layer.kind) or layer.output is not None:
+    if kind.has_output_grid or layer.output is not None:
         yield f"output: {_tensor(f'the output of {name!r}', layer.output)}"
     for key in SCALARS:
         if getattr(layer, key) != getattr(LayerPlan, key):

@@ -9,32 +9,15 @@ from typing import Any
 
 from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.errors import ConfigError, did_you_mean
+from qlib.graph.kinds import KINDS, LAYER_KINDS
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import MODES, QuantSpec
 from qlib.yaml_tree import Node
 
-__all__ = ["HEADER", "KINDS", "SCALARS", "VERSION", "has_output", "has_weight", "plan_from_node"]
+__all__ = ["HEADER", "SCALARS", "VERSION", "plan_from_node"]
 
 HEADER = "qlib_plan"
 VERSION = 1
-
-_WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
-_WITHOUT_OUTPUT = ("relu", "max_pool", "embedding")
-KINDS = (
-    *_WEIGHTED,
-    *("matmul", "add", "mul", "concat", "relu", "max_pool", "avg_pool", "global_avg_pool", "softmax", "float_op"),
-)
-"""The layer kinds, those of `qlib.graph.kind_of` that change values."""
-
-
-def has_weight(kind: str) -> bool:
-    """Whether layers of this kind have a weight."""
-    return kind in _WEIGHTED
-
-
-def has_output(kind: str) -> bool:
-    """Whether layers of this kind put their output on a grid of their own: others keep that of their input."""
-    return kind not in _WITHOUT_OUTPUT
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,7 @@ SCALARS: Mapping[str, _Value] = {
     "note": _Value(lambda value: isinstance(value, str), "text"),
 }
 """The fields of `LayerPlan` that are no tensors."""
-_LAYER = {"kind": _one_of(KINDS), "inputs": _NODE, "weight": _NODE, "output": _NODE, **SCALARS}
+_LAYER = {"kind": _one_of(LAYER_KINDS), "inputs": _NODE, "weight": _NODE, "output": _NODE, **SCALARS}
 
 
 def plan_from_node(root: Node) -> Plan:
@@ -138,8 +121,9 @@ class _Reader:
         entries = node.mapping or {}
         kind = str(entries["kind"].value) if "kind" in entries else ""
         required = ["kind", "inputs"]
-        if kind in KINDS:
-            required += ["weight"] * has_weight(kind) + ["output"] * has_output(kind)
+        if kind in LAYER_KINDS:
+            known = KINDS[kind]
+            required += ["weight"] * known.weighted + ["output"] * known.has_output_grid
         found = self._children(node, what, _LAYER, required)
         values: dict[str, Any] = {key: child.value for key, child in found.items() if key in ("kind", *SCALARS)}
         if "inputs" in found:
@@ -154,10 +138,11 @@ class _Reader:
     def _conflicts(self, node: Node, name: str, values: Mapping[str, Any]) -> None:
         """Settings that are allowed one by one, but of which one would have no effect."""
         kind = values.get("kind", "")
+        weighted, gridded = (KINDS[kind].weighted, KINDS[kind].has_output_grid) if kind else (True, True)
         weight, output = values.get("weight") is not None, values.get("output") is not None
         conflicts = (
-            (weight and kind and not has_weight(kind), "weight", f"a layer of kind {kind} has no weight; remove it"),
-            (output and kind and not has_output(kind), "output", f"kind {kind} keeps its input's grid; remove output"),
+            (weight and not weighted, "weight", f"a layer of kind {kind} has no weight; remove it"),
+            (output and not gridded, "output", f"kind {kind} keeps its input's grid; remove output"),
             (output and self.dynamic, "output", "a dynamic plan leaves outputs in float; write null"),
             (weight and values.get("float_bits"), "float_bits", "its weight is in integers; remove one of the two"),
         )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from tabulate import tabulate
 
 from qlib.config.layers.read import LayerSettings
 from qlib.graph import Graph, kind_of
+from qlib.graph.cost import layer_macs
 from qlib.graph.ir import layers, name_of
-from qlib.quant.plan import LayerPlan, Plan, TensorPlan
+from qlib.graph.kinds import layer_kind
+from qlib.quant.arithmetic import float_reasons
+from qlib.quant.plan import Plan, TensorPlan
 
-__all__ = ["float_layers", "plan_table", "settings_table"]
+__all__ = ["arithmetic_lines", "plan_table", "settings_table"]
 
-_PASSING = ("relu", "max_pool")
-_WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
+_MOST_NAMES = 3
 _OF_WEIGHTS = ("bits_weights", "mode_weights", "per_channel_wts", "clip_wts")
 _SHOWN = (
     *("bits_activations", "bits_weights", "mode_activations", "mode_weights", "clip_acts", "clip_wts"),
@@ -26,23 +28,23 @@ def settings_table(graph: Graph, settings: Mapping[str, LayerSettings], absorbed
     """One line a layer: name, kind, output shape, bits, mode, clip, and where what is not a default was set."""
     rows = []
     for node, module in layers(graph):
-        name, kind = name_of(node), kind_of(module)
+        name, kind = name_of(node), layer_kind(module)
         shape = _shape(node.meta.get("shape", ()))
         if name in absorbed:
-            rows.append([name, kind, shape, "", "", "", "", f"computed by {absorbed[name]}"])
+            rows.append([name, kind.name, shape, "", "", "", "", f"computed by {absorbed[name]}"])
             continue
-        if kind in _PASSING:
-            rows.append([name, kind, shape, "", "", "", "", "codes pass through"])
+        if kind.keeps_grid:
+            rows.append([name, kind.name, shape, "", "", "", "", "codes pass through"])
             continue
         s = settings[name]
-        weighted = kind in _WEIGHTED
+        weighted = kind.weighted
         channel = " per channel" if weighted and s.per_channel_wts and s.bits_weights else ""
         mode = s.mode_activations if not weighted else f"{s.mode_weights}{channel} / {s.mode_activations}"
         mode += " pow2" * s.pow2
         rows.append(
             [
                 name,
-                kind,
+                kind.name,
                 shape,
                 _bits(s.bits_weights) if weighted else "",
                 _activation_bits(s) if s.fpq is None else f"float{s.fpq}",
@@ -110,16 +112,43 @@ def _grid(tensor: TensorPlan | None) -> str:
     return f"{tensor.spec.bits} {tensor.spec.mode} {tensor.clip} {tensor.min:.4g} .. {tensor.max:.4g}"
 
 
-def float_layers(plan: Plan) -> Iterator[str]:
-    """How many layers compute in integers, and a line for each that does not, with the reason."""
-    floats = {name: layer for name, layer in plan.layers.items() if layer.note}
-    yield f"{len(plan.layers) - len(floats)} layers compute in integers, {len(floats)} in float"
-    reasons: dict[str, list[str]] = {}
-    for name, layer in floats.items():
-        reasons.setdefault(_reason(layer), []).append(name)
-    for reason, names in reasons.items():
-        yield f"  in float: {', '.join(names)} ({reason})"
+def arithmetic_lines(graph: Graph, plan: Plan) -> Iterator[str]:
+    """The share of multiply-accumulates in integers, how many layers they are of, and a line for each reason for float.
+
+    `graph` is the folded one. Layers whose multiply-accumulates are not known are counted as layers alone.
+    """
+    reasons, macs = float_reasons(graph, plan), layer_macs(graph)
+    known = {name: each or 0 for name, each in macs.items()}
+    floats: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason:
+            floats.setdefault(reason, []).append(name)
+    in_float = [name for names in floats.values() for name in names]
+    layers_in_integers = f"{len(reasons) - len(in_float)} of {len(reasons)} layers"
+    share = _percent(sum(known.values()) - sum(known[name] for name in in_float), sum(known.values()))
+    yield f"{share} of the multiply-accumulates are computed in integers: {layers_in_integers}"
+    if unknown := [name for name, each in macs.items() if each is None]:
+        yield f"  not counted, as their multiply-accumulates are unknown: {_listed(unknown)}"
+    for reason, names in floats.items():
+        part = sum(known[name] for name in names)
+        yield f"  in float: {reason}: {_listed(names)}" + f" with {_percent(part, sum(known.values()))}" * (part > 0)
 
 
-def _reason(layer: LayerPlan) -> str:
-    return f"{layer.kind}: {layer.note}" if layer.kind != "float_op" else layer.note
+def _percent(part: int, whole: int) -> str:
+    """Rounded down: 100 % is all.
+
+    >>> _percent(99_999, 100_000), _percent(0, 0)
+    ('99.9 %', '0.0 %')
+    """
+    return f"{1000 * part // max(whole, 1) / 10:.1f} %"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """How many, and the first of them.
+
+    >>> _listed(["a", "b"]), _listed(["conv"] * 9)
+    ('2 layers (a, b)', '9 layers (conv, conv, conv, ...)')
+    """
+    shown = ", ".join(names[:_MOST_NAMES])
+    more = ", ..." * (len(names) > _MOST_NAMES)
+    return f"{len(names)} layer{'s' * (len(names) > 1)} ({shown}{more})"

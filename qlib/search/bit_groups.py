@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, kind_of
-from qlib.graph.ir import layer_inputs, layers, name_of, source_of
+from qlib.graph import Graph
+from qlib.graph.ir import layer_inputs, layers, name_of
+from qlib.graph.kinds import layer_kind
+from qlib.graph.walk import producer_of
 from qlib.quant.plan import LayerPlan, Plan
 from qlib.search.allocate import Costs
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity
 
 __all__ = ["Group", "bit_operations", "errors_of", "groups_of", "weight_bits", "weight_count"]
 
-_WEIGHTED = ("conv", "conv_transpose", "linear", "embedding")
-_PASSING = ("relu", "max_pool")
 _FLOAT_BITS = 32
 
 
@@ -34,7 +34,7 @@ class Group:
 
 def _weight(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
-    return weight.numel() if kind_of(module) in _WEIGHTED and isinstance(weight, Tensor) else 0
+    return weight.numel() if layer_kind(module).weighted and isinstance(weight, Tensor) else 0
 
 
 def _modules(graph: Graph) -> dict[str, list[tuple[fx.Node, nn.Module]]]:
@@ -103,7 +103,9 @@ def weight_bits(graph: Graph, groups: Sequence[Group]) -> tuple[Costs, int]:
     return Costs(single), sum(_FLOAT_BITS * size for name, size in sizes.items() if name not in chosen)
 
 
-def bit_operations(graph: Graph, plan: Plan, groups: Sequence[Group], macs: Mapping[str, int]) -> tuple[Costs, int]:
+def bit_operations(
+    graph: Graph, plan: Plan, groups: Sequence[Group], macs: Mapping[str, int | None]
+) -> tuple[Costs, int]:
     """Bit operations: multiply-accumulates times the bits of both operands, 32 where one is in float.
 
     The bits of an operand are those of the group that rounds it: the layer itself, or the one that produces it.
@@ -114,24 +116,25 @@ def bit_operations(graph: Graph, plan: Plan, groups: Sequence[Group], macs: Mapp
     fixed = 0
     for node, module in layers(graph):
         name = name_of(node)
-        if not macs.get(name):
+        count = macs.get(name)
+        if not count:
             continue
         operands = [where.get((_rounder(graph, node, i, plan), ACTIVATIONS)) for i in range(len(layer_inputs(node)))]
-        if kind_of(module) in _WEIGHTED:
+        if layer_kind(module).weighted:
             operands = [where.get((name, WEIGHTS)), operands[0]]
         first, second = sorted(operands[:2], key=lambda index: -1 if index is None else index)
         if second is None:
-            fixed += macs[name] * _FLOAT_BITS**2
+            fixed += count * _FLOAT_BITS**2
         elif first is None:
-            single[second] = _plus(single[second], [macs[name] * _FLOAT_BITS * b for b in groups[second].options])
+            single[second] = _plus(single[second], [count * _FLOAT_BITS * b for b in groups[second].options])
         elif first == second:
-            single[second] = _plus(single[second], [macs[name] * b * b for b in groups[second].options])
+            single[second] = _plus(single[second], [count * b * b for b in groups[second].options])
         else:
             table = pairs.setdefault(
                 (first, second), [[0] * len(groups[second].options) for _ in groups[first].options]
             )
             for row, bits in zip(table, groups[first].options, strict=True):
-                row[:] = _plus(row, [macs[name] * bits * other for other in groups[second].options])
+                row[:] = _plus(row, [count * bits * other for other in groups[second].options])
     return Costs(single, pairs), fixed
 
 
@@ -144,8 +147,6 @@ def _rounder(graph: Graph, node: fx.Node, index: int, plan: Plan) -> str:
     grids = plan.layers[name_of(node)].inputs
     if index < len(grids) and grids[index] is not None:
         return name_of(node)
-    source = source_of(graph, layer_inputs(node)[index])
-    while source.op == "call_module" and kind_of(graph.get_submodule(str(source.target))) in _PASSING:
-        source = source_of(graph, layer_inputs(source)[0])
+    source = producer_of(graph, layer_inputs(node)[index])
     layer = plan.layers.get(name_of(source)) if source.op == "call_module" else None
     return name_of(source) if layer is not None and layer.output is not None else ""

@@ -8,18 +8,19 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from qlib.graph import Graph, kind_of
-from qlib.graph.ir import is_layer, layer_inputs, layers, name_of, source_of
-from qlib.lower.ops.weighted import swap_channels
+from qlib.graph import Graph
+from qlib.graph.ir import is_layer, layer_inputs, layers, name_of
+from qlib.graph.kinds import KINDS
+from qlib.graph.walk import producer_of
+from qlib.graph.weights import swap_channels
 from qlib.quant.affine import range_of_weight
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.search.replay import OUTPUT, WEIGHT, Slot, grid_of, slots
 
 __all__ = ["Coordinate", "coordinates_of", "factor", "moved", "moved_plan", "with_explicit_weights"]
 
-_PASSING = ("relu", "max_pool")
 _NARROWEST, _WIDEST = -20.0, 8.0
 _RESOLUTION = 8
 _Grid = TypeVar("_Grid", bound="TensorPlan | WeightPlan")
@@ -109,7 +110,7 @@ def _movable(layer: LayerPlan, slot: Slot, module: nn.Module) -> bool:
         weight = module.weight
         assert isinstance(weight, Tensor)
         return grid.min is not None and weight[0].numel() > 1
-    return layer.kind != "softmax" and grid.min != grid.max
+    return not KINDS[layer.kind].fixed_grid and grid.min != grid.max
 
 
 def _spans_zero(grid: TensorPlan | WeightPlan) -> bool:
@@ -122,24 +123,17 @@ def _shared_grids(graph: Graph, plan: Plan) -> dict[Slot, Slot]:
     owner: dict[Slot, Slot] = {}
     for node, _ in layers(graph):
         layer = plan.layers[name_of(node)]
-        if layer.kind != "concat" or layer.output is None:
+        if not KINDS[layer.kind].shares_grid or layer.output is None:
             continue
         own = (name_of(node), OUTPUT)
         for source in layer_inputs(node):
-            producer = _producer(graph, source)
-            if producer is not None and plan.layers[name_of(producer)].output == layer.output:
+            producer = producer_of(graph, source)
+            if is_layer(graph, producer) and plan.layers[name_of(producer)].output == layer.output:
                 before = (name_of(producer), OUTPUT)
                 root = owner.get(before, before)  # a concatenation of concatenations
                 owner |= {slot: own for slot, other in owner.items() if other == root}
                 owner[before] = own
     return owner
-
-
-def _producer(graph: Graph, source: fx.Node) -> fx.Node | None:
-    node = source_of(graph, source)
-    while is_layer(graph, node) and kind_of(graph.get_submodule(str(node.target))) in _PASSING:
-        node = source_of(graph, layer_inputs(node)[0])
-    return node if is_layer(graph, node) else None
 
 
 def ends_of(coordinates: Sequence[Coordinate], values: NDArray[np.float64]) -> Mapping[Slot, tuple[float, float]]:

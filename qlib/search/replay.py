@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 from qlib.graph import Graph, fused_activations
 from qlib.graph.ir import attribute, is_layer, layer_inputs, layers, name_of
+from qlib.graph.weights import swap_channels
 from qlib.lower.base import Edge
-from qlib.lower.ops.weighted import swap_channels
 from qlib.quant.affine import dequantize, quantize
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 

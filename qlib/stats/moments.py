@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.graph import Graph, NormStatistics, activation_bounds, kind_of
+from qlib.graph import Graph, NormStatistics, activation_bounds
 from qlib.graph.ir import is_layer, name_of
+from qlib.graph.kinds import layer_kind
 from qlib.graph.ops import Add, Concat, Mul
 
 __all__ = ["DEVIATIONS", "Moments", "clipped_normal", "propagate"]
@@ -22,7 +23,6 @@ DEVIATIONS = 6.0
 _POINTS = 33
 """At how many points of a normal distribution, and of an interval, a function of one value is looked at."""
 
-_POOLS = ("max_pool", "avg_pool", "global_avg_pool")
 _ELEMENTWISE = (
     nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Mish, nn.Hardtanh,
 )  # fmt: skip
@@ -185,17 +185,18 @@ class _Propagation(fx.Interpreter):
 
     def _bounded(self, n: fx.Node, module: nn.Module, known: Moments, inputs: list[Moments]) -> Moments:
         """What a batch-norm tells of an activation or a pool stays within what they can give."""
-        if kind_of(module) not in ("relu", *_POOLS):
+        kind = layer_kind(module)
+        if not (kind.is_relu or kind.pools):
             return known
         own = self._unnormed(n, module, inputs)
         return Moments(known.mean, known.variance, torch.fmax(known.low, own.low), torch.fmin(known.high, own.high))
 
     def _unnormed(self, n: fx.Node, module: nn.Module, inputs: list[Moments]) -> Moments:
-        kind = kind_of(module)
-        if kind == "relu":
+        kind = layer_kind(module)
+        if kind.is_relu:
             low, high = activation_bounds(self.graph_module, n)
             return _compactly(lambda x: _cut(x, low, high), inputs[0])
-        if kind in _POOLS:
+        if kind.pools:
             return Moments(*(module(part) for part in inputs[0].parts))
         if isinstance(module, Concat):
             return Moments(*(module(*parts) for parts in zip(*(x.parts for x in inputs), strict=True)))

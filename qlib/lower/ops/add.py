@@ -85,5 +85,5 @@ class ExactAdd(nn.Module):
 
 @LOWERINGS.register("add")
 def lower_add(site: Site) -> Lowered:
-    """Exact on 8-bit codes; in float on others."""
-    return (ExactAdd(site), site.output) if site.byte_codes else lower_float(site)
+    """The exact form where the kind has one for these codes; in float otherwise."""
+    return (ExactAdd(site), site.output) if site.integer else lower_float(site)

@@ -37,5 +37,5 @@ class ExactAvgPool(nn.Module):
 
 @LOWERINGS.register("avg_pool")
 def lower_avg_pool(site: Site) -> Lowered:
-    """Exact on 8-bit codes; in float on others."""
-    return (ExactAvgPool(site), site.output) if site.byte_codes else lower_float(site)
+    """The exact form where the kind has one for these codes; in float otherwise."""
+    return (ExactAvgPool(site), site.output) if site.integer else lower_float(site)

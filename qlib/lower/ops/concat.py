@@ -42,5 +42,5 @@ class ExactConcat(nn.Module):
 
 @LOWERINGS.register("concat")
 def lower_concat(site: Site) -> Lowered:
-    """Exact on 8-bit codes; in float on others."""
-    return (ExactConcat(site), site.output) if site.byte_codes else lower_float(site)
+    """The exact form where the kind has one for these codes; in float otherwise."""
+    return (ExactConcat(site), site.output) if site.integer else lower_float(site)

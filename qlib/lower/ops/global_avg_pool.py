@@ -45,5 +45,5 @@ class _GlobalAveragePool(nn.Module):
 
 @LOWERINGS.register("global_avg_pool")
 def lower_global_avg_pool(site: Site) -> Lowered:
-    """Exact on 8-bit codes; in float on others."""
-    return (ExactGlobalAvgPool(site), site.output) if site.byte_codes else lower_float(site)
+    """The exact form where the kind has one for these codes; in float otherwise."""
+    return (ExactGlobalAvgPool(site), site.output) if site.integer else lower_float(site)

@@ -37,5 +37,5 @@ class ExactMul(nn.Module):
 
 @LOWERINGS.register("mul")
 def lower_mul(site: Site) -> Lowered:
-    """Exact on 8-bit codes; in float on others."""
-    return (ExactMul(site), site.output) if site.byte_codes else lower_float(site)
+    """The exact form where the kind has one for these codes; in float otherwise."""
+    return (ExactMul(site), site.output) if site.integer else lower_float(site)

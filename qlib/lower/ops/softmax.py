@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qlib.graph.ops import MaskedSoftmax
 from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
@@ -30,11 +29,13 @@ class ExactSoftmax(nn.Module):
 
     table: Tensor
 
-    def __init__(self, edge: Edge, output: Edge) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
-        self.grid = Grid(output)
+        assert site.output is not None
+        (edge,) = site.codes_in()
+        self.grid = Grid(site.output)
         self.scale, self.size = float(edge.scale), 0
-        self.steps = float(math.floor(1.0 / float(output.scale)))
+        self.steps = float(math.floor(1.0 / float(site.output.scale)))
         self.register_buffer("table", torch.empty(0), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -56,10 +57,5 @@ class ExactSoftmax(nn.Module):
 
 @LOWERINGS.register("softmax")
 def lower_softmax(site: Site) -> Lowered:
-    """Exact for a softmax over the last axis, without a mask, on codes of at most 8 bits."""
-    edge, output = site.inputs[0], site.output
-    if isinstance(site.module, MaskedSoftmax) or site.module.dim != -1 or not site.byte_codes:
-        return lower_float(site)
-    assert edge is not None
-    assert output is not None
-    return ExactSoftmax(edge, output), output
+    """Exact for a softmax over the last axis, without a mask, on codes of at most 8 bits; in float otherwise."""
+    return (ExactSoftmax(site), site.output) if site.integer else lower_float(site)

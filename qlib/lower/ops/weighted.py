@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlib.graph.weights import swap_channels
 from qlib.lower.accumulator import accumulator_bounds, rounded_sum, split_points
 from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
 from qlib.lower.ops.float_op import FloatOp
@@ -27,15 +28,7 @@ from qlib.quant.affine import (
 )
 from qlib.quant.spec import QuantSpec
 
-__all__ = ["ExactWeighted", "FloatWeighted", "swap_channels"]
-
-
-def swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
-    """The weight as ``[out, in / groups, ...]``, and back: a transposed layer holds ``[in, out / groups, ...]``."""
-    if not isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return weight
-    by_group = weight.view(module.groups, -1, *weight.shape[1:])
-    return by_group.transpose(1, 2).flatten(0, 1)
+__all__ = ["ExactWeighted", "FloatWeighted"]
 
 
 def _smallest_dtype(spec: QuantSpec) -> torch.dtype:
@@ -277,6 +270,4 @@ def lower_weighted(site: Site) -> Lowered:
     """Exact where input and weight are integer; dequantized weight where only the weight is; float otherwise."""
     if site.plan.weight is None:
         return _PlainWeighted(site), site.output
-    if site.inputs[0] is None or site.output is None:
-        return FloatWeighted(site), site.output
-    return ExactWeighted(site), site.output
+    return (ExactWeighted(site) if site.integer else FloatWeighted(site)), site.output
