@@ -135,12 +135,13 @@ def arithmetic_lines(graph: Graph, plan: Plan) -> Iterator[str]:
 
 
 def _percent(part: int, whole: int) -> str:
-    """Rounded down: 100 % is all.
+    """100.0 % is all, and 0.0 % nothing.
 
-    >>> _percent(99_999, 100_000), _percent(0, 0)
-    ('99.9 %', '0.0 %')
+    >>> _percent(99_999, 100_000), _percent(1, 100_000), _percent(0, 0)
+    ('99.9 %', '0.1 %', '0.0 %')
     """
-    return f"{1000 * part // max(whole, 1) / 10:.1f} %"
+    share = 100 * part / max(whole, 1)
+    return f"{share if part in (0, whole) else min(max(share, 0.1), 99.9):.1f} %"
 
 
 def _listed(names: Sequence[str]) -> str:
