@@ -160,7 +160,11 @@ def test_an_edit_of_a_plan_is_reported_as_it_is_lowered(kind: str) -> None:
     """The notes of a plan stay behind when its bits are edited."""
     graph, plan = graph_of(kind), plan_of(kind)
     wide = {
-        name: dataclasses.replace(each, output=each.output and dataclasses.replace(each.output, bits=12))
+        name: dataclasses.replace(
+            each,
+            output=each.output
+            and dataclasses.replace(each.output, spec=dataclasses.replace(each.output.spec, bits=12)),
+        )
         for name, each in plan.layers.items()
     }
     edited = dataclasses.replace(plan, layers=wide)

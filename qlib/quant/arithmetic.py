@@ -75,4 +75,4 @@ def with_notes(graph: Graph, plan: Plan) -> Plan:
 
 
 def _bits(grid: TensorPlan | None) -> int | None:
-    return None if grid is None else grid.bits
+    return None if grid is None else grid.spec.bits
