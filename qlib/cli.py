@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qlib.config.flags.checks import check_combination
+from qlib.config.flags.flag import Flag
 from qlib.config.flags.kinds import SWITCH, split_names
-from qlib.config.flags.run_config import RunConfig, config_of, needs_folder, read_run_config, settings_of
-from qlib.config.flags.table import FLAGS, GROUPS, Flag
+from qlib.config.flags.run_config import RunConfig, config_of, read_run_config, settings_of
+from qlib.config.flags.table import FLAGS, GROUPS
+from qlib.config.flags.verb import needs_folder
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
 from qlib.models.names import refuse_python_file
 

@@ -13,6 +13,7 @@ from torch import fx, nn
 from qlib.app.job import Job
 from qlib.app.teacher import SELF, cached_logits, load_teacher
 from qlib.config.flags.groups import KdArgs
+from qlib.config.flags.names import flag_of
 from qlib.config.schedule.read import PolicySpec, Schedule
 from qlib.distill.loss import Distillation, DistillSettings
 from qlib.distill.matching import Matching
@@ -39,18 +40,19 @@ def make_distillation(job: Job, student: nn.Module, schedule: Schedule | None = 
     """
     extensions = schedule.of("extensions") if schedule else ()
     policies = tuple(policy for policy in extensions if policy.component.cls == _CLASS)
-    flags = sorted(flag for flag in job.config.given if flag.startswith("--kd-"))
+    given = job.config.given_of("kd")
     named = job.config.kd.teacher
-    if policies and named == policies[0].component.settings.get("teacher") and flags == ["--kd-teacher"]:
-        flags = []  # the user trusts the Python file that the schedule names
-    if policies and flags:
+    if policies and named == policies[0].component.settings.get("teacher") and given == ("teacher",):
+        given = ()  # the user trusts the Python file that the schedule names
+    first = flag_of(f"kd.{given[0]}") if given else ""
+    if policies and given:
         raise UsageError(
-            f"{flags[0]} and the {_CLASS} at {policies[0].component.where} both say how to distill; drop one of them"
+            f"{first} and the {_CLASS} at {policies[0].component.where} both say how to distill; drop one of them"
         )
     if policies:
         return _of_schedule(job, student, policies)
-    if flags and job.config.kd.teacher is None:
-        raise UsageError(f"{flags[0]} needs a teacher; give --kd-teacher, the name of a model or {SELF}")
+    if given and named is None:
+        raise UsageError(f"{first} needs a teacher; give --kd-teacher, the name of a model or {SELF}")
     return None if job.config.kd.teacher is None else _of_flags(job)
 
 

@@ -17,7 +17,7 @@ import qlib
 from qlib.app.images import loader_of, open_split, report_skipped
 from qlib.app.job import Job
 from qlib.app.saturation import measure_saturation
-from qlib.config.flags.run_config import RunConfig, wants_onnx
+from qlib.config.flags.run_config import RunConfig
 from qlib.data import choose_subset
 from qlib.deploy.encodings import encodings_file, write_encodings
 from qlib.deploy.extra import require_onnx
@@ -58,7 +58,7 @@ def export_model(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, st
         file = job.file(encodings_file(kind, Path(job.spec.arch).name))
         count = write_encodings(kind, file, graph, plan, lowered)
         _log.info("Ranges of %d tensors written for %s to %s", count, kind, file)
-    if not wants_onnx(config):
+    if not config.wants_onnx:
         return Deployed(lowered)
     require_onnx(_flag(config))
     if config.verify is not None:
@@ -81,7 +81,7 @@ def export_float_model(job: Job, graph: Graph) -> Model:
     for flag, given in (("--verify", config.verify is not None), ("--export-encodings", config.export_encodings)):
         if given:
             raise UsageError(f"{flag} needs a quantized model, but this one is float; add --quantize-eval")
-    if not wants_onnx(config):
+    if not config.wants_onnx:
         return job.model
     require_onnx(_flag(config))
     path = _export_float(job, graph)

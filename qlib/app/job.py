@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
-from qlib.config.flags.run_config import RunConfig, trains
+from qlib.config.flags.run_config import RunConfig
+from qlib.config.flags.verb import Verb, verb_of
 from qlib.data import open_dataset
 from qlib.errors import CheckpointError, ModelError, UsageError
 from qlib.models import ModelSpec, create_model, refuse_python_file
@@ -85,19 +86,15 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
     model = _load_model(config, spec, classes, checkpoint, file)
     pretrained = "pretrained " if config.pretrained and file is None else ""
     _log.info("=> created a %s%s model with the %s dataset", pretrained, spec.arch, dataset)
-    if _runs(config) and not (pretrained or file or trains(config)):
+    verb = verb_of(config)
+    if verb.weights and verb is not Verb.TRAIN and not (pretrained or file):
         remedy = "give --pretrained, --resume-from or --exp-load-weights-from for trained ones"
         _log.warning("Warning: the weights are random; %s", remedy)
     _check_weights(model, spec.arch)
     job = Job(config, run, device, spec, dataset, classes, model.to(device))
-    if _runs(config):
+    if verb.weights:
         _check_output(job)
     return job
-
-
-def _runs(config: RunConfig) -> bool:
-    """Whether the model is to see images, and not only to be shown."""
-    return not (config.summary or config.check)
 
 
 def _arch(config: RunConfig, checkpoint: Mapping[str, Any], file: Path | None) -> str:
@@ -107,7 +104,7 @@ def _arch(config: RunConfig, checkpoint: Mapping[str, Any], file: Path | None) -
         return config.arch
     if is_wide(saved, config.arch):
         return saved
-    if "--arch" in config.given:
+    if config.arch_given:
         return config.arch
     refuse_python_file(saved, f"checkpoint {str(file)!r}", "-a")
     return saved
@@ -115,7 +112,7 @@ def _arch(config: RunConfig, checkpoint: Mapping[str, Any], file: Path | None) -
 
 def _num_classes(config: RunConfig, spec: ModelSpec, dataset: str) -> int:
     """The classes of the dataset; those of a folder of images are its subfolders, which are there if it is used."""
-    if dataset == "imagefolder" and (_runs(config) or config.data is not None):
+    if dataset == "imagefolder" and (verb_of(config).weights or config.data is not None):
         return len(open_dataset(dataset, config.data, "val", spec.transform, num_classes=None).classes)
     return spec.num_classes if dataset in (spec.dataset, "imagefolder") else standard_classes(dataset)
 

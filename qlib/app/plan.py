@@ -17,9 +17,8 @@ from qlib.app.saturation import avoid_saturation
 from qlib.app.search import lapq
 from qlib.checkpoint.corrected import load_weights, save_weights
 from qlib.checkpoint.fingerprint import weights_hash
-from qlib.config.flags.corrections import flag_of
+from qlib.config.flags.checks import searches
 from qlib.config.flags.run_config import RunConfig
-from qlib.config.flags.search_checks import searches
 from qlib.config.layers.read import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import resolve, wants_histograms
 from qlib.errors import UsageError
@@ -69,7 +68,8 @@ def with_corrections(config: RunConfig) -> RunConfig:
     file = config.qe.config_file
     if file is None or is_plan_file(file):
         return config
-    asked = {key: value for key, value in load_ptq_config(file).corrections.items() if flag_of(key) not in config.given}
+    given = config.given_of("ptq")
+    asked = {key: value for key, value in load_ptq_config(file).corrections.items() if key not in given}
     return replace(config, ptq=config.ptq.with_settings(asked))
 
 

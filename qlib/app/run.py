@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,8 @@ from qlib.checkpoint.quantized import (
 )
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.checks import startup_warnings
-from qlib.config.flags.run_config import RunConfig, asks_for_something, exports, nothing_to_do, trains
+from qlib.config.flags.run_config import RunConfig
+from qlib.config.flags.verb import Verb, asked, nothing_to_do, verb_of
 from qlib.errors import ModelError, UsageError
 from qlib.files import append_csv
 from qlib.graph import fold
@@ -65,26 +66,11 @@ def run(config: RunConfig) -> int:
             return _use_checkpoint(config, run_log, device, checkpoint)
         if is_training(checkpoint) and config.quantize_eval and not _names_settings(config):
             return _use_checkpoint(config, run_log, device, _integers_of(config, checkpoint))
-        if not asks_for_something(config):
+        verb = verb_of(config)
+        if verb is Verb.NOTHING:
             raise nothing_to_do()
         job = load_job(with_corrections(config), run_log, device, checkpoint)
-        if config.summary:
-            summarize(job)
-        elif config.check:
-            check(job)
-        elif config.sense is not None:
-            _analyse(job)
-        elif config.quantize_eval:
-            return _quantize_and_evaluate(job)
-        elif config.qe.calibration is not None:
-            folded = fold(job.model, job.example)
-            correct_float(job, folded)
-            calibrate(job, folded.graph, config.qe.calibration)
-        elif trains(config) and not (config.evaluate or exports(config)):
-            return train(job, checkpoint)
-        else:
-            _use_float(job)
-    return 0
+        return _DO[verb](job, checkpoint) or 0
 
 
 def _analyse(job: Job) -> None:
@@ -96,6 +82,14 @@ def _analyse(job: Job) -> None:
     correct_float(job, folded)
     stats = stats_for(job, folded, ptq, settings)
     analyse(job, folded.graph, settings, partial(plan_of, folded, stats))
+
+
+def _calibrate(job: Job) -> None:
+    """Collects statistics alone."""
+    folded, fraction = fold(job.model, job.example), job.config.qe.calibration
+    assert fraction is not None
+    correct_float(job, folded)
+    calibrate(job, folded.graph, fraction)
 
 
 def _quantize_and_evaluate(job: Job) -> int:
@@ -135,7 +129,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     """Exports, verifies and evaluates a quantized checkpoint, which knows its architecture and plan."""
     file = str(config.resume_from)
     header = read_header(checkpoint, f"checkpoint {file!r}")
-    if "--arch" in config.given and config.arch != header.arch:
+    if config.arch_given and config.arch != header.arch:
         raise UsageError(f"{file} is a quantized {header.arch}, not {config.arch}; drop --arch, as the file knows it")
     refuse_python_file(header.arch, f"checkpoint {file!r}", "-a", named=config.arch)
     spec = find_wide_model(header.arch)
@@ -149,7 +143,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
         _log.info("%s", plan_table(folded.graph, header.plan))
         return 0
     deployed = export_model(job, folded.graph, lowered, header.plan, None)
-    if config.evaluate or not exports(config):
+    if config.evaluate or not config.exports:
         result, *others = _test(job, deployed.engine, *deployed.others)
         _record(job, "quantized", result)
         _record_saturating(job, result, others)
@@ -158,7 +152,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
 
 def _names_settings(config: RunConfig) -> bool:
     """Whether flags say how to quantize: what a checkpoint of training has learned then does not count."""
-    return any(flag.startswith(("--qe-", "--ptq-")) for flag in config.given)
+    return bool(config.given_of("qe") or config.given_of("ptq"))
 
 
 def _integers_of(config: RunConfig, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -174,15 +168,9 @@ def _integers_of(config: RunConfig, checkpoint: Mapping[str, Any]) -> Mapping[st
 
 def _refuse_flags(config: RunConfig) -> None:
     """Raises UsageError for what cannot be done with a quantized checkpoint."""
-    file = config.resume_from
-    if trains(config):
-        raise UsageError(f"{file} holds integers, which cannot be trained; give the checkpoint of the float model")
-    if config.quantize_eval or config.qe.calibration is not None:
-        raise UsageError(f"{file} is quantized already; drop --quantize-eval and --qe-calibration to evaluate it")
-    if config.sense is not None:
-        raise UsageError(f"--sense needs a float model, but {file} is quantized; give the original")
-    if config.summary:
-        raise UsageError(f"--summary needs a float model, but {file} is quantized; give the original")
+    for verb, sentence in _NEEDS_FLOAT.items():
+        if verb in asked(config):
+            raise UsageError(sentence.format(file=config.resume_from))
 
 
 def _test(job: Job, *models: Model) -> list[Evaluation]:
@@ -219,3 +207,27 @@ def _record(job: Job, what: str, result: Evaluation, **more: float) -> None:
     row = {"what": what, "arch": job.spec.arch, "samples": result.samples, "top1": result.top1, "top5": result.top5}
     interval = {"top1_low": low, "top1_high": high}
     append_csv(job.run.folder / "metrics.csv", {**row, "loss": result.loss, **interval, **more})
+
+
+_QUANTIZED = "{file} is quantized already; drop --quantize-eval and --qe-calibration to evaluate it"
+
+_NEEDS_FLOAT: Mapping[Verb, str] = {
+    Verb.TRAIN: "{file} holds integers, which cannot be trained; give the checkpoint of the float model",
+    Verb.QUANTIZE: _QUANTIZED,
+    Verb.CALIBRATE: _QUANTIZED,
+    Verb.SENSE: "--sense needs a float model, but {file} is quantized; give the original",
+    Verb.SUMMARY: "--summary needs a float model, but {file} is quantized; give the original",
+}
+"""Verb -> why it cannot be done with a quantized checkpoint."""
+
+_DO: Mapping[Verb, Callable[[Job, Mapping[str, Any]], int | None]] = {
+    Verb.SUMMARY: lambda job, _: summarize(job),
+    Verb.CHECK: lambda job, _: check(job),
+    Verb.SENSE: lambda job, _: _analyse(job),
+    Verb.QUANTIZE: lambda job, _: _quantize_and_evaluate(job),
+    Verb.CALIBRATE: lambda job, _: _calibrate(job),
+    Verb.EVALUATE: lambda job, _: _use_float(job),
+    Verb.EXPORT: lambda job, _: _use_float(job),
+    Verb.TRAIN: train,
+}
+"""Verb -> what does it with a float model and its checkpoint: the exit code, None for 0."""

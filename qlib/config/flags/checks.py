@@ -1,39 +1,24 @@
-"""What flags need of each other: errors, and warnings of those that have no effect."""
+"""What flags need of each other: errors, and warnings of those that have no effect.
+
+Most warnings follow from the rows of the table; what depends on more than which flags stand beside it is here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from qlib.config.flags.correction_checks import check_corrections, correction_warnings
-from qlib.config.flags.run_config import RunConfig, asks_for_something, exports, nothing_to_do, wants_onnx
-from qlib.config.flags.search_checks import check_searches, search_warnings
-from qlib.config.flags.training_checks import training_warnings
+from qlib.config.flags.corrections import CORRECTION_FLAGS, CorrectionFlag
+from qlib.config.flags.flag import Flag
+from qlib.config.flags.run_config import RunConfig, settings_of
+from qlib.config.flags.table import FLAGS
+from qlib.config.flags.verb import asked, nothing_to_do
 from qlib.config.layers.clips import CLIP_PARAMETERS, WEIGHT_CLIPS
 from qlib.errors import UsageError
 
-__all__ = ["check_combination", "ignored_flags", "startup_warnings"]
+__all__ = ["check_combination", "searches", "startup_warnings"]
 
-#: A quantization config file replaces what these flags say.
-_REPLACED_BY_CONFIG_FILE = (
-    "--qe-mode",
-    "--qe-mode-acts",
-    "--qe-mode-wts",
-    "--qe-bits-acts",
-    "--qe-bits-wts",
-    "--qe-bits-accum",
-    "--qe-clip-acts",
-    *(each.flag for each in CLIP_PARAMETERS.values()),
-    "--qe-clip-wts",
-    "--qe-scale",
-    "--qe-no-clip-layers",
-    "--qe-no-quant-layers",
-    "--qe-per-channel",
-    "--qe-scale-approx-bits",
-    "--qe-save-fp-weights",
-)
-
-_NEED_QUANTIZING = ("--qe-stats-file", "--qe-dynamic", "--qe-config-file", "--qe-reduce-range")
-_DEPLOYING = ("--engine", "--export-onnx", "--export-opset", "--export-encodings", "--verify")
+_BY_NAME = {flag.name: flag for flag in FLAGS}
 
 #: Flags of which one run can have only one, with what each of them does.
 _EXCLUSIVE: tuple[dict[str, str], ...] = (
@@ -57,87 +42,125 @@ def check_combination(config: RunConfig) -> None:
     Raises:
         UsageError: flags that exclude each other or lack another, or a command line that asks for nothing.
     """
+    _check_exclusive(config)
+    _check_clipping(config)
+    _check_quantized(config)
+    _check_searches(config)
+    _check_corrections(config)
+    # A quantized checkpoint is evaluated without being asked; whether it is one is known once it is read.
+    if not asked(config) and config.resume_from is None:
+        raise nothing_to_do()
+
+
+def _check_exclusive(config: RunConfig) -> None:
     for group in _EXCLUSIVE:
         both = [flag for flag in group if flag in config.given][:2]
         if len(both) == 2:
             reason = ", and ".join(f"{flag} {group[flag]}" for flag in both)
             raise UsageError(f"{both[0]} and {both[1]} cannot be combined: {reason}; drop one of them")
+
+
+def _check_clipping(config: RunConfig) -> None:
     qe = config.qe
     if qe.clip_acts == "n_std" and "clip_n_stds" not in qe.clip_parameters and qe.config_file is None:
         raise UsageError(
             "--qe-clip-acts n_std needs --qe-clip-n-stds, the number of standard deviations to keep, above 0"
         )
+
+
+def _check_quantized(config: RunConfig) -> None:
     for flag, given in (("--verify", config.verify is not None), ("--export-encodings", config.export_encodings)):
         if given and not config.quantize_eval and config.resume_from is None:
             raise UsageError(
                 f"{flag} needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint"
             )
-    check_searches(config)
-    check_corrections(config)
-    # A quantized checkpoint is evaluated without being asked; whether it is one is known once it is read.
-    if not asks_for_something(config) and config.resume_from is None:
-        raise nothing_to_do()
 
 
-def ignored_flags(config: RunConfig) -> list[str]:
-    """The flags the user gave that `--qe-config-file` replaces, in the order of the help.
+def searches(config: RunConfig) -> list[str]:
+    """The flags that ask for a search."""
+    qe = config.qe
+    wanted = {"--sense": config.sense is not None, "--qe-budget": qe.budget is not None, "--qe-lapq": qe.lapq}
+    return [flag for flag, is_wanted in wanted.items() if is_wanted]
 
-    >>> from pathlib import Path
-    >>> from qlib.config.flags.groups import QuantArgs
-    >>> ignored_flags(RunConfig(qe=QuantArgs(config_file=Path("q.yaml")), given=frozenset({"--qe-mode", "--seed"})))
-    ['--qe-mode']
-    """
-    if config.qe.config_file is None:
-        return []
-    return [flag for flag in _REPLACED_BY_CONFIG_FILE if flag in config.given]
+
+def _check_searches(config: RunConfig) -> None:
+    for flag in searches(config):
+        if flag != "--sense" and not config.quantize_eval:
+            raise UsageError(f"{flag} needs --quantize-eval, which quantizes the model and evaluates it")
+        if config.qe.dynamic:
+            raise UsageError(
+                f"{flag} and --qe-dynamic cannot be combined: {flag} needs ranges that are the same for all images;"
+                " drop one of them"
+            )
+
+
+def _check_corrections(config: RunConfig) -> None:
+    ptq, given = config.ptq, config.given
+    if ptq.of_plan and config.qe.dynamic:
+        raise UsageError("corrections of a plan need fixed ranges, which --qe-dynamic has not; drop one of them")
+    if not ptq.data_free:
+        return
+    with_images: list[str] = [f for f in ("--qe-stats-file", "--qe-calibration", "--qe-dynamic") if f in given]
+    wanted = [CORRECTION_FLAGS[name] for name in replace(ptq, data_free=False).asked]
+    with_images += [_asking(each) for each in wanted if each.images]
+    if with_images:
+        raise UsageError(f"--ptq-data-free uses no images, and {with_images[0]} needs some; drop one of them")
+
+
+def _asking(correction: CorrectionFlag) -> str:
+    """The flag that asks for a correction, with its value where other values need no images."""
+    alike = [each for each in CORRECTION_FLAGS.values() if each.flag == correction.flag]
+    return correction.flag if all(each.images for each in alike) else f"{correction.flag} {correction.name}"
 
 
 def startup_warnings(config: RunConfig) -> list[str]:
-    """One sentence for each flag the user gave that will not have the effect it seems to ask for."""
-    given, qe = config.given, config.qe
-    source = next((flag for flag in ("--qe-stats-file", "--qe-dynamic", "--qe-config-file") if flag in given), None)
-    found = [f"{flag} is ignored: {qe.config_file} (--qe-config-file) replaces it" for flag in ignored_flags(config)]
-    if not config.quantize_eval and not config.check and config.sense is None:
-        wanted = (*_REPLACED_BY_CONFIG_FILE, *_NEED_QUANTIZING)
-        found += [f"{flag} has no effect without --quantize-eval" for flag in wanted if flag in given]
-    prints = "--summary" if config.summary else "--check" if config.check else None
-    if prints:
-        found += [f"{flag} is ignored: {prints} only prints" for flag in _DEPLOYING if flag in given]
-    elif qe.calibration is not None and not config.quantize_eval:
-        verbs = ("--evaluate", *_DEPLOYING)
-        found += [f"{flag} has no effect: --qe-calibration alone only collects" for flag in verbs if flag in given]
-    else:
-        if "--export-opset" in given and not wants_onnx(config):
-            found.append("--export-opset has no effect without --export-onnx")
-        if "--engine" in given and not config.evaluate and exports(config):
-            found.append("--engine has no effect without --evaluate")
-    if "--qe-calibration-split" in given and source:
-        found.append(f"--qe-calibration-split is ignored: with {source} no images are read for calibration")
-    if "--qe-histograms" in given and source:
-        found.append(f"--qe-histograms is ignored: with {source} no statistics are collected")
-    found += _unread_parameters(config)
-    found += correction_warnings(config)
-    if "--qe-pytorch-backend" in given:
-        found.append("--qe-pytorch-backend is ignored: it chooses how to convert to PyTorch's own quantized modules")
-    found += search_warnings(config)
-    found += training_warnings(config)
-    if "--resume" in given:
-        found.append("--resume is deprecated: use --resume-from")
-    loaded = next((flag for flag in ("--resume", "--resume-from", "--exp-load-weights-from") if flag in given), None)
-    if config.pretrained and loaded:
-        found.append(f"--pretrained is ignored: {loaded} gives the weights")
-    if config.cpu and "--gpus" in given:
-        found.append("--gpus is ignored: --cpu overrides it")
-    return found
+    """One sentence for each flag the user gave that will not have the effect it seems to ask for, in their order.
+
+    >>> startup_warnings(RunConfig(cpu=True, gpus=(0,), given=frozenset({"--cpu", "--gpus"})))
+    ['--gpus is ignored: --cpu overrides it']
+    """
+    reasons = ((flag, next(_reasons(config, flag), None)) for flag in FLAGS if flag.name in config.given)
+    return [f"{flag.name} {reason}" for flag, reason in reasons if reason is not None]
 
 
-def _unread_parameters(config: RunConfig) -> Iterator[str]:
-    """A sentence for each parameter of a clip method that is not used."""
-    qe = config.qe
-    for each in CLIP_PARAMETERS.values():
-        if each.flag not in config.given or qe.config_file is not None:
-            continue
-        if each.method in WEIGHT_CLIPS and not {qe.clip_acts, qe.clip_wts} & {each.method, "auto"}:
-            yield f"{each.flag} is ignored: neither --qe-clip-acts nor --qe-clip-wts is {each.method} or auto"
-        if each.method not in WEIGHT_CLIPS and qe.clip_acts != each.method:
-            yield f"{each.flag} is ignored: --qe-clip-acts is {qe.clip_acts}, not {each.method}"
+def _reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
+    """Why a flag has no effect; nothing where it has one."""
+    for need in flag.needs:
+        if not any(_is_on(config, each) for each in (*need.flags, *need.also)):
+            yield f"has no effect without {' or '.join(need.flags)}"
+    for ignored in flag.ignored:
+        by = next((each for each in ignored.by if _is_on(config, each)), None)
+        if (by or not ignored.by) and not any(_is_on(config, each) for each in ignored.unless):
+            groups = {"qe": config.qe, "ptq": config.ptq, "lapq": config.lapq, "train": config.train}
+            yield ignored.why.format(by=by, **groups)
+    yield from _budget_reasons(config, flag)
+    yield from _clip_reasons(config, flag)
+
+
+def _is_on(config: RunConfig, words: str) -> bool:
+    """Whether a flag was given, and not as what a switch is without it; or, with a value, whether it has that."""
+    name, _, text = words.partition(" ")
+    value = settings_of(config)[_BY_NAME[name].target]
+    if text:
+        return str(value) == text
+    return name in config.given and value is not None and value is not False and value != ()
+
+
+def _budget_reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
+    """A budget chooses the bits that are not 0: those of weights, one of operations those of activations too."""
+    budget = config.qe.budget or ""
+    chosen = {"--qe-bits-wts": bool(budget), "--qe-bits-acts": budget.endswith("BOPs")}
+    if chosen.get(flag.name) and not _is_on(config, f"{flag.name} 0"):
+        yield "is ignored: --qe-budget tells which are tried"
+
+
+def _clip_reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
+    """A parameter of a clip method matters to that method and to `auto`, which tries it."""
+    key, qe = flag.target.removeprefix("qe."), config.qe
+    if key not in CLIP_PARAMETERS or qe.config_file is not None:
+        return
+    method = CLIP_PARAMETERS[key].method
+    if method not in WEIGHT_CLIPS and qe.clip_acts not in (method, "auto"):
+        yield f"is ignored: --qe-clip-acts is {qe.clip_acts}, not {method}"
+    elif method in WEIGHT_CLIPS and not {qe.clip_acts, qe.clip_wts} & {method, "auto"}:
+        yield f"is ignored: neither --qe-clip-acts nor --qe-clip-wts is {method} or auto"

@@ -6,19 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlib.config.flags.names import flag_of
 from qlib.config.frozen import FrozenMapping
 from qlib.registry import registered
 
-__all__ = ["BIAS_CORRECTIONS", "CORRECTION_FLAGS", "ROUNDINGS", "CorrectionFlag", "Number", "Switches", "flag_of"]
-
-
-def flag_of(field: str) -> str:
-    """The flag of a setting of corrections.
-
-    >>> flag_of("bias_correction")
-    '--ptq-bias-correction'
-    """
-    return f"--ptq-{field.replace('_', '-')}"
+__all__ = ["BIAS_CORRECTIONS", "CORRECTION_FLAGS", "ROUNDINGS", "CorrectionFlag", "Number", "Switches"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ class CorrectionFlag:
     @property
     def flag(self) -> str:
         """The flag that asks for it."""
-        return flag_of(self.choice or self.name)
+        return flag_of(f"ptq.{self.choice or self.name}")
 
     @property
     def default(self) -> bool | None:

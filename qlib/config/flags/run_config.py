@@ -12,21 +12,10 @@ import yaml
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
 from qlib.config.flags.groups import GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.config.layers.clips import CLIP_PARAMETERS, ClipParameters
-from qlib.errors import ConfigError, UsageError, did_you_mean
+from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
 
-__all__ = [
-    "RunConfig",
-    "asks_for_something",
-    "config_of",
-    "exports",
-    "needs_folder",
-    "nothing_to_do",
-    "read_run_config",
-    "settings_of",
-    "trains",
-    "wants_onnx",
-]
+__all__ = ["RunConfig", "config_of", "read_run_config", "settings_of"]
 
 _MAPPINGS: Mapping[str, tuple[Mapping[str, object], type]] = {
     "clip_parameters": ({key: each.default for key, each in CLIP_PARAMETERS.items()}, ClipParameters),
@@ -82,6 +71,36 @@ class RunConfig:
     export_encodings: tuple[str, ...] = ()
     verify: int | None = None
     given: frozenset[str] = frozenset()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the flags ask for training: by a schedule, or by how long it shall go on."""
+        return self.train.compress is not None or "--epochs" in self.given
+
+    @property
+    def wants_onnx(self) -> bool:
+        """Whether the run makes an ONNX file."""
+        return self.export_onnx is not None or self.verify is not None or self.engine == "onnxruntime"
+
+    @property
+    def exports(self) -> bool:
+        """Whether the run has something to export or verify: a quantized checkpoint need not be evaluated as well."""
+        return self.export_onnx is not None or self.verify is not None or bool(self.export_encodings)
+
+    @property
+    def arch_given(self) -> bool:
+        """Whether the user named the model; else a checkpoint may know it."""
+        return "--arch" in self.given
+
+    def given_of(self, group: str) -> tuple[str, ...]:
+        """The fields of a group of flags with a prefix that the user gave.
+
+        >>> RunConfig(given=frozenset({"--kd-teacher", "--kd-start-epoch", "--lr"})).given_of("kd")
+        ('start_epoch', 'teacher')
+        """
+        start = f"--{group}-"
+        found = (flag.removeprefix(start) for flag in self.given if flag.startswith(start))
+        return tuple(sorted(name.replace("-", "_") for name in found))
 
     def to_yaml(self) -> str:
         """The config as YAML text, in the order of the fields.
@@ -170,46 +189,3 @@ def _entries(node: Node) -> Mapping[str, Node]:
 
 def _value(node: Node) -> Any:
     return [_value(item) for item in node.value] if isinstance(node.value, tuple) else node.value
-
-
-def wants_onnx(config: RunConfig) -> bool:
-    """Whether the run makes an ONNX file."""
-    return config.export_onnx is not None or config.verify is not None or config.engine == "onnxruntime"
-
-
-def exports(config: RunConfig) -> bool:
-    """Whether the run has something to hand over, so that a quantized checkpoint need not be evaluated as well."""
-    return config.export_onnx is not None or config.verify is not None or bool(config.export_encodings)
-
-
-def needs_folder(config: RunConfig) -> bool:
-    """Whether the run cannot do without a DATASET_DIR, as far as the command line alone can tell.
-
-    A checkpoint or a model of the user's own may turn out to need one too.
-    """
-    digits = config.dataset == "digits" or (config.dataset is None and "digits" in config.arch)
-    loads = config.resume_from is not None or config.exp_load_weights_from is not None
-    unknown = loads or ".py:" in config.arch
-    asks = (config.qe.calibration, config.verify, config.sense)
-    looks_at_images = config.evaluate or trains(config) or any(each is not None for each in asks)
-    only_exports = exports(config) and not looks_at_images
-    return not (digits or unknown or config.summary or config.check or only_exports)
-
-
-def asks_for_something(config: RunConfig) -> bool:
-    """Whether a flag says what to do."""
-    verbs = (config.evaluate, config.quantize_eval, config.summary, config.check, config.qe.calibration is not None)
-    return any(verbs) or config.sense is not None or exports(config) or trains(config)
-
-
-def trains(config: RunConfig) -> bool:
-    """Whether the flags ask for training: by a schedule, or by how long it shall go on."""
-    return config.train.compress is not None or "--epochs" in config.given
-
-
-def nothing_to_do() -> UsageError:
-    """The error of a command line that asks for nothing."""
-    return UsageError(
-        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress or --epochs to train,"
-        " --export-onnx, --sense, --summary or --check"
-    )

@@ -1,0 +1,1 @@
+"""The rows of the flag table, a file for each part of `--help`."""

@@ -1,0 +1,91 @@
+"""The flags of all runs: their folder and device, the model, the data, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qlib.config.flags.flag import Flag, Ignored
+from qlib.config.flags.kinds import SWITCH, arch, choice, devices, existing_file, fraction, path, real, run_name, whole
+from qlib.config.flags.rows.common import EXPORTS, ONLY_ANALYSES, ONLY_COLLECTS, ONLY_PRINTS
+
+__all__ = ["GROUPS"]
+
+_ENGINES = ("torch", "onnxruntime")
+_DATASETS = ("imagenet", "imagefolder", "cifar10", "cifar100", "mnist", "fashion-mnist", "digits")
+
+GROUPS: Mapping[str, tuple[Flag, ...]] = {
+    "General": (
+        Flag("--name -n", run_name(), "name of the run: begins the name of its folder"),
+        Flag("--out-dir -o", path(), "where the folders of runs are made"),
+        Flag("--print-freq -p", whole(1), "steps between two progress lines"),
+        Flag("--verbose -v", SWITCH, "show debug messages, and the traceback of an error"),
+        Flag(
+            "--gpus",
+            devices(),
+            "GPUs to use (default: all)",
+            ignored=(Ignored("is ignored: {by} overrides it", by=("--cpu",)),),
+        ),
+        Flag("--cpu", SWITCH, "use no GPU; overrides --gpus"),
+        Flag("--seed", whole(0, 2**32 - 1), "seed of all that is random"),
+        Flag("--deterministic --det", SWITCH, "deterministic algorithms only"),
+        Flag("--summary", choice(("sparsity", "compute", "model", "modules"), many="repeat"), "print it and stop"),
+        Flag("--check", SWITCH, "print the resolved quantization settings of each layer and stop"),
+    ),
+    "Model": (
+        Flag(
+            "--arch -a",
+            arch(),
+            "model, by name (in torchvision, the CIFAR and MNIST families, digits_cnn) or FILE.py:FUNCTION",
+        ),
+        Flag(
+            "--pretrained",
+            SWITCH,
+            "start from the published weights",
+            ignored=(
+                Ignored(
+                    "is ignored: {by} gives the weights", by=("--resume", "--resume-from", "--exp-load-weights-from")
+                ),
+            ),
+        ),
+        Flag("--resume-from", existing_file(), "checkpoint to load with all that belongs to it"),
+        Flag("--resume", existing_file(), None, "resume_from", ignored=(Ignored("is deprecated: use --resume-from"),)),
+        Flag("--exp-load-weights-from", existing_file(), "checkpoint to load the weights from"),
+    ),
+    "Data": (
+        Flag(
+            "--dataset",
+            choice(_DATASETS),
+            "kind of dataset, imagefolder for a folder with its own classes (default: what the model's name implies)",
+        ),
+        Flag("--workers -j", whole(0), "processes that read images; 0 reads in this one"),
+        Flag("--batch-size -b", whole(1), "images per batch"),
+        Flag(
+            "--validation-split --valid-size --vs",
+            real(lambda number: 0 <= number < 1, "a fraction from 0 to below 1"),
+            "fraction of the training images held out for validation",
+        ),
+        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use"),
+        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use"),
+        Flag("--effective-test-size --etes", fraction(), "fraction of the test images to use"),
+        Flag("--skip-corrupt", SWITCH, "leave out images that cannot be read, instead of stopping"),
+    ),
+    "Evaluation": (
+        Flag("--evaluate -e", SWITCH, "evaluate on the test split", ignored=(ONLY_ANALYSES, ONLY_COLLECTS)),
+        Flag("--confusion", SWITCH, "print the confusion matrix"),
+        Flag(
+            "--engine",
+            choice(_ENGINES),
+            "what computes the model: torch, or ONNX Runtime on the exported file",
+            ignored=(
+                ONLY_PRINTS,
+                ONLY_COLLECTS,
+                Ignored("has no effect without --evaluate", by=EXPORTS, unless=("--evaluate", "--quantize-eval")),
+                Ignored(
+                    "is ignored: training evaluates with torch",
+                    by=("--compress", "--epochs"),
+                    unless=("--evaluate", "--quantize-eval", "--sense"),
+                ),
+            ),
+        ),
+    ),
+}

@@ -1,0 +1,96 @@
+"""The flags of searches: bits under a budget, ranges by LAPQ, sensitivity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qlib.config.flags.flag import Flag, Ignored, Need, shared
+from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, whole
+
+__all__ = ["GROUPS"]
+
+_SEARCHES = ("powell", "nelder-mead", "cobyla")
+_LAPQ = Need(("--qe-lapq",))
+_STARTS_IN_NORM = tuple(f"--lapq-init-mode l{power}" for power in (1, 2, 3))
+
+GROUPS: Mapping[str, tuple[Flag, ...]] = {
+    "Mixed precision (with --quantize-eval)": (
+        Flag(
+            "--qe-budget",
+            budget(),
+            "choose the bits of each layer: 3.2MB of weights, 4.5bits for each weight on average, or 12GBOPs, which"
+            " choose those of activations too",
+        ),
+        Flag(
+            "--qe-bits-choices",
+            bit_widths(),
+            "bits to choose from, with --qe-budget (default: 2,3,4,6,8)",
+            needs=(Need(("--qe-budget",)),),
+        ),
+    ),
+    "LAPQ: ranges that minimise the loss on calibration images (with --quantize-eval)": shared(
+        (
+            Flag("--qe-lapq --qe-coordinate-search", SWITCH, "search for the ranges of activations and weights"),
+            Flag("--lapq-maxiter", whole(1), "most iterations of the search (default: 2)"),
+            Flag("--lapq-maxfev", whole(1), "most evaluations of the search"),
+            Flag("--lapq-method", choice(_SEARCHES), "method of the search"),
+            Flag(
+                "--lapq-basinhopping --lapq-bh", SWITCH, "restart the search from other points (scipy's basinhopping)"
+            ),
+            Flag(
+                "--lapq-basinhopping-niter --lapq-bh-niter",
+                whole(1),
+                "how often it is restarted",
+                needs=(Need(("--lapq-basinhopping",)),),
+            ),
+            Flag(
+                "--lapq-init-mode",
+                choice(("none", "avg", "laplace", "gauss", "l1", "l2", "l3")),
+                "where the search starts: clipping by statistics, or least mean |y - y_q|^p of each tensor"
+                " (default: the ranges of the plan or l2, whichever is better)",
+            ),
+            Flag(
+                "--lapq-init-method",
+                choice(_SEARCHES),
+                "method that finds the l1, l2 and l3 ranges",
+                ignored=(
+                    Ignored(
+                        "has no effect with {by} {lapq.init_mode}",
+                        by=("--lapq-init-mode",),
+                        unless=_STARTS_IN_NORM,
+                    ),
+                ),
+            ),
+            Flag("--lapq-eval-size", fraction(), "fraction of the calibration split to look at, --lapq-images at most"),
+            Flag("--lapq-images", whole(1), "most calibration images to look at"),
+            Flag(
+                "--lapq-eval-memoize-dataloader",
+                SWITCH,
+                "accepted: images are always kept in memory",
+                ignored=(Ignored("is ignored: the images are always kept in memory"),),
+            ),
+            Flag(
+                "--lapq-search-clipping",
+                SWITCH,
+                "search both ends of a range that is not symmetric, not its size alone",
+            ),
+        ),
+        needs=(_LAPQ,),
+    ),
+    "Analysis": (
+        Flag(
+            "--sense",
+            choice(("quant",)),
+            "analyse and stop: loss, Top1 and signal-to-noise ratio with one layer at a time in few bits",
+        ),
+        Flag(
+            "--sense-bits", bit_widths(), "bits to try, with --sense (default: 2,3,4,6,8)", needs=(Need(("--sense",)),)
+        ),
+        Flag(
+            "--sense-images",
+            whole(1),
+            "calibration images to look at, with --sense and --qe-budget",
+            needs=(Need(("--sense", "--qe-budget")),),
+        ),
+    ),
+}

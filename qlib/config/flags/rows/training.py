@@ -1,0 +1,102 @@
+"""The flags of training and distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qlib.config.flags.flag import Flag, Ignored, Need, shared
+from qlib.config.flags.groups import BEST_BY, OPTIMIZERS
+from qlib.config.flags.kinds import SWITCH, Kind, choice, existing_file, real, schedule_file, whole
+from qlib.config.flags.rows.common import EXPORTS
+
+__all__ = ["GROUPS"]
+
+_POSITIVE = real(lambda number: number > 0, "a number above 0")
+_FROM_0 = real(lambda number: number >= 0, "a number from 0")
+_TRAINING = Need(("--compress", "--epochs"))
+_NOT_TRAINED = Ignored(
+    "is ignored: with {by} nothing is trained",
+    by=("--summary", "--sense", "--quantize-eval", "--qe-calibration", "--evaluate", *EXPORTS),
+)
+
+GROUPS: Mapping[str, tuple[Flag, ...]] = {
+    "Training": (
+        Flag(
+            "--compress",
+            schedule_file(),
+            "train under this schedule, a YAML file",
+            "train.compress",
+            ignored=(_NOT_TRAINED,),
+        ),
+        Flag("--epochs", whole(1), "train until so many epochs are done", "train.epochs", ignored=(_NOT_TRAINED,)),
+        *shared(
+            (
+                Flag("--optimizer", choice(OPTIMIZERS), "what moves the weights", "train.optimizer"),
+                Flag("--lr --learning-rate", _POSITIVE, "learning rate to begin with", "train.lr"),
+                Flag(
+                    "--momentum",
+                    real(lambda number: 0 <= number < 1, "a number from 0 to below 1"),
+                    "momentum of sgd",
+                    "train.momentum",
+                    ignored=(
+                        Ignored(
+                            "is ignored: {train.optimizer} has its own",
+                            by=("--optimizer",),
+                            unless=("--optimizer sgd",),
+                        ),
+                    ),
+                ),
+                Flag("--weight-decay --wd", _FROM_0, "weight decay", "train.weight_decay"),
+                Flag(
+                    "--label-smoothing",
+                    real(lambda number: 0 <= number < 1, "a number from 0 to below 1"),
+                    "share of the label that is spread over all classes",
+                    "train.label_smoothing",
+                ),
+                Flag("--grad-clip", _POSITIVE, "largest norm of all gradients together", "train.grad_clip"),
+                Flag(
+                    "--amp",
+                    SWITCH,
+                    "mixed precision, on a GPU",
+                    "train.amp",
+                    ignored=(Ignored("is ignored: mixed precision needs a GPU", by=("--cpu",)),),
+                ),
+                Flag(
+                    "--reset-optimizer",
+                    SWITCH,
+                    "with --resume-from: begin again at epoch 0 with a new optimizer",
+                    "train.reset_optimizer",
+                    needs=(Need(("--resume-from",), also=("--resume",)),),
+                ),
+                Flag(
+                    "--best-by",
+                    choice(BEST_BY),
+                    "what makes an epoch the best: Top1, or sparsity before it",
+                    "train.best_by",
+                ),
+                Flag("--num-best-scores", whole(1), "how many of the best epochs to list", "train.num_best_scores"),
+                Flag("--save-every", _FROM_0, "seconds between two checkpoints within an epoch", "train.save_every"),
+            ),
+            needs=(_TRAINING,),
+            ignored=(_NOT_TRAINED,),
+        ),
+    ),
+    "Knowledge distillation (with training)": shared(
+        (
+            Flag(
+                "--kd-teacher",
+                Kind(lambda text: text if ".py:" in text else text.lower(), "a model's name, or self", "ARCH"),
+                "model to learn from; self is the student as it was in float",
+            ),
+            Flag("--kd-pretrained", SWITCH, "give the teacher its published weights"),
+            Flag("--kd-resume", existing_file(), "checkpoint of the teacher"),
+            Flag("--kd-temperature --kd-temp", _POSITIVE, "temperature that softens both outputs"),
+            Flag("--kd-distill-wt --kd-dw", _FROM_0, "weight of the loss against the teacher"),
+            Flag("--kd-student-wt --kd-sw", _FROM_0, "weight of the loss against the labels"),
+            Flag("--kd-teacher-wt --kd-tw", _FROM_0, "accepted where it is 0: the teacher does not learn"),
+            Flag("--kd-start-epoch", whole(0), "first epoch with the teacher"),
+        ),
+        needs=(_TRAINING,),
+        ignored=(_NOT_TRAINED,),
+    ),
+}
