@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from qlib.config.schedule.keys import LR_CLASSES, LR_REFUSED
-from qlib.config.schedule.read import Component, PolicySpec, Schedule, load_schedule
+from qlib.app.schedule import read_schedule
+from qlib.config.schedule.keys import LR_REFUSED
+from qlib.config.schedule.read import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, QlibError
 from qlib.train.lr.formulas import FORMULAS, MOMENTA
-from qlib.train.lr.schedulers import LR_SCHEDULERS, LrScheduler, counts_steps, make_lr_scheduler
+from qlib.train.lr.schedulers import LR_CLASSES, LrScheduler, counts_steps, make_lr_scheduler
 
 PUBLISHED = Path(__file__).with_name("schedules")
 BASE = 0.4
@@ -132,7 +133,7 @@ def test_arguments_are_those_of_torch_and_none_is_forgotten(cls: str) -> None:
     assert arguments(cls) == plain_arguments(getattr(lr_scheduler, cls))
 
 
-@pytest.mark.parametrize("cls", LR_SCHEDULERS)
+@pytest.mark.parametrize("cls", LR_CLASSES)
 def test_every_argument_that_loads_has_a_meaning(cls: str) -> None:
     if cls in FORMULAS:
         moments = plain_arguments(MOMENTA[cls]) | {"cycle_momentum"} if cls in MOMENTA else set()
@@ -141,7 +142,7 @@ def test_every_argument_that_loads_has_a_meaning(cls: str) -> None:
 
 
 def test_what_loads_can_be_made() -> None:
-    assert set(LR_SCHEDULERS) == set(LR_CLASSES)
+    assert set(LR_CLASSES) == {*FORMULAS, "ReduceLROnPlateau"}
 
 
 def test_an_unknown_class() -> None:
@@ -153,12 +154,12 @@ def test_an_unknown_class() -> None:
 
 
 def test_a_policy_that_begins_late_counts_from_the_start_of_the_run() -> None:
-    rates = run(load_schedule(PUBLISHED / "base_step.yaml", 180), sgd(), 180)
+    rates = run(read_schedule(PUBLISHED / "base_step.yaml", 180), sgd(), 180)
     assert rates == [BASE * 0.1 ** (epoch // 45) for epoch in range(180)]
 
 
 def test_published_milestones() -> None:
-    schedule = load_schedule(PUBLISHED / "dorefa_w3a8.yaml", 200)
+    schedule = read_schedule(PUBLISHED / "dorefa_w3a8.yaml", 200)
     rates = run(Schedule(schedule.of("lr_schedulers")), sgd(), 200)
     changes = {epoch: rates[epoch] for epoch in range(1, 200) if rates[epoch] != rates[epoch - 1]}
     assert changes == pytest.approx({80: 0.04, 120: 0.004, 160: 0.0008})

@@ -12,19 +12,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlib.config.schedule.keys import LR_CLASSES, QUANTIZER_CLASSES
-from qlib.config.schedule.read import Component, PolicySpec, Schedule, load_schedule
+from qlib.app.schedule import CLASSES, read_schedule
+from qlib.config.schedule.read import Component, PolicySpec, Schedule
 from qlib.config.schedule.timeline import timeline
 from qlib.errors import ConfigError
 
 PUBLISHED = Path(__file__).with_name("schedules")
+QUANTIZERS, LR_SCHEDULERS = CLASSES["quantizers"], CLASSES["lr_schedulers"]
 OURS = Path(__file__).resolve().parents[1] / "schedules"
 
 
 def load(folder: Path, text: str, epochs: int = 100) -> Schedule:
     path = folder / "a.yaml"
     path.write_text(text)
-    return load_schedule(path, epochs)
+    return read_schedule(path, epochs)
 
 
 def problems(folder: Path, text: str, epochs: int = 100) -> list[str]:
@@ -145,7 +146,7 @@ ALEXNET = dict.fromkeys(("features.0", "features.1", "classifier.5", "classifier
 def test_published_files(
     name: str, components: list[tuple[str, dict[str, object]]], spans: list[tuple[int, int]], rules: dict[str, Any]
 ) -> None:
-    schedule = load_schedule(PUBLISHED / f"{name}.yaml", 180)
+    schedule = read_schedule(PUBLISHED / f"{name}.yaml", 180)
     assert [(each.component.cls, each.component.settings) for each in schedule.policies] == components
     assert [(each.start, each.end) for each in schedule.policies] == spans
     assert {each.frequency for each in schedule.policies} == {1}
@@ -154,16 +155,16 @@ def test_published_files(
 
 @pytest.mark.parametrize("path", sorted(OURS.glob("train_*.yaml")), ids=lambda path: path.stem)
 def test_the_files_we_ship_load(path: Path) -> None:
-    assert load_schedule(path, 200).policies
+    assert read_schedule(path, 200).policies
 
 
 def test_a_rule_knows_its_lines_and_tolerates_the_prefix_of_a_parallel_model() -> None:
-    rule = load_schedule(PUBLISHED / "wrpn_w4a8.yaml", 10).policies[0].component.rules[0]
+    rule = read_schedule(PUBLISHED / "wrpn_w4a8.yaml", 10).policies[0].component.rules[0]
     assert (rule.where, rule.lines["bits_weights"]) == (f"{PUBLISHED}/wrpn_w4a8.yaml:9", "wrpn_w4a8.yaml:10")
     assert rule.matches("features.0")
 
 
-@pytest.mark.parametrize("cls", QUANTIZER_CLASSES)
+@pytest.mark.parametrize("cls", QUANTIZERS)
 def test_every_quantizer_takes_the_common_arguments(tmp_path: Path, cls: str) -> None:
     lines = ["bits_activations: 1", "bits_weights: 0", "bits_bias: null", "edges: all", "rounding: stochastic"]
     lines += ["calibration_images: 64", "lr_factor: 1e-2", "dampening: 0", "bits_first_last: 8", "freeze_bn_epoch: 3"]
@@ -324,12 +325,12 @@ BITS = "a whole number from 1 to 16, or null or 0 for float"
         ),
         pytest.param(
             "quantizers: {q: 4}\n" + policies("quantizer: {instance_name: q}, epochs: [0]"),
-            f"a.yaml:1: the quantizer 'q' has no class; allowed: {', '.join(QUANTIZER_CLASSES)}",
+            f"a.yaml:1: the quantizer 'q' has no class; allowed: {', '.join(QUANTIZERS)}",
             id="no class",
         ),
         pytest.param(
             lr(cls="StepLr"),
-            f"a.yaml:3: unknown class 'StepLr' in section lr_schedulers; allowed: {', '.join(LR_CLASSES)}; "
+            f"a.yaml:3: unknown class 'StepLr' in section lr_schedulers; allowed: {', '.join(LR_SCHEDULERS)}; "
             "did you mean StepLR?",
             id="unknown class",
         ),
@@ -632,7 +633,7 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_timeline_of_one_quantizer() -> None:
-    schedule = load_schedule(PUBLISHED / "pact_w3a4.yaml", 100)
+    schedule = read_schedule(PUBLISHED / "pact_w3a4.yaml", 100)
     what = "bits_activations 4, bits_weights 3, act_clip_init_val 8, 4 overrides"
     assert cells(timeline(schedule, 100)) == [
         ["Component", "Class", "Epochs", "Every", "What"],
@@ -695,7 +696,7 @@ def test_any_file_loads_or_has_its_mistakes_told(tree: dict[str, object], entrie
         path.write_text(yaml.safe_dump({**tree, "policies": entries}))
         told: tuple[str, ...] = ()
         try:
-            load_schedule(path, 10)
+            read_schedule(path, 10)
         except ConfigError as error:
             told = error.problems
         assert all(re.match(r".*a\.yaml:\d+: ", problem) for problem in told)

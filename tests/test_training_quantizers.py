@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qlib.app.schedule import CLASSES
 from qlib.config.layers.resolve import resolve
 from qlib.config.layers.settings import LayerSettings, PtqConfig
-from qlib.config.schedule.keys import QUANTIZER_CLASSES
 from qlib.errors import ModelError
 from qlib.graph import capture, fold_batch_norm
 from qlib.lower import lower
@@ -31,6 +31,7 @@ from qlib.lower.trainable import (
     trainable_layers,
 )
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
+from qlib.qat.assignment import Common
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
 from qlib.qat.few_codes import CodedWeight
 from qlib.qat.methods.binary_connect import BinaryWeight
@@ -88,12 +89,21 @@ def random_images(seed: int = 0, count: int = 64) -> Tensor:
 
 
 def test_the_keys_of_yaml_are_the_fields() -> None:
-    assert set(TRAINING_QUANTIZERS) == set(QUANTIZER_CLASSES)
-    common = set.intersection(*(set(fields) for fields in QUANTIZER_CLASSES.values()))
-    for name, keys in QUANTIZER_CLASSES.items():
-        own = set(keys) - common
-        own = own - {"mode"} | ({"mode_activations", "mode_weights"} if "mode" in own else set())
-        assert {field.name for field in dataclasses.fields(TRAINING_QUANTIZERS[name])} == own, name  # type: ignore[arg-type]
+    classes = CLASSES["quantizers"]
+    assert list(classes) == list(TRAINING_QUANTIZERS)
+    common = [field.name for field in dataclasses.fields(Common)]
+    for name, arguments in classes.items():
+        own = [field.name for field in dataclasses.fields(TRAINING_QUANTIZERS[name])]  # type: ignore[arg-type]
+        if "mode_activations" in own:
+            own = [*(each for each in own if not each.startswith("mode_")), "mode"]
+        assert list(arguments.fields) == [*common, *own], name
+
+
+@every_method
+def test_every_key_but_a_switch_says_what_it_may_be(method: TrainingQuantizer) -> None:
+    for field in (*dataclasses.fields(Common), *dataclasses.fields(method)):  # type: ignore[arg-type]
+        plain = field.type == "bool" or field.name.startswith("mode_")
+        assert ("convert" in field.metadata) is not plain, field.name
 
 
 @every_method

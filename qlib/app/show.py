@@ -8,7 +8,7 @@ from pathlib import Path
 from qlib.app.job import Job
 from qlib.app.plan import given_plan, plan_of, settings_of, stats_for
 from qlib.app.policies import make_quantization
-from qlib.config.schedule.read import load_schedule
+from qlib.app.schedule import read_schedule
 from qlib.config.schedule.timeline import timeline
 from qlib.graph import fold
 from qlib.report.summary import summary
@@ -43,7 +43,7 @@ def check(job: Job) -> None:
 
 def _check_schedule(job: Job, path: Path) -> None:
     """Prints when each policy of a schedule acts, and what its quantizers do with each layer."""
-    schedule = load_schedule(path, job.config.train.epochs)
+    schedule = read_schedule(path, job.config.train.epochs)
     _log.info("%s", timeline(schedule, job.config.train.epochs))
     folded, quantization = fold(job.model, job.example), make_quantization(job, schedule)
     for spec, settings in quantization.settings if quantization else []:

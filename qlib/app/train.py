@@ -14,8 +14,9 @@ from torch import nn
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
 from qlib.app.policies import set_up
+from qlib.app.schedule import read_schedule
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
-from qlib.config.schedule.read import Schedule, load_schedule
+from qlib.config.schedule.read import Schedule
 from qlib.errors import UsageError
 from qlib.files import move
 from qlib.graph import LAYOUT
@@ -41,7 +42,7 @@ def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
         CheckpointError: the checkpoint is of another run.
     """
     args = job.config.train
-    schedule = load_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())
+    schedule = read_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())
     run = _Run(job, schedule)
     run.resume(checkpoint)
     return run.train()

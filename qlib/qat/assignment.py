@@ -10,8 +10,10 @@ from pathlib import Path
 
 from torch import fx
 
+from qlib.config.layers.keys import whole
 from qlib.config.layers.resolve import resolve
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
+from qlib.config.schedule.keys import FROM_0, POSITIVE, ClassFields, count, key, keys_of, one_of
 from qlib.config.schedule.read import PolicySpec
 from qlib.errors import ConfigError
 from qlib.graph import FoldedGraph, Graph
@@ -23,12 +25,12 @@ from qlib.ptq.planner import layer_infos
 from qlib.qat.base import TRAINING_QUANTIZERS, TrainingQuantizer
 from qlib.qat.quantized_tensors import ends_in_relu, later_relus, on_inputs
 
-__all__ = ["Claim", "Common", "make_claims", "planned_settings"]
+__all__ = ["Claim", "Common", "make_claims", "planned_settings", "quantizer_classes"]
 
 
 @dataclass(frozen=True)
 class Common:
-    """The keys that every quantizer of a schedule has.
+    """The keys that every quantizer of a schedule has; none may be null but for what then stands for its default.
 
     `edges`: which tensors have `bits_activations`: the outputs of all layers, those of ReLUs alone, or the inputs of
     layers with weights, each on a grid of its own; None is the method's own choice. `bits_first_last`: bits of the
@@ -39,17 +41,24 @@ class Common:
     "Overcoming oscillations", 2022, section 4.1). From `freeze_bn_epoch` on batch-norms use their running statistics.
     """
 
-    bits_activations: int = 0
-    bits_weights: int = 0
-    bits_bias: int = 32
-    edges: str | None = None
-    rounding: str = "nearest"
-    calibration_images: int = 256
-    lr_factor: float = 1.0
-    dampening: float = 0.0
-    bits_first_last: int | None = None
-    bits_other_edges: int | None = None
-    freeze_bn_epoch: int | None = None
+    bits_activations: int = key(0, whole(1, 16, null=0, zero=True))
+    bits_weights: int = key(0, whole(1, 16, null=0, zero=True))
+    bits_bias: int = key(32, whole(2, 32, null=32))
+    edges: str | None = key(None, one_of("relu", "all", "inputs"))
+    rounding: str = key("nearest", one_of("nearest", "stochastic"))
+    calibration_images: int = key(256, count(1))
+    lr_factor: float = key(1.0, POSITIVE)
+    dampening: float = key(0.0, FROM_0)
+    bits_first_last: int | None = key(None, whole(1, 16, null=None))
+    bits_other_edges: int | None = key(None, whole(2, 16, null=None))
+    freeze_bn_epoch: int | None = key(None, count(0, null=True))
+
+
+def quantizer_classes() -> dict[str, ClassFields]:
+    """The arguments of each class of quantizer in a schedule, those common to all first."""
+    return {
+        name: ClassFields({**keys_of(Common), **keys_of(TRAINING_QUANTIZERS[name])}) for name in TRAINING_QUANTIZERS
+    }
 
 
 class Claim:

@@ -10,14 +10,12 @@ from qlib.config.layers.keys import Field, Settings, read_fields
 from qlib.config.layers.settings import Rule, pattern_problem
 from qlib.config.schedule.keys import (
     ABSENT_EXTENSIONS,
-    BITS_OVERRIDE_FIELDS,
-    EXTENSION_CLASSES,
-    LR_CLASSES,
+    BITS,
     LR_REFUSED,
     ONLY_WITH,
-    QUANTIZER_CLASSES,
+    Classes,
     ClassFields,
-    override_fields,
+    override_keys,
 )
 from qlib.config.schedule.types import Component
 from qlib.errors import did_you_mean
@@ -38,11 +36,6 @@ READ_ELSEWHERE = Field(lambda key, node, problems: {})
 """A key that is allowed, but read by another function."""
 
 _ABSENT = {"pruners": "pruning", "regularizers": "regularization"}
-_CLASSES: Mapping[str, Mapping[str, object]] = {
-    "quantizers": QUANTIZER_CLASSES,
-    "lr_schedulers": LR_CLASSES,
-    "extensions": EXTENSION_CLASSES,
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class Declared:
         return self.section not in _ABSENT
 
 
-def read_components(section: str, node: Node, problems: list[str]) -> Iterator[Declared]:
+def read_components(section: str, node: Node, classes: Classes, problems: list[str]) -> Iterator[Declared]:
     """The components of one section; mistakes go to `problems`."""
     if node.mapping is None and node.value is not None:
         problems.append(f"{node.where}: {section} is {node}; allowed: a mapping of names to components")
@@ -71,29 +64,31 @@ def read_components(section: str, node: Node, problems: list[str]) -> Iterator[D
             problems.append(f"{where}: {_ABSENT[section]} is not available in this version yet; {what}")
             yield Declared(section, name, where, None)
         else:
-            yield Declared(section, name, where, _read_component(section, name, entry, where, problems))
+            yield Declared(section, name, where, _read_component(section, name, entry, where, classes, problems))
 
 
-def _read_component(section: str, name: str, node: Node, where: str, problems: list[str]) -> Component | None:
+def _read_component(
+    section: str, name: str, node: Node, where: str, classes: Classes, problems: list[str]
+) -> Component | None:
     cls = (node.mapping or {}).get("class")
     if cls is None:
-        allowed = ", ".join(_CLASSES[section])
+        allowed = ", ".join(classes[section])
         problems.append(f"{where}: the {KIND_OF[section]} {name!r} has no class; allowed: {allowed}")
         return None
-    if problem := _class_problem(section, str(cls.value)):
+    if problem := _class_problem(section, str(cls.value), classes):
         problems.append(f"{cls.where}: {problem}")
         return None
     read = _read_quantizer if section == "quantizers" else _read_other
     found: list[str] = []
-    settings, rules = read(str(cls.value), node, where, found)
+    settings, rules = read(str(cls.value), classes[section][str(cls.value)], node, where, found)
     problems += found
     return None if found else Component(section, name, str(cls.value), settings, rules, where)
 
 
-def _class_problem(section: str, cls: str) -> str:
+def _class_problem(section: str, cls: str, classes: Classes) -> str:
     """Why a class cannot stand in a section; empty if it can."""
-    classes = _CLASSES[section]
-    home = next((other for other, theirs in _CLASSES.items() if cls in theirs), section)
+    ours = classes[section]
+    home = next((other for other, theirs in classes.items() if cls in theirs), section)
     if cls == "PostTrainLinearQuantizer":
         return f"{cls} quantizes without training; use --quantize-eval --qe-config-file with this file"
     if cls in ABSENT_EXTENSIONS:
@@ -102,14 +97,17 @@ def _class_problem(section: str, cls: str) -> str:
         return f"{cls} {LR_REFUSED[cls]}"
     if home != section:
         return f"class {cls!r} stands in section {section}; move it to {home}"
-    if cls not in classes:
-        return f"unknown class {cls!r} in section {section}; allowed: {', '.join(classes)}{did_you_mean(cls, classes)}"
+    if cls not in ours:
+        return f"unknown class {cls!r} in section {section}; allowed: {', '.join(ours)}{did_you_mean(cls, ours)}"
     return ""
 
 
-def _read_quantizer(cls: str, node: Node, where: str, problems: list[str]) -> tuple[Settings, tuple[Rule, ...]]:
-    tables = {"overrides": override_fields(cls), "bits_overrides": BITS_OVERRIDE_FIELDS}
-    keys = {**QUANTIZER_CLASSES[cls], **dict.fromkeys((*tables, "class"), READ_ELSEWHERE)}
+def _read_quantizer(
+    cls: str, arguments: ClassFields, node: Node, where: str, problems: list[str]
+) -> tuple[Settings, tuple[Rule, ...]]:
+    older = {key: arguments.fields[name] for key, name in BITS.items()}
+    tables = {"overrides": override_keys(arguments.fields), "bits_overrides": older}
+    keys = {**arguments.fields, **dict.fromkeys((*tables, "class"), READ_ELSEWHERE)}
     settings, _ = read_fields(node, keys, problems)
     given = {key: each for key, each in (node.mapping or {}).items() if key in tables}
     if len(given) == len(tables):
@@ -129,21 +127,22 @@ def _read_rules(key: str, node: Node, fields: Mapping[str, Field], problems: lis
         yield Rule(pattern, settings, {name: Path(place).name for name, place in places.items()}, where)
 
 
-def _read_other(cls: str, node: Node, where: str, problems: list[str]) -> tuple[Settings, tuple[Rule, ...]]:
+def _read_other(
+    cls: str, arguments: ClassFields, node: Node, where: str, problems: list[str]
+) -> tuple[Settings, tuple[Rule, ...]]:
     """A learning-rate scheduler or an extension."""
-    table = LR_CLASSES[cls] if cls in LR_CLASSES else EXTENSION_CLASSES[cls]
-    settings, places = read_fields(node, {**table.fields, "class": READ_ELSEWHERE}, problems)
-    problems += _combination_problems(cls, table, node, where)
+    settings, places = read_fields(node, {**arguments.fields, "class": READ_ELSEWHERE}, problems)
+    problems += _combination_problems(cls, arguments, node, where)
     milestones, gammas = settings.get("milestones"), settings.get("gammas")
     if isinstance(milestones, tuple) and isinstance(gammas, tuple) and len(milestones) != len(gammas):
         problems.append(f"{places['gammas']}: {len(milestones)} milestones need as many gammas, not {len(gammas)}")
     return settings, ()
 
 
-def _combination_problems(cls: str, table: ClassFields, node: Node, where: str) -> Iterator[str]:
+def _combination_problems(cls: str, arguments: ClassFields, node: Node, where: str) -> Iterator[str]:
     """What is missing, what excludes each other, and what has no effect without another key."""
-    keys = [key for key in node.mapping or {} if key in table.fields]
-    for choices in table.needs:
+    keys = [key for key in node.mapping or {} if key in arguments.fields]
+    for choices in arguments.needs:
         given = [key for key in keys if key in choices]
         if not given:
             yield f"{where}: {cls} needs {' or '.join(choices)}; add it"

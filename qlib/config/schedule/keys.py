@@ -1,7 +1,7 @@
-"""The keys that the components of a training schedule may have: what each class allows, and what it cannot do without.
+"""What the keys of a training schedule may be: readers of values, and the keys of a class from its dataclass.
 
-A class that is not here is an error. Settings are named as the keys, except that `mode` gives `mode_activations` and
-`mode_weights`, `acts`, `wts` and `bias` give `bits_*`, and `total_iters` of PolynomialLR gives `T_max`.
+Settings are named as the keys, except that `mode` gives `mode_activations` and `mode_weights`, and `acts`, `wts` and
+`bias` give `bits_*`.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from typing import Any, TypeAlias
 
-from qlib.config.layers.keys import Field, NotAllowed, Settings, choice, flag, modes, setting, whole
+from qlib.config.layers.keys import Field, NotAllowed, Settings, choice, flag, modes, setting
 from qlib.yaml_tree import Node
 
 __all__ = [
     "ABSENT_EXTENSIONS",
-    "BITS_OVERRIDE_FIELDS",
-    "ClassFields",
+    "BITS",
     "EXTENSION_CLASSES",
-    "LR_CLASSES",
     "LR_POLICY_ARGS",
     "LR_REFUSED",
     "ONLY_WITH",
     "POLICY_FIELDS",
-    "QUANTIZER_CLASSES",
-    "override_fields",
 ]
+__all__ += ["FACTOR", "FROM_0", "POSITIVE", "SHARE", "Classes", "ClassFields", "key", "keys_of", "override_keys"]
+__all__ += ["count", "gammas", "milestones", "number", "one_of", "table"]
 
 
-def _number(words: str, holds: Callable[[float], bool], *, null: bool = False) -> Callable[[Node], float | None]:
+def number(words: str, holds: Callable[[float], bool], *, null: bool = False) -> Callable[[Node], float | None]:
     """A finite number for which `holds` is true. `1e-4`, which YAML takes for text, is one too."""
 
     def convert(node: Node) -> float | None:
@@ -48,7 +47,7 @@ def _number(words: str, holds: Callable[[float], bool], *, null: bool = False) -
     return convert
 
 
-def _count(low: int, *, null: bool = False) -> Callable[[Node], int | None]:
+def count(low: int, *, null: bool = False) -> Callable[[Node], int | None]:
     """A whole number from `low`."""
 
     def convert(node: Node) -> int | None:
@@ -62,11 +61,11 @@ def _count(low: int, *, null: bool = False) -> Callable[[Node], int | None]:
     return convert
 
 
-def _one_of(*names: str) -> Callable[[Node], str]:
+def one_of(*names: str) -> Callable[[Node], str]:
     return choice({name: name for name in names})
 
 
-def _text(words: str) -> Callable[[Node], str]:
+def text(words: str) -> Callable[[Node], str]:
     def convert(node: Node) -> str:
         if not isinstance(node.value, str) or not node.value:
             raise NotAllowed(words)
@@ -81,7 +80,7 @@ def _items(node: Node, words: str) -> tuple[object, ...]:
     return tuple(item.value for item in node.value)
 
 
-def _milestones(node: Node) -> tuple[int, ...]:
+def milestones(node: Node) -> tuple[int, ...]:
     words = "a list of epochs in increasing order, as in [60, 120]"
     numbers = [each for each in _items(node, words) if isinstance(each, int) and not isinstance(each, bool)]
     increasing = all(a < b for a, b in pairwise(numbers))
@@ -90,10 +89,10 @@ def _milestones(node: Node) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _gammas(node: Node) -> tuple[float, ...]:
+def gammas(node: Node) -> tuple[float, ...]:
     words = "a list of numbers above 0, as in [0.1, 0.2]"
     _items(node, words)
-    each = _number(words, lambda x: x > 0)
+    each = number(words, lambda x: x > 0)
     return tuple(float(each(item) or 0) for item in node.value if isinstance(item, Node))  # type: ignore[union-attr]
 
 
@@ -106,78 +105,45 @@ def _matches(key: str, node: Node, problems: list[str]) -> Settings:
     return {}
 
 
-def _table(**converts: Callable[[Node], object]) -> dict[str, Field]:
-    return {key: setting(convert, key) for key, convert in converts.items()}
+def table(**converts: Callable[[Node], object] | Field) -> dict[str, Field]:
+    """Keys with their readers; each sets what is named like it, unless it is a field already."""
+    return {key: each if isinstance(each, Field) else setting(each, key) for key, each in converts.items()}
 
 
-_positive = _number("a number above 0", lambda x: x > 0)
-_not_negative = _number("a number from 0", lambda x: x >= 0)
-_share = _number("a number from 0 to 1", lambda x: 0 <= x <= 1)
-_factor = _number("a number above 0 up to 1", lambda x: 0 < x <= 1)
+POSITIVE = number("a number above 0", lambda x: x > 0)
+FROM_0 = number("a number from 0", lambda x: x >= 0)
+SHARE = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
+FACTOR = number("a number above 0 up to 1", lambda x: 0 < x <= 1)
 
-_BITS = {
-    "bits_activations": whole(1, 16, null=0, zero=True),
-    "bits_weights": whole(1, 16, null=0, zero=True),
-    "bits_bias": whole(2, 32, null=32),
-}
-_EVERY_QUANTIZER = _table(
-    **_BITS,
-    edges=_one_of("relu", "all", "inputs"),
-    rounding=_one_of("nearest", "stochastic"),
-    calibration_images=_count(1),
-    lr_factor=_positive,
-    dampening=_not_negative,
-    bits_first_last=whole(1, 16, null=None),
-    bits_other_edges=whole(2, 16, null=None),
-    freeze_bn_epoch=_count(0, null=True),
-)
+BITS = {"acts": "bits_activations", "wts": "bits_weights", "bias": "bits_bias"}
+"""The keys of one entry of `bits_overrides`, the older spelling of `overrides` -> those of today."""
 
 
-def _quantizer(**own: Callable[[Node], object]) -> dict[str, Field]:
-    return {**_EVERY_QUANTIZER, **_table(**own)}
+def key(default: Any, convert: Callable[[Node], object]) -> Any:
+    """A field of a dataclass that is a key of YAML, with the reader of its value; a switch needs none."""
+    return field(default=default, metadata={"convert": convert})
 
 
-QUANTIZER_CLASSES: Mapping[str, Mapping[str, Field]] = {
-    "QuantAwareTrainRangeLinearQuantizer": {
-        **_quantizer(
-            ema_decay=_share,
-            per_channel_wts=flag,
-            quantize_inputs=flag,
-            num_bits_inputs=whole(2, 16, null=None),
-        ),
-        "mode": Field(modes),
-    },
-    "LSQQuantizer": _quantizer(per_channel_wts=flag),
-    "LSQPlusQuantizer": _quantizer(per_channel_wts=flag),
-    "DorefaQuantizer": _quantizer(bits_gradients=whole(2, 16, null=None)),
-    "PACTQuantizer": _quantizer(
-        act_clip_init_val=_positive,
-        act_clip_decay=_number("a number from 0, or null for none", lambda x: x >= 0, null=True),
-    ),
-    "WRPNQuantizer": _quantizer(widen=whole(1, 8, null=1)),
-    "BinaryConnectQuantizer": _quantizer(stochastic=flag),
-    "BinaryNetQuantizer": _quantizer(),
-    "XNORQuantizer": _quantizer(),
-    "TWNQuantizer": _quantizer(),
-}
-"""Class of quantizer -> its arguments, besides its overrides."""
+def keys_of(cls: type) -> dict[str, Field]:
+    """The keys of YAML that set the fields of a dataclass; `mode_activations` and `mode_weights` are set by `mode`.
 
-BITS_OVERRIDE_FIELDS: Mapping[str, Field] = {
-    "acts": setting(_BITS["bits_activations"], "bits_activations"),
-    "wts": setting(_BITS["bits_weights"], "bits_weights"),
-    "bias": setting(_BITS["bits_bias"], "bits_bias"),
-}
-"""The keys of one entry of `bits_overrides`, the older spelling of `overrides`."""
-
-
-def override_fields(cls: str) -> Mapping[str, Field]:
-    """The keys of one override of a class of quantizer: bits, and those of its arguments that layers may differ in.
-
-    >>> list(override_fields("LSQQuantizer"))
-    ['bits_activations', 'bits_weights', 'bits_bias', 'per_channel_wts']
+    >>> @dataclass
+    ... class Example:
+    ...     gamma: float = key(0.1, POSITIVE)
+    ...     fast: bool = False
+    >>> list(keys_of(Example))
+    ['gamma', 'fast']
     """
-    keys = (*_BITS, "mode", "per_channel_wts")
-    return {key: QUANTIZER_CLASSES[cls][key] for key in keys if key in QUANTIZER_CLASSES[cls]}
+    found: dict[str, Field] = {}
+    for each in fields(cls):
+        name = "mode" if each.name in ("mode_activations", "mode_weights") else each.name
+        found[name] = Field(modes) if name == "mode" else setting(each.metadata.get("convert", flag), name)
+    return found
+
+
+def override_keys(keys: Mapping[str, Field]) -> dict[str, Field]:
+    """Those keys of a quantizer in which layers may differ."""
+    return {key: keys[key] for key in (*BITS.values(), "mode", "per_channel_wts") if key in keys}
 
 
 @dataclass(frozen=True)
@@ -188,70 +154,8 @@ class ClassFields:
     needs: tuple[tuple[str, ...], ...] = ()
 
 
-_cycle = {"cycle_momentum": flag, "base_momentum": _share, "max_momentum": _share}
-
-LR_CLASSES: Mapping[str, ClassFields] = {
-    "StepLR": ClassFields(_table(step_size=_count(1), gamma=_positive), (("step_size",),)),
-    "MultiStepLR": ClassFields(_table(milestones=_milestones, gamma=_positive), (("milestones",),)),
-    "MultiStepMultiGammaLR": ClassFields(
-        _table(milestones=_milestones, gammas=_gammas), (("milestones",), ("gammas",))
-    ),
-    "ConstantLR": ClassFields(_table(factor=_factor, total_iters=_count(0))),
-    "LinearLR": ClassFields(_table(start_factor=_factor, end_factor=_share, total_iters=_count(1))),
-    "ExponentialLR": ClassFields(_table(gamma=_positive), (("gamma",),)),
-    "PolynomialLR": ClassFields(
-        {
-            "T_max": setting(_count(1), "T_max"),
-            "total_iters": setting(_count(1), "T_max"),
-            "power": setting(_positive, "power"),
-        },
-        (("T_max", "total_iters"),),
-    ),
-    "CosineAnnealingLR": ClassFields(_table(T_max=_count(1), eta_min=_not_negative), (("T_max",),)),
-    "CosineAnnealingWarmRestarts": ClassFields(
-        _table(T_0=_count(1), T_mult=_count(1), eta_min=_not_negative), (("T_0",),)
-    ),
-    "CyclicLR": ClassFields(
-        _table(
-            base_lr=_not_negative,
-            max_lr=_positive,
-            step_size_up=_count(1),
-            step_size_down=_count(1, null=True),
-            mode=_one_of("triangular", "triangular2", "exp_range"),
-            gamma=_positive,
-            **_cycle,
-        ),
-        (("base_lr",), ("max_lr",)),
-    ),
-    "OneCycleLR": ClassFields(
-        _table(
-            max_lr=_positive,
-            total_steps=_count(2),
-            epochs=_count(1),
-            steps_per_epoch=_count(1),
-            pct_start=_share,
-            anneal_strategy=_one_of("cos", "linear"),
-            div_factor=_positive,
-            final_div_factor=_positive,
-            three_phase=flag,
-            **_cycle,
-        ),
-        (("max_lr",), ("total_steps", "epochs")),
-    ),
-    "ReduceLROnPlateau": ClassFields(
-        _table(
-            mode=_one_of("min", "max"),
-            factor=_number("a number above 0 and below 1", lambda x: 0 < x < 1),
-            patience=_count(0),
-            threshold=_not_negative,
-            threshold_mode=_one_of("rel", "abs"),
-            cooldown=_count(0),
-            min_lr=_not_negative,
-            eps=_not_negative,
-        )
-    ),
-}
-"""Class of learning-rate scheduler -> its arguments: those of torch that plain values can say, and our own two."""
+Classes: TypeAlias = Mapping[str, Mapping[str, ClassFields]]
+"""Section of a schedule -> class -> its arguments."""
 
 LR_REFUSED: Mapping[str, str] = {
     "LambdaLR": "needs a function; use MultiStepMultiGammaLR",
@@ -261,22 +165,22 @@ LR_REFUSED: Mapping[str, str] = {
 }
 """Classes of torch that a schedule cannot name, and what to do instead."""
 
-LR_POLICY_ARGS = {"per": setting(_one_of("epoch", "step"), "per")}
+LR_POLICY_ARGS = {"per": setting(one_of("epoch", "step"), "per")}
 """The `args` of a policy of a learning-rate scheduler."""
 
 EXTENSION_CLASSES: Mapping[str, ClassFields] = {
     "KnowledgeDistillation": ClassFields(
         {
-            **_table(
-                teacher=_text("the name of a model, or self"),
-                resume=_text("the path of a checkpoint"),
+            **table(
+                teacher=text("the name of a model, or self"),
+                resume=text("the path of a checkpoint"),
                 pretrained=flag,
-                temperature=_positive,
-                distill_wt=_not_negative,
-                student_wt=_not_negative,
+                temperature=POSITIVE,
+                distill_wt=FROM_0,
+                student_wt=FROM_0,
                 cache=flag,
-                match_wt=_not_negative,
-                match_kind=_one_of("attention", "feature"),
+                match_wt=FROM_0,
+                match_kind=one_of("attention", "feature"),
             ),
             "match": Field(_matches),
         },
@@ -288,8 +192,8 @@ EXTENSION_CLASSES: Mapping[str, ClassFields] = {
 ABSENT_EXTENSIONS = ("FilterRemover", "ChannelRemover", "StructureRemover", "FreezeTraining")
 """Extensions that files for other versions name."""
 
-POLICY_FIELDS: Mapping[str, Field] = _table(
-    starting_epoch=_count(0), ending_epoch=_count(1), frequency=_count(1), epochs=_milestones
+POLICY_FIELDS: Mapping[str, Field] = table(
+    starting_epoch=count(0), ending_epoch=count(1), frequency=count(1), epochs=milestones
 )
 """When a policy acts: from a start to an end, which is exclusive, or in listed epochs."""
 

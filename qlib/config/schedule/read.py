@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlib.config.layers.keys import Settings, read_fields
 from qlib.config.schedule.components import KIND_OF, READ_ELSEWHERE, Declared, read_components
-from qlib.config.schedule.keys import LR_POLICY_ARGS, POLICY_FIELDS
+from qlib.config.schedule.keys import LR_POLICY_ARGS, POLICY_FIELDS, Classes
 from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
@@ -20,8 +20,8 @@ _POLICY_KEYS = {**dict.fromkeys(_KINDS, READ_ELSEWHERE), **POLICY_FIELDS}
 _SPAN = ("starting_epoch", "ending_epoch", "frequency")
 
 
-def load_schedule(path: str | Path, epochs: int) -> Schedule:
-    """The schedule in a file, for a run over ``range(start_epoch, epochs)``.
+def load_schedule(path: str | Path, epochs: int, classes: Classes) -> Schedule:
+    """The schedule in a file, for a run over ``range(start_epoch, epochs)``; `classes` may stand in it.
 
     A policy may end after the run does, as published schedules do, but it must begin before.
 
@@ -37,7 +37,7 @@ def load_schedule(path: str | Path, epochs: int) -> Schedule:
             hint = did_you_mean(name, _SECTIONS)
             problems.append(f"{root.where_key(name)}: unknown section {name!r}; allowed: {', '.join(_SECTIONS)}{hint}")
     sections = [(name, node) for name, node in root.mapping.items() if name in KIND_OF]
-    declared = [each for name, node in sections for each in read_components(name, node, problems)]
+    declared = [each for name, node in sections for each in read_components(name, node, classes, problems)]
     entries = _entries(root, problems)
     policies = [policy for entry in entries if (policy := _read_policy(entry, declared, epochs, problems))]
     problems += _unused(declared, entries)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qlib.config.layers.keys import whole
+from qlib.config.schedule.keys import key
 from qlib.lower.chunks import dense, image_chunks
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
@@ -32,7 +34,7 @@ class Dorefa(TrainingQuantizer):
     gradients", 2016, section 2.
     """
 
-    bits_gradients: int | None = None
+    bits_gradients: int | None = key(None, whole(2, 16, null=None))
     least_bits: ClassVar[int] = 1
     only_relus: ClassVar[bool] = True
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from qlib.config.schedule.keys import POSITIVE, key, number
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
 from qlib.qat.few_codes import ClippedActivation
@@ -35,8 +36,8 @@ class Pact(TrainingQuantizer):
     [0.0, 2.0, 6.0]
     """
 
-    act_clip_init_val: float = 8.0
-    act_clip_decay: float | None = None
+    act_clip_init_val: float = key(8.0, POSITIVE)
+    act_clip_decay: float | None = key(None, number("a number from 0, or null for none", lambda x: x >= 0, null=True))
     least_bits: ClassVar[int] = 1
     only_relus: ClassVar[bool] = True
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from qlib.config.layers.keys import whole
+from qlib.config.schedule.keys import SHARE, key
 from qlib.lower.fake import fake_quantize
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
@@ -32,12 +34,12 @@ class RangeLinearQat(TrainingQuantizer):
     inference: a whitepaper", 2018, section 3.2.2.
     """
 
-    mode_activations: str = "sym"
-    mode_weights: str = "sym"
-    ema_decay: float = 0.999
+    ema_decay: float = key(0.999, SHARE)
     per_channel_wts: bool = False
     quantize_inputs: bool = True
-    num_bits_inputs: int | None = None
+    num_bits_inputs: int | None = key(None, whole(2, 16, null=None))
+    mode_activations: str = "sym"
+    mode_weights: str = "sym"
 
     @property
     def planning(self) -> Mapping[str, object]:

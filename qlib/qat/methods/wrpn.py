@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from qlib.config.layers.keys import whole
+from qlib.config.schedule.keys import key
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
 from qlib.qat.few_codes import CodedWeight, positive
@@ -28,7 +30,7 @@ class Wrpn(TrainingQuantizer):
     References: Mishra et al., "WRPN: wide reduced-precision networks", 2018, sections 3 and 5.
     """
 
-    widen: int = 1
+    widen: int = key(1, whole(1, 8, null=1))
     least_bits: ClassVar[int] = 1
     only_relus: ClassVar[bool] = True
 

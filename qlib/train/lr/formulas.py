@@ -7,17 +7,77 @@ asked for any epoch: a schedule that begins late, or is resumed, needs no histor
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeAlias
 
-__all__ = ["FORMULAS", "Formula", "MOMENTA"]
+from qlib.config.layers.keys import Field, flag, setting
+from qlib.config.schedule.keys import (
+    FACTOR,
+    FROM_0,
+    POSITIVE,
+    SHARE,
+    ClassFields,
+    count,
+    gammas,
+    milestones,
+    one_of,
+    table,
+)
+from qlib.registry import Registry
+from qlib.yaml_tree import Node
+
+__all__ = ["ARGUMENTS", "FORMULAS", "Formula", "MOMENTA", "formula", "momentum"]
 
 Formula: TypeAlias = Callable[..., float]
 
+FORMULAS: Registry[Formula] = Registry("learning-rate scheduler")
+"""Class name in a schedule -> the rate after n epochs, or steps."""
 
+ARGUMENTS: dict[str, ClassFields] = {}
+"""Class name in a schedule -> what it may give a formula."""
+
+MOMENTA: dict[str, Formula] = {}
+"""Class name -> the momentum after n epochs, or steps, of those that move it unless told not to."""
+
+
+def formula(
+    name: str, *, either: tuple[str, ...] = (), **keys: Callable[[Node], object] | Field
+) -> Callable[[Formula], Formula]:
+    """Registers a formula with the keys that a schedule may give it: exactly one of `either`, and all without default.
+
+    >>> ARGUMENTS["StepLR"].needs, ARGUMENTS["PolynomialLR"].needs
+    ((('step_size',),), (('T_max', 'total_iters'),))
+    """
+
+    def decorate(function: Formula) -> Formula:
+        parameters = inspect.signature(function).parameters.values()
+        needed = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
+        alone = tuple((each,) for each in needed if each not in either)
+        ARGUMENTS[name] = ClassFields(table(**keys), (*alone, either) if either else alone)
+        FORMULAS.add(name, function)
+        return function
+
+    return decorate
+
+
+def momentum(name: str) -> Callable[[Formula], Formula]:
+    """Registers the momentum that goes with a formula, and the keys that it adds to those of that."""
+
+    def decorate(function: Formula) -> Formula:
+        added = table(cycle_momentum=flag, base_momentum=SHARE, max_momentum=SHARE)
+        ARGUMENTS[name] = replace(ARGUMENTS[name], fields={**ARGUMENTS[name].fields, **added})
+        MOMENTA[name] = function
+        return function
+
+    return decorate
+
+
+@formula("StepLR", step_size=count(1), gamma=POSITIVE)
 def step_lr(base: float, n: int, *, step_size: int, gamma: float = 0.1) -> float:
     """``base * gamma ** floor(n / step_size)``.
 
@@ -27,6 +87,7 @@ def step_lr(base: float, n: int, *, step_size: int, gamma: float = 0.1) -> float
     return float(base * gamma ** (n // step_size))
 
 
+@formula("MultiStepLR", milestones=milestones, gamma=POSITIVE)
 def multi_step_lr(base: float, n: int, *, milestones: Sequence[int], gamma: float = 0.1) -> float:
     """``base * gamma ** (number of milestones up to n)``.
 
@@ -36,6 +97,7 @@ def multi_step_lr(base: float, n: int, *, milestones: Sequence[int], gamma: floa
     return float(base * gamma ** bisect_right(milestones, n))
 
 
+@formula("MultiStepMultiGammaLR", milestones=milestones, gammas=gammas)
 def multi_step_multi_gamma_lr(base: float, n: int, *, milestones: Sequence[int], gammas: Sequence[float]) -> float:
     """``base`` times the gammas of all milestones up to n: they are cumulative.
 
@@ -45,6 +107,7 @@ def multi_step_multi_gamma_lr(base: float, n: int, *, milestones: Sequence[int],
     return base * math.prod(gammas[: bisect_right(milestones, n)])
 
 
+@formula("ConstantLR", factor=FACTOR, total_iters=count(0))
 def constant_lr(base: float, n: int, *, factor: float = 1 / 3, total_iters: int = 5) -> float:
     """``base * factor`` before `total_iters`, then ``base``.
 
@@ -54,6 +117,7 @@ def constant_lr(base: float, n: int, *, factor: float = 1 / 3, total_iters: int 
     return base * factor if n < total_iters else base
 
 
+@formula("LinearLR", start_factor=FACTOR, end_factor=SHARE, total_iters=count(1))
 def linear_lr(
     base: float, n: int, *, start_factor: float = 1 / 3, end_factor: float = 1.0, total_iters: int = 5
 ) -> float:
@@ -65,6 +129,7 @@ def linear_lr(
     return base * (start_factor + (end_factor - start_factor) * min(n, total_iters) / total_iters)
 
 
+@formula("ExponentialLR", gamma=POSITIVE)
 def exponential_lr(base: float, n: int, *, gamma: float) -> float:
     """``base * gamma ** n``.
 
@@ -74,8 +139,15 @@ def exponential_lr(base: float, n: int, *, gamma: float) -> float:
     return float(base * gamma**n)
 
 
+@formula(
+    "PolynomialLR",
+    either=("T_max", "total_iters"),
+    T_max=count(1),
+    total_iters=setting(count(1), "T_max"),
+    power=POSITIVE,
+)
 def polynomial_lr(base: float, n: int, *, T_max: int, power: float = 1.0) -> float:
-    """``base * (1 - n / T_max) ** power``, and 0 after T_max.
+    """``base * (1 - n / T_max) ** power``, and 0 after T_max, which torch calls `total_iters`.
 
     >>> [polynomial_lr(1.0, n, T_max=4, power=2) for n in (0, 2, 4, 5)]
     [1.0, 0.25, 0.0, 0.0]
@@ -83,6 +155,7 @@ def polynomial_lr(base: float, n: int, *, T_max: int, power: float = 1.0) -> flo
     return float(base * (1 - min(n, T_max) / T_max) ** power)
 
 
+@formula("CosineAnnealingLR", T_max=count(1), eta_min=FROM_0)
 def cosine_annealing_lr(base: float, n: int, *, T_max: int, eta_min: float = 0.0) -> float:
     """``eta_min + (base - eta_min) * (1 + cos(pi * n / T_max)) / 2``: it rises again after T_max.
 
@@ -95,6 +168,7 @@ def cosine_annealing_lr(base: float, n: int, *, T_max: int, eta_min: float = 0.0
     return eta_min + (base - eta_min) * (1 + math.cos(math.pi * n / T_max)) / 2
 
 
+@formula("CosineAnnealingWarmRestarts", T_0=count(1), T_mult=count(1), eta_min=FROM_0)
 def cosine_annealing_warm_restarts(base: float, n: int, *, T_0: int, T_mult: int = 1, eta_min: float = 0.0) -> float:
     """A cosine from ``base`` to `eta_min` that starts again after T_0 epochs, then after T_0 * T_mult, and so on.
 
@@ -118,6 +192,15 @@ def _height(n: int, up: int, down: int | None, mode: str, gamma: float) -> float
     return height * scales[mode]
 
 
+@formula(
+    "CyclicLR",
+    base_lr=FROM_0,
+    max_lr=POSITIVE,
+    step_size_up=count(1),
+    step_size_down=count(1, null=True),
+    mode=one_of("triangular", "triangular2", "exp_range"),
+    gamma=POSITIVE,
+)
 def cyclic_lr(
     base: float,
     n: int,
@@ -140,6 +223,7 @@ def cyclic_lr(
     return base_lr + (max_lr - base_lr) * _height(n, step_size_up, step_size_down, mode, gamma)
 
 
+@momentum("CyclicLR")
 def cyclic_momentum(
     n: int,
     *,
@@ -167,6 +251,19 @@ def _one_cycle(n: int, total: int, share: float, three: bool, strategy: str, poi
     return points[phase] + (points[phase + 1] - points[phase]) * done
 
 
+@formula(
+    "OneCycleLR",
+    either=("total_steps", "epochs"),
+    max_lr=POSITIVE,
+    total_steps=count(2),
+    epochs=count(1),
+    steps_per_epoch=count(1),
+    pct_start=SHARE,
+    anneal_strategy=one_of("cos", "linear"),
+    div_factor=POSITIVE,
+    final_div_factor=POSITIVE,
+    three_phase=flag,
+)
 def one_cycle_lr(
     base: float,
     n: int,
@@ -196,6 +293,7 @@ def one_cycle_lr(
     return _one_cycle(n, total_steps or epochs * steps_per_epoch, pct_start, three_phase, anneal_strategy, points)
 
 
+@momentum("OneCycleLR")
 def one_cycle_momentum(
     n: int,
     *,
@@ -212,22 +310,3 @@ def one_cycle_momentum(
     """The momentum that goes with `one_cycle_lr`: high where the rate is low."""
     points = [max_momentum, base_momentum, max_momentum, max_momentum]
     return _one_cycle(n, total_steps or epochs * steps_per_epoch, pct_start, three_phase, anneal_strategy, points)
-
-
-FORMULAS: Mapping[str, Formula] = {
-    "StepLR": step_lr,
-    "MultiStepLR": multi_step_lr,
-    "MultiStepMultiGammaLR": multi_step_multi_gamma_lr,
-    "ConstantLR": constant_lr,
-    "LinearLR": linear_lr,
-    "ExponentialLR": exponential_lr,
-    "PolynomialLR": polynomial_lr,
-    "CosineAnnealingLR": cosine_annealing_lr,
-    "CosineAnnealingWarmRestarts": cosine_annealing_warm_restarts,
-    "CyclicLR": cyclic_lr,
-    "OneCycleLR": one_cycle_lr,
-}
-"""Class name in a schedule -> the rate after n epochs, or steps."""
-
-MOMENTA: Mapping[str, Formula] = {"CyclicLR": cyclic_momentum, "OneCycleLR": one_cycle_momentum}
-"""Class name -> the momentum after n epochs, or steps, of those that move it unless told not to."""

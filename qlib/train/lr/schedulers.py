@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from qlib.config.schedule.keys import FROM_0, ClassFields, count, number, one_of, table
 from qlib.config.schedule.read import Component, PolicySpec
 from qlib.errors import ConfigError
-from qlib.registry import Registry
-from qlib.train.lr.formulas import FORMULAS, MOMENTA
+from qlib.train.lr.formulas import ARGUMENTS, FORMULAS, MOMENTA
 
-__all__ = ["LR_SCHEDULERS", "FormulaLR", "LrScheduler", "PlateauLR", "counts_steps", "make_lr_scheduler"]
+__all__ = ["LR_CLASSES", "FormulaLR", "LrScheduler", "PlateauLR", "counts_steps", "make_lr_scheduler"]
 
 
 class LrScheduler(Protocol):
@@ -120,12 +120,22 @@ class PlateauLR:
         self._scheduler.load_state_dict(dict(state))
 
 
-LR_SCHEDULERS: Registry[Callable[[Optimizer, Component, int], LrScheduler]] = Registry("learning-rate scheduler")
-"""Class name in a schedule -> what makes its scheduler."""
-
-for _name in FORMULAS:
-    LR_SCHEDULERS.add(_name, FormulaLR)
-LR_SCHEDULERS.add("ReduceLROnPlateau", PlateauLR)
+LR_CLASSES: Mapping[str, ClassFields] = {
+    **ARGUMENTS,
+    "ReduceLROnPlateau": ClassFields(
+        table(
+            mode=one_of("min", "max"),
+            factor=number("a number above 0 and below 1", lambda x: 0 < x < 1),
+            patience=count(0),
+            threshold=FROM_0,
+            threshold_mode=one_of("rel", "abs"),
+            cooldown=count(0),
+            min_lr=FROM_0,
+            eps=FROM_0,
+        )
+    ),
+}
+"""Class of learning-rate scheduler -> its arguments: those of torch that plain values can say, and our own two."""
 
 
 def counts_steps(policy: PolicySpec) -> bool:
@@ -144,4 +154,7 @@ def make_lr_scheduler(
     if "epochs" in component.settings and "steps_per_epoch" not in component.settings:
         settings = {**component.settings, "steps_per_epoch": steps_per_epoch}
         component = Component(component.section, component.name, component.cls, settings, (), component.where)
-    return LR_SCHEDULERS[component.cls](optimizer, component, last_epoch)
+    made: LrScheduler = (PlateauLR if component.cls == "ReduceLROnPlateau" else FormulaLR)(
+        optimizer, component, last_epoch
+    )
+    return made
