@@ -207,7 +207,7 @@ def test_the_last_good_checkpoint_is_one_that_a_step_could_use() -> None:
 
 
 def test_a_checkpoint_counts_when_the_next_step_found_its_loss_to_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlib.app.train._Run._check_weights", lambda *_: None)
+    monkeypatch.setattr("qlib.train.state.Checkpoints.check_weights", lambda *_: None)
     done = run(f"{MODEL} --epochs 1 --lr 1e12 --save-every 0 {FAST}")
     step = int(done.out.partition("the loss is nan in epoch 0, step ")[2].split()[0])
     assert step > 2

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
@@ -18,13 +17,12 @@ from qlib.app.schedule import read_schedule
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule.read import Schedule
 from qlib.errors import UsageError
-from qlib.files import move
 from qlib.graph import LAYOUT
 from qlib.lower import lower
 from qlib.train.best import Score, nonzero, ranked
 from qlib.train.loop import Diverged, Progress, Settings, Trainee, run_epoch
 from qlib.train.records import MetricsWriter
-from qlib.train.state import TrainingState, is_training
+from qlib.train.state import BEST, LAST, Checkpoints, TrainingState, is_training
 
 __all__ = ["train"]
 
@@ -61,8 +59,8 @@ class _Run:
             self.job.model, self.trainee.optimizer, self.trainee.policies, self.progress, list[Score]()
         )
         self.metrics = MetricsWriter(job.run.folder)
-        self._saved = time.monotonic()
-        self._new = self.job.file("checkpoint.new.pth.tar")
+        header = {"arch": self.job.spec.arch, "dataset": self.job.dataset_name, "num_classes": self.job.num_classes}
+        self.checkpoints = Checkpoints(self.state, self.job.file, header, self.args.save_every)
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""
@@ -100,39 +98,26 @@ class _Run:
             for policy in self.trainee.policies:
                 policy.on_epoch_begin(epoch)
             if not started:  # there must be something to go back to
-                self._save("checkpoint.pth.tar", None)
+                self.checkpoints.save(LAST)
                 started = True
             try:
-                run_epoch(self.trainee, loader, self.progress, settings, self.job.device, self._after_step)
+                run_epoch(self.trainee, loader, self.progress, settings, self.job.device, self.checkpoints.after_step)
                 self._finish(epoch, time.monotonic() - start)
             except Diverged as problem:
-                self._new.unlink(missing_ok=True)
+                self.checkpoints.discard_new()
                 _log.error(
                     "%s; lower --lr, or clip gradients with --grad-clip. The last good checkpoint is %s",
                     problem,
-                    self.job.file("checkpoint.pth.tar"),
+                    self.checkpoints.last,
                 )
                 return 1
         self._test()
         return 0
 
-    def _after_step(self) -> None:
-        """Saves a checkpoint now and then; it becomes `checkpoint.pth.tar` when the next step's loss is a number."""
-        if self._new.exists():
-            move(self._new, self.job.file("checkpoint.pth.tar"), "checkpoint")
-        if time.monotonic() - self._saved >= self.args.save_every:
-            self._check_weights(f"step {self.progress.steps} of epoch {self.progress.epoch}")
-            self._save("checkpoint.new.pth.tar", None)
-
-    def _check_weights(self, when: str) -> None:
-        for name, value in self.job.model.state_dict().items():
-            if not bool(torch.isfinite(value).all()):
-                raise Diverged(f"{name} holds NaN or infinity after {when}")
-
     def _finish(self, epoch: int, seconds: float) -> None:
         """Validation, the policies' end of the epoch, and the checkpoints. Raises Diverged where nothing is left."""
-        self._new.unlink(missing_ok=True)
-        self._check_weights(f"epoch {epoch}")
+        self.checkpoints.discard_new()
+        self.checkpoints.check_weights(f"epoch {epoch}")
         lr, means = self.trainee.lr, self.progress.running.means
         model, quantized = self._evaluated()
         _log.info("--- validate (epoch=%d)-----------", epoch)
@@ -153,9 +138,9 @@ class _Run:
         self.progress.running.sums, self.progress.running.images = {}, 0
         if quantized is not None:
             quantized["extras"] = {"quantized_top1": result.top1}
-        self._save("checkpoint.pth.tar", quantized)
+        self.checkpoints.save(LAST, quantized)
         if self.state.best[0].epoch == epoch:
-            self._save("best.pth.tar", quantized)
+            self.checkpoints.save(BEST, quantized)
 
     def _evaluated(self) -> tuple[nn.Module, dict[str, Any] | None]:
         """The model as it would be deployed, and its checkpoint if it is in integers."""
@@ -166,17 +151,6 @@ class _Run:
         lowered = lower(graph.eval(), plan).to(self.job.device)
         header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
         return lowered, quantized_checkpoint(header, lowered, {})
-
-    def _save(self, name: str, quantized: Mapping[str, Any] | None) -> None:
-        path = self.job.file(name)
-        job = self.job
-        header = {"arch": job.spec.arch, "dataset": job.dataset_name, "num_classes": job.num_classes}
-        best = self.state.best[0] if self.state.best else None
-        extras = {} if best is None else {"best_top1": best.top1, "best_epoch": best.epoch}
-        self.state.save(path, {**header, "extras": extras}, quantized)
-        self._saved = time.monotonic()
-        if quantized is not None or self.progress.steps == 0:
-            _log.info("Saving checkpoint to: %s", path)
 
     def _test(self) -> None:
         """The last epoch's model on the test images."""

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
+from qlib.files import move
 from qlib.train.best import Score
-from qlib.train.loop import Progress, Running
+from qlib.train.loop import Diverged, Progress, Running
 from qlib.train.policy import Policy
 
-__all__ = ["TrainingState", "is_training"]
+__all__ = ["BEST", "LAST", "Checkpoints", "TrainingState", "is_training"]
+
+_log = logging.getLogger(__name__)
+
+LAST, BEST, _NEW = "checkpoint.pth.tar", "best.pth.tar", "checkpoint.new.pth.tar"
 
 _FORMAT, _VERSION = "qlib_training", 1
 
@@ -95,3 +103,49 @@ class TrainingState:
         self.progress.epoch, self.progress.steps = int(checkpoint["epoch"]) + 1, int(checkpoint["steps"])
         self.progress.running = Running(dict(checkpoint["running"]["sums"]), int(checkpoint["running"]["images"]))
         self.best[:] = [Score(**each) for each in checkpoint["best"]]
+
+
+class Checkpoints:
+    """The checkpoint files of a run: `file` gives their paths by name, `header` names the model.
+
+    Law: a training step could use what the last one holds. What is saved within an epoch, about `every` so many
+    seconds, counts when the next step has found its loss to be a number; until then it stands beside the one before.
+    """
+
+    def __init__(
+        self, state: TrainingState, file: Callable[[str], Path], header: Mapping[str, Any], every: float
+    ) -> None:
+        self._state, self._file, self._header, self._every = state, file, header, every
+        self._saved = time.monotonic()
+
+    @property
+    def last(self) -> Path:
+        """The last one that counts."""
+        return self._file(LAST)
+
+    def save(self, name: str, quantized: Mapping[str, Any] | None = None) -> None:
+        """Writes one now. Raises OutputError."""
+        path, best = self._file(name), self._state.best
+        extras = {"best_top1": best[0].top1, "best_epoch": best[0].epoch} if best else {}
+        self._state.save(path, {**self._header, "extras": extras}, quantized)
+        self._saved = time.monotonic()
+        if quantized is not None or self._state.progress.steps == 0:
+            _log.info("Saving checkpoint to: %s", path)
+
+    def after_step(self) -> None:
+        """To be called after each step whose loss was a number. Raises Diverged before it would save NaN."""
+        if self._file(_NEW).exists():
+            move(self._file(_NEW), self.last, "checkpoint")
+        if time.monotonic() - self._saved >= self._every:
+            self.check_weights(f"step {self._state.progress.steps} of epoch {self._state.progress.epoch}")
+            self.save(_NEW)
+
+    def discard_new(self) -> None:
+        """Removes the one that does not count yet."""
+        self._file(_NEW).unlink(missing_ok=True)
+
+    def check_weights(self, when: str) -> None:
+        """Raises Diverged for NaN or infinity."""
+        for name, value in self._state.weights.state_dict().items():
+            if not bool(torch.isfinite(value).all()):
+                raise Diverged(f"{name} holds NaN or infinity after {when}")
