@@ -83,7 +83,7 @@ def quantize_each(name: str, x: Tensor, plan: TensorPlan) -> tuple[Tensor, Tenso
 def _any_edge(plan: TensorPlan) -> Edge:
     """The loosest bounds that centered codes can have, whatever the range."""
     one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
-    reach = 2**plan.spec.bits - 1
+    reach = plan.spec.qmax - plan.spec.qmin
     return Edge(QParams(one, zero, plan.spec), -reach, reach)
 
 

@@ -1,4 +1,7 @@
-"""Affine quantization: ranges to scales, values to codes and back, requantization factors.
+"""Affine quantization: ranges to scale and zero point, real values to quantized values and back, requantization.
+
+A *code* is a quantized value: the integer ``q = clamp(round(x / s) + z, qmin, qmax)`` of a real value x, with scale s
+and zero point z. A *centered code* is ``q - z``, corrected by the zero point. The *grid* is all values ``(q - z) * s``.
 
 Everything is float32, in the order that ONNX Runtime's kernels use, so that codes agree bit for bit.
 """
@@ -27,10 +30,10 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class QParams:
-    """``x ~= (q - zero_point) * scale``: float32 `scale` and int32 `zero_point`, scalar or ``[channels]``.
+    """Quantization parameters: float32 `scale` and int32 `zero_point`, each a scalar or ``[channels]``.
 
-    Laws: the scale is positive and finite; the zero point is a code or, for a range that excludes no zero, within
-    one of it; for a symmetric spec it is 0.
+    Laws: ``x ~= (q - zero_point) * scale``; the scale is positive and finite; the zero point of a range is a code, so
+    that 0 is on the grid, and 0 for a symmetric spec.
     """
 
     scale: Tensor
@@ -96,13 +99,12 @@ def grid_of_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, T
 
     It reads no value, so that it does not wait for the device.
     """
-    steps = 2**spec.bits - 1
+    intervals = spec.qmax - spec.qmin
     if spec.symmetric:
-        sat = torch.maximum(low.abs(), high.abs())
-        scale = sat / ((steps - 1) / 2 if spec.restricted else steps / 2)
+        scale = torch.maximum(low.abs(), high.abs()) / (intervals / 2)
     else:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        scale = (high - low) / steps
+        scale = (high - low) / intervals
     scale = scale.float()
     if spec.pow2:
         scale = _next_power_of_two(scale)
@@ -128,7 +130,7 @@ def _channelwise(values: Tensor, like: Tensor, axis: int | None) -> Tensor:
 
 
 def quantize(x: Tensor, params: QParams) -> Tensor:
-    """Codes of `x`, as integers in float32: ``clamp(round_half_even(x / s) + z, qmin, qmax)``.
+    """Quantized values of `x`, integers held in float32: ``clamp(round_half_even(x / s) + z, qmin, qmax)``.
 
     A true division: multiplying by the reciprocal differs on ties.
 
@@ -142,7 +144,7 @@ def quantize(x: Tensor, params: QParams) -> Tensor:
 
 
 def dequantize(codes: Tensor, params: QParams) -> Tensor:
-    """Values of codes: ``float32(q - z) * s``."""
+    """Real values of quantized ones: ``float32(q - z) * s``."""
     scale = _channelwise(params.scale, codes, params.spec.axis)
     zero_point = _channelwise(params.zero_point, codes, params.spec.axis)
     return (codes - zero_point).float() * scale
@@ -175,7 +177,7 @@ def range_of_weight(weight: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
 
 
 def requant_factor(x_scale: Tensor, w_scale: Tensor, y_scale: Tensor) -> Tensor:
-    """``(s_x * s_w) / s_y``, float32 in this order."""
+    """The requantization factor ``(s_x * s_w) / s_y``, float32 in this order."""
     return (x_scale * w_scale) / y_scale
 
 
