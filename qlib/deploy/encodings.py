@@ -272,7 +272,6 @@ def _aimet(name: str, params: QParams) -> list[dict[str, Any]]:
         raise ExportError(
             f"AIMET encodings have 4 bits or more, but {name!r} has {spec.bits}; give its layer 4, or leave it in float"
         )
-    shift = 2 ** (spec.bits - 1) if spec.signed else 0
 
     def values(tensor: Tensor) -> list[float]:
         flat: list[float] = tensor.double().reshape(-1).tolist()
@@ -287,7 +286,7 @@ def _aimet(name: str, params: QParams) -> list[dict[str, Any]]:
             "is_symmetric": str(spec.symmetric),
             "max": high,
             "min": low,
-            "offset": -(int(zero_point) + shift),
+            "offset": -(int(zero_point) + spec.unsigned_shift),
             "scale": step,
         }
         for step, low, high, zero_point in zip(*columns, strict=True)

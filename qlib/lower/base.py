@@ -54,8 +54,7 @@ class Edge:
     @property
     def zero_point(self) -> int:
         """The zero point of the codes that are deployed: they are unsigned, so a signed grid moves up by 2^(bits-1)."""
-        spec = self.params.spec
-        return int(self.params.zero_point) + (2 ** (spec.bits - 1) if spec.signed else 0)
+        return int(self.params.zero_point) + self.params.spec.unsigned_shift
 
     @property
     def dtype(self) -> torch.dtype:

@@ -55,6 +55,11 @@ class QuantSpec:
         return next(mode for mode, flags in _MODES.items() if flags == own)
 
     @property
+    def unsigned_shift(self) -> int:
+        """What deployment adds to quantized values and zero point, to store signed ones as unsigned ones."""
+        return 1 << (self.bits - 1) if self.signed else 0
+
+    @property
     def qmin(self) -> int:
         """The smallest quantized value."""
         if not self.signed:
