@@ -77,6 +77,20 @@ def test_code_ranges(mode: str, n: int, qmin: int, qmax: int) -> None:
     assert (spec.qmin, spec.qmax) == (qmin, qmax)
 
 
+@given(st.integers(2, 32), st.booleans(), st.booleans(), st.booleans(), st.none() | st.integers(0, 3), st.booleans())
+def test_a_spec_has_one_spelling(
+    n: int, signed: bool, symmetric: bool, restricted: bool, axis: int | None, pow2: bool
+) -> None:
+    if (symmetric and not signed) or (restricted and not symmetric):
+        with pytest.raises(AssertionError):
+            QuantSpec(n, signed, symmetric, restricted, axis, pow2)
+        return
+    spec = QuantSpec(n, signed, symmetric, restricted, axis, pow2)
+    assert QuantSpec.of_mode(spec.mode, n, axis, pow2) == spec
+    assert spec.qmax - spec.qmin == 2**n - 1 - restricted
+    assert (spec.qmin + spec.unsigned_shift, spec.qmax + spec.unsigned_shift) == (int(restricted), 2**n - 1)
+
+
 @relaxed
 @given(modes, bits, numbers, numbers, st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_laws_inside_the_range(mode: str, n: int, a: float, b: float, at: list[float]) -> None:

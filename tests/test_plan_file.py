@@ -110,12 +110,28 @@ tensors = st.builds(
 )
 
 
+@st.composite
+def weights(draw: st.DrawFn) -> WeightPlan:
+    axis = draw(st.none() | st.just(0))
+    spec = QuantSpec.of_mode(draw(st.sampled_from(MODES)), draw(st.integers(2, 16)), axis, draw(st.booleans()))
+    ends = draw(st.lists(st.tuples(numbers, numbers).map(sorted), max_size=1 if axis is None else 3))
+    low, high = zip(*ends, strict=True) if ends else (None, None)
+    return WeightPlan(spec, draw(st.sampled_from(CLIP_NAMES)), low, high)
+
+
 @given(
-    name=st.text(min_size=1, max_size=8), note=st.text(max_size=12), inputs=st.lists(st.none() | tensors, max_size=3)
+    name=st.text(min_size=1, max_size=8),
+    note=st.text(max_size=12),
+    inputs=st.lists(st.none() | tensors, max_size=3),
+    weight=st.none() | weights(),
 )
-def test_any_name_note_and_number_round_trips(name: str, note: str, inputs: list[TensorPlan | None]) -> None:
-    plan = Plan({name: LayerPlan("concat", tuple(inputs), note=note)})
-    assert plan_from_text(plan_text(plan), "text") == plan
+def test_any_name_note_format_and_number_round_trips(
+    name: str, note: str, inputs: list[TensorPlan | None], weight: WeightPlan | None
+) -> None:
+    plan = Plan({name: LayerPlan("conv", tuple(inputs), weight, note=note)})
+    text = plan_text(plan)
+    assert plan_from_text(text, "text") == plan
+    assert plan_text(plan_from_text(text, "text")) == text
 
 
 GOOD = """\
