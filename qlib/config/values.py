@@ -1,34 +1,33 @@
-"""What one value may be: shared by the flags, the YAML files, the plans and the statistics."""
+"""What one value may be: shared by the flags, the YAML files, the plans and the statistics.
+
+A flag holds text, YAML holds text, numbers, true and false. Each `Value` says how the former becomes the latter.
+"""
 
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["Interval"]
+from qlib.errors import did_you_mean
+
+__all__ = ["FLAG", "Interval", "Value", "choice", "real", "text", "whole"]
 
 
 @dataclass(frozen=True)
 class Interval:
     """The finite numbers from `low` to `high`; an `open` end is not one of them.
 
-    >>> share = Interval.of("[0, 1)")
-    >>> 0 in share, 1 in share, str(share), str(Interval.of("(50, 100]")), str(Interval.of("(0, inf)"))
+    >>> share = Interval(0, 1, open_high=True)
+    >>> 0 in share, 1 in share, str(share), str(Interval(50, 100, open_low=True)), str(Interval(0, open_low=True))
     (True, False, 'from 0 to below 1', 'above 50 and at most 100', 'above 0')
     """
 
     low: float
-    high: float
+    high: float = math.inf
     open_low: bool = False
     open_high: bool = False
-
-    @classmethod
-    def of(cls, text: str) -> Interval:
-        """The interval in mathematical notation."""
-        found = re.fullmatch(r"([\[(])(\S+), (\S+)([\])])", text)
-        assert found, f"{text!r} is no interval such as (0, 1]"
-        return cls(float(found[2]), float(found[3]), found[1] == "(", found[4] == ")")
 
     def __contains__(self, number: float) -> bool:
         above = self.low < number if self.open_low else self.low <= number
@@ -41,3 +40,123 @@ class Interval:
             return start
         links = ("and at most", "and below") if self.open_low else ("to", "to below")
         return f"{start} {links[self.open_high]} {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one value may be, and the words for that.
+
+    `read` gives the value of what YAML holds, and raises ValueError where that is not allowed. `parse` makes of a text
+    what YAML would hold, and raises ValueError where it cannot. `names` are those to suggest from.
+
+    >>> whole(1, 9).read(3), whole(1, 9).read(whole(1, 9).parse("3")), whole(1, 9).allowed
+    (3, 3, 'a whole number from 1 to 9')
+    """
+
+    read: Callable[[Any], Any]
+    allowed: str
+    parse: Callable[[str], Any] = str
+    names: tuple[str, ...] = ()
+
+    def accepts(self, raw: object) -> bool:
+        """Whether what YAML holds is allowed.
+
+        >>> FLAG.accepts(True), FLAG.accepts(1)
+        (True, False)
+        """
+        try:
+            self.read(raw)
+        except ValueError:
+            return False
+        return True
+
+    def hint(self, raw: object) -> str:
+        """The names that a wrong value may mean.
+
+        >>> choice(("sym", "asym_u")).hint("asymu")
+        '; did you mean asym_u or sym?'
+        """
+        return did_you_mean(raw.lower(), self.names) if isinstance(raw, str) else ""
+
+    def or_null(self, words: str, meaning: object = None) -> Value:
+        """This, or null, which means something.
+
+        >>> whole(1, 8).or_null("or null for 1", 1).read(None)
+        1
+        """
+        return replace(
+            self, read=lambda raw: meaning if raw is None else self.read(raw), allowed=f"{self.allowed}, {words}"
+        )
+
+
+def _require(accepted: bool) -> None:
+    if not accepted:
+        raise ValueError
+
+
+def whole(low: int, high: int | None = None) -> Value:
+    """A whole number from `low` to `high`; neither true nor 3.0 is one."""
+
+    def read(raw: object) -> int:
+        if type(raw) is not int or raw < low or (high is not None and raw > high):
+            raise ValueError
+        return raw
+
+    span = f"a whole number from {low}" + (f" to {high}" if high is not None else "")
+    return Value(read, str(low) if low == high else span, int)
+
+
+def real(interval: Interval, words: str = "") -> Value:
+    """A number of an interval.
+
+    >>> share = real(Interval(0, 1))
+    >>> share.read(1), share.accepts(1.5), share.accepts(True), share.allowed
+    (1.0, False, False, 'a number from 0 to 1')
+    """
+
+    def read(raw: object) -> float:
+        if type(raw) not in (int, float) or raw not in interval:  # type: ignore[operator]
+            raise ValueError
+        return float(raw)  # type: ignore[arg-type]
+
+    return Value(read, words or f"a number {interval}", float)
+
+
+def choice(allowed: Iterable[str] | Mapping[str, str], *, any_case: bool = True) -> Value:
+    """One of some names, in any case unless that matters; a mapping gives what each stands for.
+
+    >>> choice({"symmetric": "sym"}).read("Symmetric")
+    'sym'
+    """
+    names = tuple(allowed)
+    meaning = allowed if isinstance(allowed, Mapping) else {name: name for name in names}
+
+    def read(raw: object) -> str:
+        word = raw.lower() if isinstance(raw, str) and any_case else raw
+        _require(word in names)
+        return meaning[str(word)]
+
+    return Value(read, ", ".join(names), names=names)
+
+
+def text(words: str) -> Value:
+    """Some text, not empty."""
+
+    def read(raw: object) -> str:
+        _require(isinstance(raw, str) and bool(raw))
+        return str(raw)
+
+    return Value(read, words)
+
+
+def _flag(raw: object) -> bool:
+    _require(isinstance(raw, bool))
+    return raw is True
+
+
+def _true_or_false(word: str) -> bool:
+    _require(word in ("True", "False"))
+    return word == "True"
+
+
+FLAG = Value(_flag, "true or false", _true_or_false)

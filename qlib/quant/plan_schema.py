@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.values import FLAG, Interval, Value, choice, real, text, whole
 from qlib.errors import ConfigError, did_you_mean
 from qlib.graph.kinds import KINDS, LAYER_KINDS
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
@@ -20,67 +21,52 @@ HEADER = "qlib_plan"
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class _Value:
-    """What one key allows: a test, the words for it, and the names to suggest from."""
-
-    accepts: Callable[[object], bool]
-    allowed: str
-    names: tuple[str, ...] = ()
+def _is_text(raw: object) -> str:
+    if not isinstance(raw, str):
+        raise ValueError
+    return raw
 
 
-def _whole(low: int, high: int) -> _Value:
-    allowed = f"a whole number from {low} to {high}" if low < high else str(low)
-    return _Value(lambda value: type(value) is int and low <= value <= high, allowed)
-
-
-def _one_of(names: tuple[str, ...]) -> _Value:
-    return _Value(lambda value: isinstance(value, str) and value in names, ", ".join(names), names)
-
-
-def _or_null(other: _Value) -> _Value:
-    return _Value(lambda value: value is None or other.accepts(value), f"{other.allowed}, or null", other.names)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+def _is_float_size(raw: object) -> int:
+    if type(raw) is not int or raw not in (16, 32, 64):
+        raise ValueError
+    return raw
 
 
 _LARGEST = 3.4e38  # of float32: beyond it a scale is infinite
-_NUMBER = _Value(_number, f"a number such as 0.5 or 1.0e-5, within +-{_LARGEST:g}")
-_POSITIVE = _Value(lambda value: _number(value) and value > 0, "a number above 0")  # type: ignore[operator]
-_FLAG = _Value(lambda value: isinstance(value, bool), "true or false")
-_BITS, _MODE = _whole(2, 16), _one_of(MODES)
-_NODE = _Value(lambda value: True, "")
+_NUMBER = real(Interval(-_LARGEST, _LARGEST), f"a number such as 0.5 or 1.0e-5, within +-{_LARGEST:g}")
+_POSITIVE = real(Interval(0, _LARGEST, open_low=True), "a number above 0")
+_BITS, _MODE = whole(2, 16), choice(MODES, any_case=False)
+_NODE = Value(lambda raw: raw, "")
 
-_CLIP = _one_of((*CLIP_NAMES, "lapq", "learned"))
+_CLIP = choice((*CLIP_NAMES, "lapq", "learned"), any_case=False)
 _TENSOR = {
-    "bits": _whole(1, 16),
+    "bits": whole(1, 16),
     "mode": _MODE,
     "clip": _CLIP,
     "min": _NUMBER,
     "max": _NUMBER,
     "n_stds": _POSITIVE,
-    "pow2": _FLAG,
+    "pow2": FLAG,
 }
 _WEIGHT = {
     "bits": _BITS,
     "mode": _MODE,
-    "per_channel": _FLAG,
+    "per_channel": FLAG,
     "clip": _CLIP,
     "min": _NODE,
     "max": _NODE,
-    "pow2": _FLAG,
+    "pow2": FLAG,
 }
-SCALARS: Mapping[str, _Value] = {
-    "bits_bias": _whole(2, 32),
-    "bits_accum": _whole(2, 32),
-    "scale_approx_bits": _or_null(_whole(1, 31)),
-    "float_bits": _or_null(_Value(lambda value: type(value) is int and value in (16, 32, 64), "16, 32, 64")),
-    "note": _Value(lambda value: isinstance(value, str), "text"),
+SCALARS: Mapping[str, Value] = {
+    "bits_bias": whole(2, 32),
+    "bits_accum": whole(2, 32),
+    "scale_approx_bits": whole(1, 31).or_null("or null"),
+    "float_bits": Value(_is_float_size, "16, 32, 64").or_null("or null"),
+    "note": Value(_is_text, "text"),
 }
 """The fields of `LayerPlan` that are no tensors."""
-_LAYER = {"kind": _one_of(LAYER_KINDS), "inputs": _NODE, "weight": _NODE, "output": _NODE, **SCALARS}
+_LAYER = {"kind": choice(LAYER_KINDS, any_case=False), "inputs": _NODE, "weight": _NODE, "output": _NODE, **SCALARS}
 
 
 def plan_from_node(root: Node) -> Plan:
@@ -108,8 +94,8 @@ class _Reader:
         weights: str | None = None
         top = self._children(root, "the file", {HEADER: _NODE, "layers": _NODE}, (HEADER, "layers"))
         if HEADER in top:
-            text = _Value(lambda value: isinstance(value, str) and bool(value), "the name of a file beside this one")
-            known = {"version": _whole(VERSION, VERSION), "dynamic": _FLAG, "weights": text}
+            weights_file = text("the name of a file beside this one")
+            known = {"version": whole(VERSION, VERSION), "dynamic": FLAG, "weights": weights_file}
             header = self._values(top[HEADER], HEADER, known, ("version", "dynamic"))
             self.dynamic = header.get("dynamic") is True
             weights = header.get("weights")
@@ -214,16 +200,16 @@ class _Reader:
     def _ends(self, node: Node, what: str) -> tuple[float, ...]:
         """The lower or upper ends of a weight's ranges: a list of numbers."""
         items = node.value if isinstance(node.value, tuple) else ()
-        if not items or not all(_number(item.value) for item in items):
+        if not items or not all(_NUMBER.accepts(item.value) for item in items):
             self._problem(node.where, f"{what} is {node}; allowed: a list of numbers, one for each range")
             return ()
         return tuple(float(item.value) for item in items)  # type: ignore[arg-type]
 
-    def _values(self, node: Node, what: str, known: Mapping[str, _Value], required: Sequence[str]) -> dict[str, Any]:
+    def _values(self, node: Node, what: str, known: Mapping[str, Value], required: Sequence[str]) -> dict[str, Any]:
         """The values of a mapping that are allowed."""
         return {key: child.value for key, child in self._children(node, what, known, required).items()}
 
-    def _children(self, node: Node, what: str, known: Mapping[str, _Value], required: Sequence[str]) -> dict[str, Node]:
+    def _children(self, node: Node, what: str, known: Mapping[str, Value], required: Sequence[str]) -> dict[str, Node]:
         """The entries of a mapping whose key is known and whose value is allowed."""
         entries = self._mapping(node, what)
         found: dict[str, Node] = {}
@@ -233,7 +219,7 @@ class _Reader:
                 allowed = ", ".join(known)
                 self._problem(node.where_key(key), f"unknown key {key!r} in {what}; allowed: {allowed}{hint}")
             elif not known[key].accepts(child.value):
-                hint = did_you_mean(str(child.value), known[key].names)
+                hint = known[key].hint(child.value)
                 self._problem(child.where, f"{key} of {what} is {child}; allowed: {known[key].allowed}{hint}")
             else:
                 found[key] = child

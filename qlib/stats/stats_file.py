@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from qlib.config.values import whole
 from qlib.errors import ConfigError, StatsError, did_you_mean
 from qlib.files import write_text
 from qlib.stats.histogram import Histogram
@@ -36,6 +37,7 @@ _HISTOGRAMS = "histograms"
 _VERSION = 1
 _FLOATS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
 _KEYS = (*_FLOATS, "shape", "total_numel", "samples")
+_COUNT = whole(0)
 _PLAIN = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)\Z)[a-z_][\w.]*", re.IGNORECASE | re.ASCII)
 
 
@@ -239,10 +241,11 @@ def _float(what: str, node: Node) -> float:
 def _count(what: str, key: str, entries: Mapping[str, Node], absent: int) -> int:
     if key not in entries:
         return absent
-    value = entries[key].value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise StatsError(f"{entries[key].where}: {key} of {what} is {entries[key]}; it must be a whole number from 0")
-    return value
+    node = entries[key]
+    try:
+        return int(_COUNT.read(node.value))
+    except ValueError:
+        raise StatsError(f"{node.where}: {key} of {what} is {node}; it must be {_COUNT.allowed}") from None
 
 
 def _shape(what: str, node: Node) -> tuple[int, ...]:

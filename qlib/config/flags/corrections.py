@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qlib.config.flags.names import flag_of
 from qlib.config.frozen import FrozenMapping
+from qlib.config.values import Interval
 from qlib.registry import registered
 
 __all__ = ["BIAS_CORRECTIONS", "CORRECTION_FLAGS", "ROUNDINGS", "CorrectionFlag", "Number", "Switches"]
@@ -22,13 +23,9 @@ class Number:
     high: float
 
     @property
-    def allowed(self) -> str:
+    def interval(self) -> Interval:
         """The numbers that it may be."""
-        return f"a number from {self.low:g} to {self.high:g}"
-
-    def allows(self, value: float) -> bool:
-        """Whether a value lies in the bounds."""
-        return self.low <= value <= self.high
+        return Interval(self.low, self.high)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlib.config import values
 from qlib.config.layers.budget import parse_budget
+from qlib.config.values import FLAG, Interval, Value
 from qlib.errors import UsageError, did_you_mean
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
@@ -53,51 +54,40 @@ def _require(accepted: bool) -> None:
         raise ValueError
 
 
-def _switch(text: str) -> bool:
-    _require(text in ("True", "False"))
-    return text == "True"
+def _kind(value: Value, metavar: str | None, allowed: str = "", many: str = "") -> Kind:
+    """The kind of a value that other files may hold as well."""
+    return Kind(lambda text: value.read(value.parse(text)), allowed or value.allowed, metavar, value.names, many)
 
 
-SWITCH = Kind(_switch, "true or false")
+SWITCH = _kind(FLAG, None)
 
 
 def whole(low: int, high: int | None = None, *, zero: str = "", metavar: str = "N", without: str | None = None) -> Kind:
     """A whole number from `low` to `high`; also 0 if `zero` says what that means."""
+    value = values.whole(low, high)
 
-    def read(text: str) -> int:
-        number = int(text)
-        _require((bool(zero) and number == 0) or (number >= low and (high is None or number <= high)))
-        return number
+    def read(text: str) -> object:
+        number = value.parse(text)
+        return number if zero and number == 0 else value.read(number)
 
-    span = f"a whole number from {low} to {high}" if high is not None else f"a whole number, {low} or more"
+    span = value.allowed if high is not None else f"a whole number, {low} or more"
     return Kind(read, f"0 ({zero}) or {span}" if zero else span, metavar, without=without)
 
 
-def real(accept: Callable[[float], bool], allowed: str, metavar: str = "F") -> Kind:
-    """A finite number that `accept` accepts."""
-
-    def read(text: str) -> float:
-        number = float(text)
-        _require(math.isfinite(number) and accept(number))
-        return number
-
-    return Kind(read, allowed, metavar)
+def real(interval: Interval, words: str = "", metavar: str = "F") -> Kind:
+    """A number of an interval."""
+    return _kind(values.real(interval, words), metavar)
 
 
 def fraction() -> Kind:
     """A number in (0, 1]."""
-    return real(lambda number: 0 < number <= 1, "a fraction above 0 and at most 1, such as 0.05 for 5 %")
+    return real(Interval(0, 1, open_low=True), "a fraction above 0 and at most 1, such as 0.05 for 5 %")
 
 
 def choice(allowed: Iterable[str], *, many: str = "") -> Kind:
     """One of some names, in any case."""
-    choices = tuple(allowed)
-
-    def read(text: str) -> str:
-        _require(text.lower() in choices)
-        return text.lower()
-
-    return Kind(read, f"one of {', '.join(choices)}", "{" + ",".join(choices) + "}", choices, many)
+    value = values.choice(allowed)
+    return _kind(value, "{" + ",".join(value.names) + "}", f"one of {value.allowed}", many)
 
 
 def arch() -> Kind:

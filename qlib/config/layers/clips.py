@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlib.config.frozen import FrozenMapping
+from qlib.config.values import Interval
 from qlib.registry import registered
 
 __all__ = [
@@ -53,20 +54,9 @@ class ClipParameter:
         return f"--qe-{self.key.replace('_', '-')}"
 
     @property
-    def allowed(self) -> str:
-        """The numbers that it may be.
-
-        >>> ClipParameter("n_std", "clip_n_stds", 0, open=True).allowed, ClipParameter("lp", "clip_p", 1, 4).allowed
-        ('above 0', 'from 1 to 4')
-        >>> ClipParameter("percentile", "clip_percentile", 50, 100, open=True).allowed
-        'above 50 and at most 100'
-        """
-        start, end = ("above", " and at most") if self.open else ("from", " to")
-        return f"{start} {self.low:g}" + f"{end} {self.high:g}" * math.isfinite(self.high)
-
-    def allows(self, value: float) -> bool:
-        """Whether a value lies in the bounds; infinity never does."""
-        return (self.low < value if self.open else self.low <= value) and value <= self.high and math.isfinite(value)
+    def interval(self) -> Interval:
+        """The numbers that it may be."""
+        return Interval(self.low, self.high, open_low=self.open)
 
 
 CLIP_PARAMETERS: Mapping[str, ClipParameter] = {

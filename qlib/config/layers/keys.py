@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from qlib.config import values
 from qlib.config.flags.corrections import BIAS_CORRECTIONS, CORRECTION_FLAGS, ROUNDINGS, CorrectionFlag, Number
 from qlib.config.layers.clips import CLIP_NAMES, CLIP_PARAMETERS, WEIGHT_CLIPS, ClipParameter
+from qlib.config.values import FLAG, Value
 from qlib.errors import did_you_mean
 from qlib.quant.spec import MODES
 from qlib.yaml_tree import Node
@@ -18,7 +20,7 @@ __all__ = [
     "QUANTIZER_FIELDS",
     "SCALES",
 ]
-__all__ += ["Field", "NotAllowed", "choice", "flag", "modes", "read_fields", "setting", "unknown_key", "whole"]
+__all__ += ["Field", "modes", "read_fields", "setting", "unknown_key", "whole"]
 
 SCALES = ("float", "pow2")
 """What `scale` may be: any number, or powers of two."""
@@ -36,10 +38,6 @@ Settings: TypeAlias = dict[str, object]
 """`LayerSettings` field -> value."""
 
 
-class NotAllowed(ValueError):
-    """A value that a field does not allow; the message says what it allows."""
-
-
 @dataclass(frozen=True)
 class Field:
     """One key: `read` gives the settings it stands for, and appends a sentence to the problems for each mistake.
@@ -50,80 +48,53 @@ class Field:
     read: Callable[[str, Node, list[str]], Settings]
 
 
-def setting(convert: Callable[[Node], object], *targets: str) -> Field:
-    """A field whose one value, checked by `convert`, becomes that of every target."""
+def setting(value: Value, *targets: str) -> Field:
+    """A field whose one value becomes that of every target."""
 
     def read(key: str, node: Node, problems: list[str]) -> Settings:
         try:
-            value = convert(node)
-        except NotAllowed as error:
-            problems.append(f"{node.where}: {key} is {node}; allowed: {error}")
+            found = value.read(node.value)
+        except ValueError:
+            problems.append(f"{node.where}: {key} is {node}; allowed: {value.allowed}{value.hint(node.value)}")
             return {}
-        return dict.fromkeys(targets, value)
+        return dict.fromkeys(targets, found)
 
     return Field(read)
 
 
-def whole(low: int, high: int, null: int | None, zero: bool = False) -> Callable[[Node], int | None]:
-    """A whole number from `low` to `high`; YAML's null means `null`, and so does 0 where `zero` is set."""
-    meaning = "null or 0 for float" if zero else f"null for {null}" if null else "null for none"
+def whole(low: int, high: int, null: int | None, zero: bool = False) -> Value:
+    """A whole number from `low` to `high`; YAML's null means `null`, and so does 0 where `zero` is set.
 
-    def convert(node: Node) -> int | None:
-        value = node.value
-        if value is None or (zero and value == 0 and not isinstance(value, (bool, float))):
-            return null
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise NotAllowed(f"a whole number from {low} to {high}, or {meaning}")
-        return value
-
-    return convert
+    >>> whole(2, 16, null=0, zero=True).read(0), whole(2, 32, null=32).read(None)
+    (0, 32)
+    """
+    meaning = "or null or 0 for float" if zero else f"or null for {null}" if null else "or null for none"
+    value = values.whole(low, high).or_null(meaning, null)
+    return replace(value, read=lambda raw: null if zero and type(raw) is int and raw == 0 else value.read(raw))
 
 
-def choice(names: Mapping[str, str]) -> Callable[[Node], str]:
-    """One of `names`, in any case."""
-
-    def convert(node: Node) -> str:
-        word = node.value.lower() if isinstance(node.value, str) else ""
-        if word not in names:
-            raise NotAllowed(", ".join(names) + did_you_mean(word, names))
-        return names[word]
-
-    return convert
-
-
-def flag(node: Node) -> bool:
-    """True or false."""
-    if not isinstance(node.value, bool):
-        raise NotAllowed("true or false")
-    return node.value
-
-
-def _clip_parameter(parameter: ClipParameter) -> Callable[[Node], float | None]:
+def _clip_parameter(parameter: ClipParameter) -> Value:
     """A number that a clip method takes; null means its default."""
+    words = f"a number {parameter.interval}".replace(" and at most", " to")
     default = "" if parameter.default is None else f" for {parameter.default:g}"
-    words = f"a number {parameter.allowed.replace(' and at most', ' to')}, or null{default}"
-
-    def convert(node: Node) -> float | None:
-        value = parameter.default if node.value is None else node.value
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not parameter.allows(value):
-            raise NotAllowed(words)
-        return float(value)
-
-    return convert
+    return values.real(parameter.interval, words).or_null(f"or null{default}", parameter.default)
 
 
-def _float_bits(node: Node) -> int | None:
-    if node.value not in (None, 16, 32, 64) or isinstance(node.value, (bool, float)):
-        raise NotAllowed("16, 32, 64 or null")
-    return node.value  # type: ignore[return-value]
+def _float_size(raw: object) -> int | None:
+    """16, 32 or 64, or null. Raises ValueError for anything else."""
+    if raw is not None and (type(raw) is not int or raw not in (16, 32, 64)):
+        raise ValueError
+    return raw
 
 
-def _path(node: Node) -> str | None:
-    if node.value is not None and (not isinstance(node.value, str) or not node.value):
-        raise NotAllowed("the path of a statistics file, or null")
-    return node.value
+def _true(raw: object) -> bool:
+    """True. Raises ValueError for anything else."""
+    if raw is not True:
+        raise ValueError
+    return True
+
+
+_PATH = values.text("the path of a statistics file").or_null("or null")
 
 
 def modes(key: str, node: Node, problems: list[str]) -> Settings:
@@ -147,12 +118,6 @@ def _inputs(key: str, node: Node, problems: list[str]) -> Settings:
             problems.append(f"{entry.where}: from_output stands alone; remove it or the other settings of the input")
         inputs[int(index)] = settings
     return {"input_overrides": inputs}
-
-
-def _only_true(node: Node) -> bool:
-    if node.value is not True:
-        raise NotAllowed("true")
-    return True
 
 
 def read_fields(node: Node, fields: Mapping[str, Field], problems: list[str]) -> tuple[Settings, dict[str, str]]:
@@ -181,16 +146,16 @@ def unknown_key(key: str, allowed: Iterable[str]) -> str:
     return f"unknown key {key!r}; allowed: {', '.join(allowed)}{did_you_mean(key, allowed)}"
 
 
-_mode = choice(_MODE_NAMES)
-_clip = choice({name: name for name in CLIP_NAMES})
-_clip_wts = choice({name: name for name in WEIGHT_CLIPS})
+_mode = values.choice(_MODE_NAMES)
+_clip = values.choice(CLIP_NAMES)
+_clip_wts = values.choice(WEIGHT_CLIPS)
 _CLIP_PARAMETERS = {key: setting(_clip_parameter(each), key) for key, each in CLIP_PARAMETERS.items()}
-_scale = choice({name: name for name in SCALES})
+_scale = values.choice(SCALES)
 _bits = whole(2, 16, null=0, zero=True)
 _BOTH_MODES = setting(_mode, "mode_activations", "mode_weights")
 _MODE_PARTS = {"activations": setting(_mode, "mode_activations"), "weights": setting(_mode, "mode_weights")}
 _INPUT_FIELDS = {
-    "from_output": setting(_only_true, "from_output"),
+    "from_output": setting(Value(_true, "true"), "from_output"),
     "bits_activations": setting(_bits, "bits_activations"),
     "mode": setting(_mode, "mode_activations"),
     "clip_acts": setting(_clip, "clip_acts"),
@@ -205,19 +170,19 @@ _COMMON = {
     **_CLIP_PARAMETERS,
     "clip_wts": setting(_clip_wts, "clip_wts"),
     "scale": setting(_scale, "scale"),
-    "clip_half_range": setting(flag, "clip_half_range"),
-    "per_channel_wts": setting(flag, "per_channel_wts"),
+    "clip_half_range": setting(FLAG, "clip_half_range"),
+    "per_channel_wts": setting(FLAG, "per_channel_wts"),
     "scale_approx_mult_bits": setting(whole(1, 31, null=None), "scale_approx_mult_bits"),
-    "fp16": setting(lambda node: 16 if flag(node) else None, "fpq"),
-    "fpq_module": setting(_float_bits, "fpq"),
-    "inputs_quant_auto_fallback": setting(flag, "inputs_quant_auto_fallback"),
+    "fp16": setting(replace(FLAG, read=lambda raw: 16 if FLAG.read(raw) else None), "fpq"),
+    "fpq_module": setting(Value(_float_size, "16, 32, 64 or null"), "fpq"),
+    "inputs_quant_auto_fallback": setting(FLAG, "inputs_quant_auto_fallback"),
 }
 
 LAYER_FIELDS: Mapping[str, Field] = {
     **_COMMON,
-    "fake": setting(flag, "fake"),
-    "make_identity": setting(flag, "make_identity"),
-    "quantize_inputs": setting(flag, "quantize_inputs"),
+    "fake": setting(FLAG, "fake"),
+    "make_identity": setting(FLAG, "make_identity"),
+    "quantize_inputs": setting(FLAG, "quantize_inputs"),
     "input_overrides": Field(_inputs),
 }
 """The keys of one override."""
@@ -226,39 +191,30 @@ QUANTIZER_FIELDS: Mapping[str, Field] = {
     "bits_parameters": setting(_bits, "bits_weights"),
     **_COMMON,
     "bits_accum": setting(whole(2, 32, null=32), "bits_accum"),
-    "model_activation_stats": setting(_path, "model_activation_stats"),
-    "save_fp_weights": setting(flag, "save_fp_weights"),
-    "also_clip_weights": setting(flag, "also_clip_weights"),
+    "model_activation_stats": setting(_PATH, "model_activation_stats"),
+    "save_fp_weights": setting(FLAG, "save_fp_weights"),
+    "also_clip_weights": setting(FLAG, "also_clip_weights"),
 }
 """The arguments of the quantizer itself, besides its overrides."""
 
 
-def _number(number: Number) -> Callable[[Node], float | None]:
+def _number(number: Number) -> Value:
     """The number that a correction takes; null means that it is not done."""
-
-    def convert(node: Node) -> float | None:
-        value = node.value
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not number.allows(value):
-            raise NotAllowed(f"{number.allowed}, or null for none")
-        return float(value)
-
-    return convert
+    return values.real(number.interval).or_null("or null for none")
 
 
 def _switch(name: str, correction: CorrectionFlag) -> Field:
-    return setting(_number(correction.number) if correction.number else flag, name)
+    return setting(_number(correction.number) if correction.number else FLAG, name)
 
 
 _COUNT = whole(1, 10**9, null=None)
 
 CORRECTION_FIELDS: Mapping[str, Field] = {
     **{name: _switch(name, each) for name, each in CORRECTION_FLAGS.items() if each.of_float},
-    "data_free": setting(flag, "data_free"),
-    "rounding": setting(choice({name: name for name in ROUNDINGS}), "rounding"),
+    "data_free": setting(FLAG, "data_free"),
+    "rounding": setting(values.choice(ROUNDINGS), "rounding"),
     **{name: _switch(name, each) for name, each in CORRECTION_FLAGS.items() if not each.of_float and not each.choice},
-    "bias_correction": setting(choice({name: name for name in BIAS_CORRECTIONS}), "bias_correction"),
+    "bias_correction": setting(values.choice(BIAS_CORRECTIONS), "bias_correction"),
     "images": setting(_COUNT, "images"),
     "iterations": setting(_COUNT, "iterations"),
 }

@@ -120,11 +120,11 @@ def _clip_problems(settings: LayerSettings) -> Iterator[str]:
     clip = settings.clip_acts
     for key in settings.clip_parameters.lacks(clip) if settings.bits_activations else ():
         needed, where = CLIP_PARAMETERS[key], settings.origin_of("clip_acts")
-        yield f"{where}: clip_acts {clip} needs {key} {needed.allowed} ({needed.flag} on the command line)"
+        yield f"{where}: clip_acts {clip} needs {key} {needed.interval} ({needed.flag} on the command line)"
     for index in (index for index, override in settings.input_overrides.items() if "clip_acts" in override):
         mine, where = settings.of_input(index), settings.origin_of("input_overrides")
         for key in mine.clip_parameters.lacks(mine.clip_acts):
-            yield f"{where}: clip_acts {mine.clip_acts} of input {index} needs {key} {CLIP_PARAMETERS[key].allowed}"
+            yield f"{where}: clip_acts {mine.clip_acts} of input {index} needs {key} {CLIP_PARAMETERS[key].interval}"
 
 
 def _histogram_clips(settings: LayerSettings) -> Iterator[tuple[str, str]]:

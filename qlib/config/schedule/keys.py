@@ -6,14 +6,15 @@ Settings are named as the keys, except that `mode` gives `mode_activations` and 
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from qlib.config.layers.keys import Field, NotAllowed, Settings, choice, flag, modes, setting
+from qlib.config import values
+from qlib.config.layers.keys import Field, Settings, modes, setting
+from qlib.config.values import FLAG, Interval, Value
 from qlib.yaml_tree import Node
 
 __all__ = [
@@ -25,75 +26,50 @@ __all__ = [
     "ONLY_WITH",
     "POLICY_FIELDS",
 ]
-__all__ += ["FACTOR", "FROM_0", "POSITIVE", "SHARE", "Classes", "ClassFields", "key", "keys_of", "override_keys"]
-__all__ += ["count", "gammas", "milestones", "number", "one_of", "table"]
+__all__ += ["FACTOR", "FROM_0", "GAMMAS", "MILESTONES", "POSITIVE", "SHARE", "Classes", "ClassFields", "count", "key"]
+__all__ += ["keys_of", "number", "one_of", "override_keys", "table"]
 
 
-def number(words: str, holds: Callable[[float], bool], *, null: bool = False) -> Callable[[Node], float | None]:
-    """A finite number for which `holds` is true. `1e-4`, which YAML takes for text, is one too."""
+def number(interval: Interval, words: str = "") -> Value:
+    """A number of an interval. `1e-4`, which YAML takes for text, is one too."""
+    value = values.real(interval, words)
 
-    def convert(node: Node) -> float | None:
-        value = node.value
-        if value is None and null:
-            return None
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
-            value = float(value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise NotAllowed(words)
-        if not holds(value):
-            raise NotAllowed(words)
-        return float(value)
+    def read(raw: object) -> object:
+        is_exponent = isinstance(raw, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", raw)
+        return value.read(float(str(raw)) if is_exponent else raw)
 
-    return convert
+    return replace(value, read=read)
 
 
-def count(low: int, *, null: bool = False) -> Callable[[Node], int | None]:
+def count(low: int, *, null: bool = False) -> Value:
     """A whole number from `low`."""
-
-    def convert(node: Node) -> int | None:
-        value = node.value
-        if value is None and null:
-            return None
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise NotAllowed(f"a whole number from {low}" + ", or null for none" * null)
-        return value
-
-    return convert
+    return values.whole(low).or_null("or null for none") if null else values.whole(low)
 
 
-def one_of(*names: str) -> Callable[[Node], str]:
-    return choice({name: name for name in names})
+def one_of(*names: str) -> Value:
+    """One of some names."""
+    return values.choice(names)
 
 
-def text(words: str) -> Callable[[Node], str]:
-    def convert(node: Node) -> str:
-        if not isinstance(node.value, str) or not node.value:
-            raise NotAllowed(words)
-        return node.value
+def _list_of(item: Value, words: str) -> Value:
+    """A list of values, not empty."""
 
-    return convert
+    def read(raw: object) -> tuple[Any, ...]:
+        if not isinstance(raw, tuple) or not raw:
+            raise ValueError
+        return tuple(item.read(each.value) for each in raw)
 
-
-def _items(node: Node, words: str) -> tuple[object, ...]:
-    if not isinstance(node.value, tuple) or not node.value:
-        raise NotAllowed(words)
-    return tuple(item.value for item in node.value)
+    return Value(read, words)
 
 
-def milestones(node: Node) -> tuple[int, ...]:
-    words = "a list of epochs in increasing order, as in [60, 120]"
-    numbers = [each for each in _items(node, words) if isinstance(each, int) and not isinstance(each, bool)]
-    increasing = all(a < b for a, b in pairwise(numbers))
-    if len(numbers) != len(_items(node, words)) or numbers[0] < 0 or not increasing:
-        raise NotAllowed(words)
-    return tuple(numbers)
+def _increasing(value: Value) -> Value:
+    def read(raw: object) -> tuple[int, ...]:
+        numbers: tuple[int, ...] = value.read(raw)
+        if not all(a < b for a, b in pairwise(numbers)):
+            raise ValueError
+        return numbers
 
-
-def gammas(node: Node) -> tuple[float, ...]:
-    words = "a list of numbers above 0, as in [0.1, 0.2]"
-    _items(node, words)
-    each = number(words, lambda x: x > 0)
-    return tuple(float(each(item) or 0) for item in node.value if isinstance(item, Node))  # type: ignore[union-attr]
+    return replace(value, read=read)
 
 
 def _matches(key: str, node: Node, problems: list[str]) -> Settings:
@@ -105,23 +81,25 @@ def _matches(key: str, node: Node, problems: list[str]) -> Settings:
     return {}
 
 
-def table(**converts: Callable[[Node], object] | Field) -> dict[str, Field]:
+def table(**read: Value | Field) -> dict[str, Field]:
     """Keys with their readers; each sets what is named like it, unless it is a field already."""
-    return {key: each if isinstance(each, Field) else setting(each, key) for key, each in converts.items()}
+    return {key: each if isinstance(each, Field) else setting(each, key) for key, each in read.items()}
 
 
-POSITIVE = number("a number above 0", lambda x: x > 0)
-FROM_0 = number("a number from 0", lambda x: x >= 0)
-SHARE = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
-FACTOR = number("a number above 0 up to 1", lambda x: 0 < x <= 1)
+POSITIVE = number(Interval(0, open_low=True))
+FROM_0 = number(Interval(0))
+SHARE = number(Interval(0, 1))
+FACTOR = number(Interval(0, 1, open_low=True), "a number above 0 up to 1")
+MILESTONES = _increasing(_list_of(count(0), "a list of epochs in increasing order, as in [60, 120]"))
+GAMMAS = _list_of(POSITIVE, "a list of numbers above 0, as in [0.1, 0.2]")
 
 BITS = {"acts": "bits_activations", "wts": "bits_weights", "bias": "bits_bias"}
 """The keys of one entry of `bits_overrides`, the older spelling of `overrides` -> those of today."""
 
 
-def key(default: Any, convert: Callable[[Node], object]) -> Any:
+def key(default: Any, value: Value) -> Any:
     """A field of a dataclass that is a key of YAML, with the reader of its value; a switch needs none."""
-    return field(default=default, metadata={"convert": convert})
+    return field(default=default, metadata={"value": value})
 
 
 def keys_of(cls: type) -> dict[str, Field]:
@@ -137,7 +115,7 @@ def keys_of(cls: type) -> dict[str, Field]:
     found: dict[str, Field] = {}
     for each in fields(cls):
         name = "mode" if each.name in ("mode_activations", "mode_weights") else each.name
-        found[name] = Field(modes) if name == "mode" else setting(each.metadata.get("convert", flag), name)
+        found[name] = Field(modes) if name == "mode" else setting(each.metadata.get("value", FLAG), name)
     return found
 
 
@@ -172,13 +150,13 @@ EXTENSION_CLASSES: Mapping[str, ClassFields] = {
     "KnowledgeDistillation": ClassFields(
         {
             **table(
-                teacher=text("the name of a model, or self"),
-                resume=text("the path of a checkpoint"),
-                pretrained=flag,
+                teacher=values.text("the name of a model, or self"),
+                resume=values.text("the path of a checkpoint"),
+                pretrained=FLAG,
                 temperature=POSITIVE,
                 distill_wt=FROM_0,
                 student_wt=FROM_0,
-                cache=flag,
+                cache=FLAG,
                 match_wt=FROM_0,
                 match_kind=one_of("attention", "feature"),
             ),
@@ -193,7 +171,7 @@ ABSENT_EXTENSIONS = ("FilterRemover", "ChannelRemover", "StructureRemover", "Fre
 """Extensions that files for other versions name."""
 
 POLICY_FIELDS: Mapping[str, Field] = table(
-    starting_epoch=count(0), ending_epoch=count(1), frequency=count(1), epochs=milestones
+    starting_epoch=count(0), ending_epoch=count(1), frequency=count(1), epochs=MILESTONES
 )
 """When a policy acts: from a start to an end, which is exclusive, or in listed epochs."""
 

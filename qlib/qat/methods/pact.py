@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from qlib.config.schedule.keys import POSITIVE, key, number
+from qlib.config.schedule.keys import FROM_0, POSITIVE, key
 from qlib.lower.trainable import ActivationQuantizer, WeightQuantizer
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
 from qlib.qat.few_codes import ClippedActivation
@@ -37,7 +37,7 @@ class Pact(TrainingQuantizer):
     """
 
     act_clip_init_val: float = key(8.0, POSITIVE)
-    act_clip_decay: float | None = key(None, number("a number from 0, or null for none", lambda x: x >= 0, null=True))
+    act_clip_decay: float | None = key(None, FROM_0.or_null("or null for none"))
     least_bits: ClassVar[int] = 1
     only_relus: ClassVar[bool] = True
 

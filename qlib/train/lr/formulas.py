@@ -15,21 +15,21 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TypeAlias
 
-from qlib.config.layers.keys import Field, flag, setting
+from qlib.config.layers.keys import Field, setting
 from qlib.config.schedule.keys import (
     FACTOR,
     FROM_0,
+    GAMMAS,
+    MILESTONES,
     POSITIVE,
     SHARE,
     ClassFields,
     count,
-    gammas,
-    milestones,
     one_of,
     table,
 )
+from qlib.config.values import FLAG, Value
 from qlib.registry import Registry
-from qlib.yaml_tree import Node
 
 __all__ = ["ARGUMENTS", "FORMULAS", "Formula", "MOMENTA", "formula", "momentum"]
 
@@ -45,9 +45,7 @@ MOMENTA: dict[str, Formula] = {}
 """Class name -> the momentum after n epochs, or steps, of those that move it unless told not to."""
 
 
-def formula(
-    name: str, *, either: tuple[str, ...] = (), **keys: Callable[[Node], object] | Field
-) -> Callable[[Formula], Formula]:
+def formula(name: str, *, either: tuple[str, ...] = (), **keys: Value | Field) -> Callable[[Formula], Formula]:
     """Registers a formula with the keys that a schedule may give it: exactly one of `either`, and all without default.
 
     >>> ARGUMENTS["StepLR"].needs, ARGUMENTS["PolynomialLR"].needs
@@ -69,7 +67,7 @@ def momentum(name: str) -> Callable[[Formula], Formula]:
     """Registers the momentum that goes with a formula, and the keys that it adds to those of that."""
 
     def decorate(function: Formula) -> Formula:
-        added = table(cycle_momentum=flag, base_momentum=SHARE, max_momentum=SHARE)
+        added = table(cycle_momentum=FLAG, base_momentum=SHARE, max_momentum=SHARE)
         ARGUMENTS[name] = replace(ARGUMENTS[name], fields={**ARGUMENTS[name].fields, **added})
         MOMENTA[name] = function
         return function
@@ -87,7 +85,7 @@ def step_lr(base: float, n: int, *, step_size: int, gamma: float = 0.1) -> float
     return float(base * gamma ** (n // step_size))
 
 
-@formula("MultiStepLR", milestones=milestones, gamma=POSITIVE)
+@formula("MultiStepLR", milestones=MILESTONES, gamma=POSITIVE)
 def multi_step_lr(base: float, n: int, *, milestones: Sequence[int], gamma: float = 0.1) -> float:
     """``base * gamma ** (number of milestones up to n)``.
 
@@ -97,7 +95,7 @@ def multi_step_lr(base: float, n: int, *, milestones: Sequence[int], gamma: floa
     return float(base * gamma ** bisect_right(milestones, n))
 
 
-@formula("MultiStepMultiGammaLR", milestones=milestones, gammas=gammas)
+@formula("MultiStepMultiGammaLR", milestones=MILESTONES, gammas=GAMMAS)
 def multi_step_multi_gamma_lr(base: float, n: int, *, milestones: Sequence[int], gammas: Sequence[float]) -> float:
     """``base`` times the gammas of all milestones up to n: they are cumulative.
 
@@ -262,7 +260,7 @@ def _one_cycle(n: int, total: int, share: float, three: bool, strategy: str, poi
     anneal_strategy=one_of("cos", "linear"),
     div_factor=POSITIVE,
     final_div_factor=POSITIVE,
-    three_phase=flag,
+    three_phase=FLAG,
 )
 def one_cycle_lr(
     base: float,

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qlib.config.schedule.keys import FROM_0, ClassFields, count, number, one_of, table
 from qlib.config.schedule.read import Component, PolicySpec
+from qlib.config.values import Interval
 from qlib.errors import ConfigError
 from qlib.train.lr.formulas import ARGUMENTS, FORMULAS, MOMENTA
 
@@ -125,7 +126,7 @@ LR_CLASSES: Mapping[str, ClassFields] = {
     "ReduceLROnPlateau": ClassFields(
         table(
             mode=one_of("min", "max"),
-            factor=number("a number above 0 and below 1", lambda x: 0 < x < 1),
+            factor=number(Interval(0, 1, open_low=True, open_high=True)),
             patience=count(0),
             threshold=FROM_0,
             threshold_mode=one_of("rel", "abs"),

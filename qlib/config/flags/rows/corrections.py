@@ -23,7 +23,7 @@ def _asking(wanted: Callable[[CorrectionFlag], bool]) -> tuple[str, ...]:
 def _correction(each: CorrectionFlag) -> Flag:
     """The flag of a correction that is a switch, or takes a number."""
     number = each.number
-    kind = SWITCH if number is None else real(number.allows, number.allowed, number.name.upper())
+    kind = SWITCH if number is None else real(number.interval, metavar=number.name.upper())
     return Flag(each.flag, kind, each.help, needs=(_COLLECTING if each.of_float else _QUANTIZING,))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from qlib.config.flags.flag import Flag, Ignored
 from qlib.config.flags.kinds import SWITCH, arch, choice, devices, existing_file, fraction, path, real, run_name, whole
 from qlib.config.flags.rows.common import EXPORTS, ONLY_ANALYSES, ONLY_COLLECTS, ONLY_PRINTS
+from qlib.config.values import Interval
 
 __all__ = ["GROUPS"]
 
@@ -61,7 +62,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag("--batch-size -b", whole(1), "images per batch"),
         Flag(
             "--validation-split --valid-size --vs",
-            real(lambda number: 0 <= number < 1, "a fraction from 0 to below 1"),
+            real(Interval(0, 1, open_high=True), "a fraction from 0 to below 1"),
             "fraction of the training images held out for validation",
         ),
         Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use"),

@@ -78,7 +78,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Flag("--qe-bits-accum", whole(2, 32), "bits of the accumulator"),
                 Flag("--qe-clip-acts --qeca", choice(CLIP_NAMES), "how the range of activations is clipped"),
                 *(
-                    Flag(each.flag, real(each.allows, f"a number {each.allowed}", each.metavar), each.help)
+                    Flag(each.flag, real(each.interval, metavar=each.metavar), each.help)
                     for each in CLIP_PARAMETERS.values()
                 ),
                 Flag("--qe-clip-wts", choice(WEIGHT_CLIPS), "how the ranges of weights are clipped"),

@@ -8,11 +8,13 @@ from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import BEST_BY, OPTIMIZERS
 from qlib.config.flags.kinds import SWITCH, Kind, choice, existing_file, real, schedule_file, whole
 from qlib.config.flags.rows.common import EXPORTS
+from qlib.config.values import Interval
 
 __all__ = ["GROUPS"]
 
-_POSITIVE = real(lambda number: number > 0, "a number above 0")
-_FROM_0 = real(lambda number: number >= 0, "a number from 0")
+_POSITIVE = real(Interval(0, open_low=True))
+_FROM_0 = real(Interval(0))
+_BELOW_1 = real(Interval(0, 1, open_high=True))
 _TRAINING = Need(("--compress", "--epochs"))
 _NOT_TRAINED = Ignored(
     "is ignored: with {by} nothing is trained",
@@ -35,7 +37,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Flag("--lr --learning-rate", _POSITIVE, "learning rate to begin with", "train.lr"),
                 Flag(
                     "--momentum",
-                    real(lambda number: 0 <= number < 1, "a number from 0 to below 1"),
+                    _BELOW_1,
                     "momentum of sgd",
                     "train.momentum",
                     ignored=(
@@ -49,7 +51,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Flag("--weight-decay --wd", _FROM_0, "weight decay", "train.weight_decay"),
                 Flag(
                     "--label-smoothing",
-                    real(lambda number: 0 <= number < 1, "a number from 0 to below 1"),
+                    _BELOW_1,
                     "share of the label that is spread over all classes",
                     "train.label_smoothing",
                 ),
