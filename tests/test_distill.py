@@ -31,7 +31,7 @@ from qlib.distill.loss import Distillation, DistillSettings, distillation_loss
 from qlib.distill.matching import ForwardHooks, Matching, attention_loss, feature_loss, named_outputs
 from qlib.errors import CheckpointError, ConfigError, ModelError, OutputError, QlibError, UsageError
 from qlib.graph import capture, fold
-from qlib.lower.trainable import lower_trainable
+from qlib.lower.trainable import prepare_qat
 from qlib.models import create_model, find_model
 from qlib.runlog import RunLog
 from qlib.train.policy import Batch, Losses
@@ -717,7 +717,7 @@ class TestMatching:
     def test_a_trainable_graph(self, folder: Path) -> None:
         """A ReLU that its layer computes, a layer by itself, and a container have the outputs of the float model."""
         job = make_job()
-        lowered = lower_trainable(capture(job.model, job.example)).eval()
+        lowered = prepare_qat(capture(job.model, job.example)).eval()
         names = ("relu", "stem.relu", "stem", "wide", "maxpool", "pointwise", "fc")
         there = named_outputs(lowered, fold(job.model, job.example).absorbed)
         assert "stem.bn" not in there  # what leaves the layer has passed the ReLU
@@ -736,7 +736,7 @@ class TestMatching:
 
     def test_a_trainable_graph_is_matched(self, folder: Path) -> None:
         job = make_job()
-        lowered = lower_trainable(capture(job.model, job.example))
+        lowered = prepare_qat(capture(job.model, job.example))
         match = {"relu": "relu", "narrow": "wide"}
         policy = make_distillation(job, lowered, schedule(teacher="self", match=match))
         assert policy is not None
@@ -751,7 +751,7 @@ class TestMatching:
 
     def test_a_block_of_torchvision(self) -> None:
         block = BasicBlock(3, 3).eval()
-        there = named_outputs(lower_trainable(capture(nn.Sequential(block), torch.zeros(1, 3, 4, 4))))
+        there = named_outputs(prepare_qat(capture(nn.Sequential(block), torch.zeros(1, 3, 4, 4))))
         assert {"0", "0.conv1", "0.add"} <= set(there)
         assert there["0"] is there["0.add"]
 

@@ -18,7 +18,7 @@ from qlib.errors import ConfigError
 from qlib.graph import FoldedGraph, Graph, capture, fold_batch_norm
 from qlib.graph.kinds import DROPOUTS
 from qlib.lower import lower
-from qlib.lower.trainable import TrainableLayer, lower_trainable, trainable_layers
+from qlib.lower.trainable import TrainableLayer, prepare_qat, trainable_layers
 from qlib.qat.few_codes import ClippedActivation
 from qlib.qat.methods.lsq import LsqActivation
 from qlib.qat.quantization import Quantization
@@ -145,7 +145,7 @@ def steps(work: Quantization, count: int = 3) -> None:
 @pytest.mark.parametrize("make", [Net, Attention, Twice])
 def test_without_quantizers_it_is_the_float_model(make: type[nn.Module]) -> None:
     model = make()
-    lowered = lower_trainable(capture(model.eval(), images(2)))
+    lowered = prepare_qat(capture(model.eval(), images(2)))
     torch.testing.assert_close(lowered(images()), model(images()))
 
 

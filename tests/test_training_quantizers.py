@@ -26,8 +26,8 @@ from qlib.lower.trainable import (
     TrainableLayer,
     WeightQuantizer,
     connect,
-    deployed,
-    lower_trainable,
+    convert,
+    prepare_qat,
     trainable_layers,
 )
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
@@ -570,7 +570,7 @@ def test_what_trains_is_what_is_deployed(method: TrainingQuantizer, acts: int) -
     layer_settings = resolve(PtqConfig(defaults), layer_infos(folded))
     plan = plan_post_train_linear(folded, layer_settings, ModelStats(collector.result()), names)
 
-    trainable = lower_trainable(graph)
+    trainable = prepare_qat(graph)
     for name, layer in trainable_layers(trainable):
         attach(layer, name, plan, method, (acts, wts))
     connect(trainable)
@@ -583,7 +583,7 @@ def test_what_trains_is_what_is_deployed(method: TrainingQuantizer, acts: int) -
 
     with torch.no_grad():
         trained = trainable.eval()(images)
-        exact = lower(*deployed(graph, trainable, plan))(images)
+        exact = lower(*convert(graph, trainable, plan))(images)
     assert torch.isfinite(exact).all()
     same = (trained - exact).abs() <= 1e-4 * trained.abs().max()
     assert same.float().mean() > 0.97, same.float().mean()

@@ -1,6 +1,6 @@
 """The trainable lowering: the float graph with its batch-norms, whose tensors pass through quantizers while it trains.
 
-It computes what the exact lowering of `deployed` computes: quantizers are any modules that put a tensor on a grid and
+It computes what the exact lowering of `convert` computes: quantizers are any modules that put a tensor on a grid and
 tell which one that is.
 """
 
@@ -20,7 +20,7 @@ from qlib.graph.walk import keeps_grid
 from qlib.graph.weights import swap_channels
 from qlib.lower.fake import fake_quantize
 from qlib.quant.affine import QParams, range_of_grid
-from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
+from qlib.quant.plan import Plan, WeightPlan
 
 __all__ = [
     "ActivationQuantizer",
@@ -28,8 +28,8 @@ __all__ = [
     "TrainableLayer",
     "WeightQuantizer",
     "connect",
-    "deployed",
-    "lower_trainable",
+    "convert",
+    "prepare_qat",
     "trainable_layers",
 ]
 
@@ -37,7 +37,7 @@ __all__ = [
 class WeightQuantizer(nn.Module):
     """Puts a weight ``[out, in / groups, ...]`` on a grid, in each step anew.
 
-    Law: in evaluation mode `forward` gives values of `grid(weight)`, whose scale it also answers. Unless `folds`, the
+    Law: in evaluation mode `forward` gives values of `grid(weight)`, whose scale it also returns. Unless `folds`, the
     grid is symmetric and restricted, so that it survives a batch-norm with a negative factor.
     """
 
@@ -196,7 +196,7 @@ def _rounding_error(value: Tensor, step: Tensor) -> Tensor:
     return torch.round(value / step) * step - value
 
 
-def lower_trainable(graph: Graph) -> fx.GraphModule:
+def prepare_qat(graph: Graph) -> fx.GraphModule:
     """A graph over the same parameters as `graph`, which is not folded, whose layers can be given quantizers.
 
     A layer stands for itself and for the batch-norm and activation that folding and the integer kernels take into it;
@@ -264,7 +264,7 @@ def connect(lowered: fx.GraphModule) -> None:
 
 
 @torch.no_grad()
-def deployed(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, Plan]:
+def convert(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, Plan]:
     """The folded graph and the plan whose exact lowering gives the integers that `lowered` (of `graph`) stands for.
 
     `plan` is that from which the quantizers were made; what they have learned since replaces its grids.
@@ -279,24 +279,7 @@ def deployed(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, 
             rounded, _ = layer.rounded_weight()
             folded.get_submodule(targets[name]).weight.copy_(rounded)  # type: ignore[operator]
             learned = replace(learned, weight=layer.weight_plan())
-        plans[name] = _with_grids(learned, layer)
+        grids = [grid.params if isinstance(grid, ActivationQuantizer) else None for grid in layer.inputs]
+        plans[name] = learned.with_grids(grids, layer.output.params if layer.output is not None else None, "learned")
     fold_batch_norm(folded)
     return folded, replace(plan, layers=plans)
-
-
-def _with_grids(plan: LayerPlan, layer: TrainableLayer) -> LayerPlan:
-    """The plan of a layer with the grids of its activations."""
-    inputs = tuple(
-        _on_grid(planned, grid) if planned is not None and isinstance(grid, ActivationQuantizer) else planned
-        for planned, grid in zip(plan.inputs, layer.inputs, strict=True)
-    )
-    output = plan.output
-    if output is not None and layer.output is not None:
-        output = _on_grid(output, layer.output)
-    return replace(plan, inputs=inputs, output=output)
-
-
-def _on_grid(plan: TensorPlan, quantizer: ActivationQuantizer) -> TensorPlan:
-    params = quantizer.params
-    low, high = range_of_grid(params)
-    return replace(plan, spec=params.spec, clip="learned", min=float(low), max=float(high))

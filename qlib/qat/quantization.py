@@ -20,8 +20,8 @@ from qlib.lower.trainable import (
     TrainableLayer,
     WeightQuantizer,
     connect,
-    deployed,
-    lower_trainable,
+    convert,
+    prepare_qat,
     trainable_layers,
 )
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
@@ -52,7 +52,7 @@ class Quantization(Policy):
 
     def __init__(self, graph: Graph, folded: FoldedGraph, specs: Iterable[PolicySpec], calibrate: Calibrate) -> None:
         self.graph = graph
-        self.module = lower_trainable(graph)
+        self.module = prepare_qat(graph)
         self._calibrate = calibrate
         self._claims = make_claims(specs, folded)
         self._owners: dict[str, Claim | None] = dict.fromkeys((name for name, _ in trainable_layers(self.module)), None)
@@ -82,7 +82,7 @@ class Quantization(Policy):
 
     def convert(self) -> tuple[Graph, Plan] | None:
         """The folded graph and the plan of what has been learned; None while all is in float."""
-        return None if self.plan is None else deployed(self.graph, self.module, self.plan)
+        return None if self.plan is None else convert(self.graph, self.module, self.plan)
 
     def on_epoch_begin(self, epoch: int) -> None:
         owners = self._owners_in(epoch)

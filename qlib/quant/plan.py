@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from qlib.quant.affine import QParams, qparams_from_range, range_of_weight
+from qlib.quant.affine import QParams, qparams_from_range, range_of_grid, range_of_weight
 from qlib.quant.spec import QuantSpec
 
 __all__ = ["LayerPlan", "Plan", "TensorPlan", "WeightPlan"]
@@ -40,6 +40,16 @@ class TensorPlan:
         assert self.min is not None, "a dynamic tensor has no fixed range"
         assert self.max is not None, "a dynamic tensor has no fixed range"
         return qparams_from_range(self.min, self.max, self.spec)
+
+    def on_grid(self, params: QParams, clip: str | None = None) -> TensorPlan:
+        """With format and range of another grid; `clip` tells how that was found, None that it is as before.
+
+        >>> grid = TensorPlan(QuantSpec.of_mode("asym_u", 4), min=0.0, max=7.5).qparams()
+        >>> TensorPlan(QuantSpec.of_mode("asym_u", 8)).on_grid(grid).qparams().scale
+        tensor(0.5000)
+        """
+        low, high = range_of_grid(params)
+        return replace(self, spec=params.spec, clip=clip or self.clip, min=float(low), max=float(high))
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,11 @@ class WeightPlan:
         low, high = (torch.tensor(values, dtype=torch.float64).view(shape) for values in (self.min, self.max))
         return qparams_from_range(low.to(weight.device), high.to(weight.device), self.spec)
 
+    def on_grid(self, params: QParams) -> WeightPlan:
+        """With the range of another grid of this format."""
+        low, high = (tuple(ends.reshape(-1).tolist()) for ends in range_of_grid(params))
+        return replace(self, min=low, max=high)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -98,6 +113,17 @@ class LayerPlan:
     scale_approx_bits: int | None = None
     float_bits: int | None = None
     note: str = ""
+
+    def with_grids(
+        self, inputs: Sequence[QParams | None], output: QParams | None, clip: str | None = None
+    ) -> LayerPlan:
+        """With other grids of the activations that are quantized, as `TensorPlan.on_grid`; None keeps what is there."""
+
+        def on(plan: TensorPlan | None, params: QParams | None) -> TensorPlan | None:
+            return plan if plan is None or params is None else plan.on_grid(params, clip)
+
+        on_grids = tuple(on(plan, params) for plan, params in zip(self.inputs, inputs, strict=True))
+        return replace(self, inputs=on_grids, output=on(self.output, output))
 
 
 @dataclass(frozen=True)
