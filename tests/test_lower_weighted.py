@@ -193,9 +193,7 @@ def test_large_sums_stay_exact(features: int, bits: tuple[int, int], path: str) 
         q = np.minimum(x.random(rng, *shape) + x.high // 3, x.high)  # one-sided: sums grow
         y = Codes.of("asym_u", 8, 2 ** (bits[0] + bits[1] - 18) * features, 129)
         lowered = check(module, LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("asym_s", bits[1], 0))), q, x, y)
-        parts = (
-            "float64" if lowered.parts is None else ["float32", "two parts", "more parts"][min(len(lowered.parts), 2)]
-        )
+        parts = "float64" if lowered.in_double else ["float32", "two parts", "more parts"][min(len(lowered.cuts), 2)]
         assert parts == path
         with torch.inference_mode():
             acc = np.abs(lowered.accumulate(x.centered(q)).numpy())

@@ -13,6 +13,7 @@ from torch import fx, nn
 from qlib.deploy.kernels import CLAMPS, MOVES, STEPS, Kernels, exact_layers, kernels_of, layer_of, open_with_graph
 from qlib.files import write_csv
 from qlib.graph.ir import layer_inputs
+from qlib.graph.kinds import KINDS
 from qlib.lower.base import Edge
 from qlib.lower.exact import EDGE
 from qlib.lower.ops.quantize import Dequantize, Quantize
@@ -24,10 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Placed", "int8_share", "placement", "placement_table", "write_placement_csv"]
 
-_FUSED_NAMES = (
-    "Conv Gemm MatMul Add Mul Concat AveragePool GlobalAveragePool Softmax Sigmoid LeakyRelu Relu Clip MaxPool"
-)
-_HAVE_INTEGER_KERNELS = frozenset(_FUSED_NAMES.split())
+_HAVE_INTEGER_KERNELS = frozenset(name for kind in KINDS.values() for name in kind.onnx)
 """Float operators that ONNX Runtime replaces by integer kernels where their pattern is right."""
 
 

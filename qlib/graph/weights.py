@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["channel_axis", "give_bias", "grouped", "over_channels", "swap_channels"]
+__all__ = ["channel_axis", "give_bias", "grouped", "over_channels", "swap_channels", "swap_groups"]
 
 
 def swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
@@ -14,9 +14,12 @@ def swap_channels(module: nn.Module, weight: Tensor) -> Tensor:
     >>> swap_channels(nn.ConvTranspose1d(4, 6, 3, groups=2), torch.zeros(4, 3, 3)).shape
     torch.Size([6, 2, 3])
     """
-    if not isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return weight
-    by_group = weight.view(module.groups, -1, *weight.shape[1:])
+    return swap_groups(weight, module.groups) if isinstance(module, nn.modules.conv._ConvTransposeNd) else weight
+
+
+def swap_groups(weight: Tensor, groups: int) -> Tensor:
+    """``[in, out / groups, ...]`` to ``[out, in / groups, ...]``, and back."""
+    by_group = weight.view(groups, -1, *weight.shape[1:])
     return by_group.transpose(1, 2).flatten(0, 1)
 
 

@@ -6,6 +6,7 @@ below 2^24, zero padding is right without further thought, and moves need not kn
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from qlib.quant.arithmetic import float_reason
 from qlib.quant.plan import LayerPlan
 from qlib.registry import Registry
 
-__all__ = ["EXACT_LIMIT", "LOWERINGS", "Edge", "Edges", "Grid", "Lowered", "Site"]
+__all__ = ["EXACT_LIMIT", "LOWERINGS", "Edge", "Edges", "ExactLayer", "Grid", "Lowered", "Site"]
 
 EXACT_LIMIT = 2**24
 """float32 holds every integer below this magnitude."""
@@ -114,6 +115,14 @@ Lowered = tuple[nn.Module, "Edge | None"]
 
 LOWERINGS: Registry[Callable[[Site], Lowered]] = Registry("layer kind", "qlib.lower.ops")
 """Layer kind -> the function that builds its exact form."""
+
+
+class ExactLayer(nn.Module, ABC):
+    """A layer of the exact model: it knows what the exported file holds in its place."""
+
+    @abstractmethod
+    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+        """The exported layer, between the quantized values that are deployed: float, dequantized and quantized."""
 
 
 class Grid(nn.Module):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from qlib.graph.ir import attribute, layer_inputs
 from qlib.graph.ops import WindowPartition
-from qlib.lower.base import Edge, Edges
+from qlib.lower.base import Edge, Edges, ExactLayer
 from qlib.lower.exact import EDGE
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.lower.qdq_layer import FromCodes, QdqLayer, ToCodes
@@ -98,9 +96,8 @@ def _layer(module: nn.Module, inputs: Edges, output: Edge | None) -> nn.Module:
     if isinstance(module, Dequantize):
         assert inputs[0] is not None
         return FromCodes(inputs[0])
-    if hasattr(module, "qdq"):
-        build = cast("Callable[[Edges, Edge | None], nn.Module]", module.qdq)
-        return build(inputs, output)
+    if isinstance(module, ExactLayer):
+        return module.qdq(inputs, output)
     if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and output and output.dtype == torch.uint16:
         return QdqLayer(module, inputs, output)  # ONNX Runtime has max pools of bytes and of floats
     return module  # it moves values or takes their maximum: on codes as on values

@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,16 +107,13 @@ class SaturatingWeighted(nn.Module):
 
 def _window(layer: ExactWeighted) -> Window:
     """The geometry of a layer that is not transposed."""
-    assert isinstance(layer.apply_weight, partial)
-    options, kernel = layer.apply_weight.keywords, tuple(layer.weight_codes.shape[2:])
+    apply, kernel = layer.apply_weight, tuple(layer.weight_codes.shape[2:])
+    assert not apply.transposed
     if not kernel:
         return Window()
-    padding, dilation = options.get("padding", "valid"), options["dilation"]
-    if padding == "valid":
-        padding = (0,) * len(kernel)
-    spans = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
-    pads = [(span // 2, span - span // 2) for span in spans] if padding == "same" else [(pad, pad) for pad in padding]
-    return Window(kernel, options["stride"], dilation, tuple(pads), options["groups"])
+    spans = [step * (size - 1) for size, step in zip(kernel, apply.dilation, strict=True)]
+    pads = apply.pads or tuple((span // 2, span - span // 2) for span in spans)
+    return Window(kernel, apply.stride, apply.dilation, pads, apply.groups)
 
 
 def _top(layer: ExactWeighted) -> int:
@@ -128,9 +124,9 @@ def _top(layer: ExactWeighted) -> int:
 def _adds_in_pairs(layer: ExactWeighted, output: Edge) -> bool:
     """Whether the layer runs on the kernel that saturates."""
     codes, apply = layer.weight_codes, layer.apply_weight
-    if not isinstance(apply, partial):  # transposed: ONNX Runtime computes it in float
+    if apply.transposed:  # ONNX Runtime computes it in float
         return False
-    depthwise = codes.shape[1] == 1 and apply.keywords.get("groups", 0) == len(codes)
+    depthwise = apply.axes > 0 and codes.shape[1] == 1 and apply.groups == len(codes)
     in_bytes = layer.edge.dtype == output.dtype == torch.uint8 and codes.dtype == torch.int8
     return in_bytes and not depthwise
 

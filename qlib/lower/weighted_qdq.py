@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from qlib.lower.apply_weight import ApplyWeight
 from qlib.lower.base import Edge, Edges
 from qlib.lower.onnx_ops import dequantize_stored
 from qlib.lower.qdq_layer import QdqLayer
 
-__all__ = ["ApplyWeight", "Stored", "weighted_qdq"]
-
-ApplyWeight = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-"""What a layer computes from its input, weight and bias."""
+__all__ = ["Stored", "weighted_qdq"]
 
 
 class _InRows(nn.Module):

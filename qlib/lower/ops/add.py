@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import Add
-from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
@@ -43,7 +43,7 @@ def _add_is_fused(device: str) -> bool:
 _PROBES = tuple(torch.tensor([0.3, 1.7, 0.7071067, 0.0123]).tolist())
 
 
-class ExactAdd(nn.Module):
+class ExactAdd(ExactLayer):
     """``sat(rint(fma(r_a, q_a, fma(r_b, q_b, f))))`` with ``r = s_x / s_y``, ``f = z_y - fma(r_a, z_a, r_b * z_b)``.
 
     On raw codes: the zero point is inside the rounding. Where the first input is broadcast the two swap roles.

@@ -6,14 +6,14 @@ import copy
 
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ExactAvgPool"]
 
 
-class ExactAvgPool(nn.Module):
+class ExactAvgPool(ExactLayer):
     """``sat(rint(avg((q - z_x) * s_x) / s_y + z_y))``."""
 
     scale: Tensor

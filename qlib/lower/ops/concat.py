@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import Concat
-from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ExactConcat"]
 
 
-class ExactConcat(nn.Module):
+class ExactConcat(ExactLayer):
     """``sat(rint(((q - z_x) * s_x) / s_y) + z_y)`` for an input on another grid; codes on the same are copied."""
 
     def __init__(self, site: Site) -> None:

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.quant.affine import quantize
 
 __all__ = ["ExactEmbedding"]
 
 
-class ExactEmbedding(nn.Module):
+class ExactEmbedding(ExactLayer):
     """Looks up centered codes, quantized per tensor; leaves in float unless the next layer takes codes."""
 
     weight_codes: Tensor

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["FloatOp", "lower_float"]
@@ -16,7 +16,7 @@ __all__ = ["FloatOp", "lower_float"]
 _DTYPES = {16: torch.float16, 32: torch.float32, 64: torch.float64}
 
 
-class FloatOp(nn.Module):
+class FloatOp(ExactLayer):
     """``quantize(module(dequantize(inputs)))``; either step is left out where that side is float."""
 
     def __init__(self, site: Site) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.onnx_ops import global_average_pool
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
@@ -12,7 +12,7 @@ from qlib.lower.qdq_layer import QdqLayer
 __all__ = ["ExactGlobalAvgPool"]
 
 
-class ExactGlobalAvgPool(nn.Module):
+class ExactGlobalAvgPool(ExactLayer):
     """``sat(rint(float32(S) * (s_x / (s_y * N))) + z_y)`` with the integer sum S of N centered codes."""
 
     scale: Tensor

@@ -7,13 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Lowered, Site
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ClampCodes"]
 
 
-class ClampCodes(nn.Module):
+class ClampCodes(ExactLayer):
     """ReLU or ReLU6 on centered codes: a clamp at the code of zero, and at that of six."""
 
     def __init__(self, low: int, high: int) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import MatMul
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import approximate_factor, requant_factor
@@ -14,7 +14,7 @@ from qlib.quant.affine import approximate_factor, requant_factor
 __all__ = ["ExactMatMul"]
 
 
-class ExactMatMul(nn.Module):
+class ExactMatMul(ExactLayer):
     """``clamp(rint(float32(acc) * ((alpha * s_a * s_b) / s_y)) + z_y)``; `alpha` is folded into the scale of `a`."""
 
     factor: Tensor

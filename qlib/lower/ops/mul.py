@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qlib.graph.ops import Mul
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import requant_factor
@@ -13,7 +13,7 @@ from qlib.quant.affine import requant_factor
 __all__ = ["ExactMul"]
 
 
-class ExactMul(nn.Module):
+class ExactMul(ExactLayer):
     """``sat(rint(((q_a - z_a) * (q_b - z_b)) * m + z_y))`` with ``m = (s_a * s_b) / s_y``; two roundings, no fma."""
 
     factor: Tensor

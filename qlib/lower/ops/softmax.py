@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
@@ -24,7 +24,7 @@ def softmax_table(scale: float, size: int) -> Tensor:
     return torch.exp((torch.arange(256, dtype=torch.float64) - 255 + shift) * scale).float()
 
 
-class ExactSoftmax(nn.Module):
+class ExactSoftmax(ExactLayer):
     """``min(rint((e * floor(1 / s_y)) / S) + z_y, 255)``, ``e = T[q + 255 - max(q)]``, S their running float32 sum."""
 
     table: Tensor

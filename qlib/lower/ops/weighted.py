@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlib.graph.weights import swap_channels
 from qlib.lower.accumulator import accumulator_bounds, rounded_sum, split_points
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, Grid, Lowered, Site
+from qlib.lower.apply_weight import ApplyWeight, padding_of
+from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
 from qlib.lower.ops.float_op import FloatOp
-from qlib.lower.weighted_qdq import ApplyWeight, Stored, weighted_qdq
+from qlib.lower.weighted_qdq import Stored, weighted_qdq
 from qlib.quant.affine import (
     QParams,
     approximate_factor,
@@ -40,11 +38,11 @@ def _smallest_dtype(spec: QuantSpec) -> torch.dtype:
     return torch.int32
 
 
-_MOST_PARTS = 3
-"""Above it, one float64 product is cheaper than many float32 ones."""
+_MAX_PARTS = 4
+"""Of more, one float64 product is cheaper than many float32 ones."""
 
 
-class _QuantizedWeight(nn.Module):
+class _QuantizedWeight(ExactLayer):
     """A layer's integer weight ``[out, in / groups, ...]``, with what is derived from it after each load."""
 
     weight_codes: Tensor
@@ -58,8 +56,7 @@ class _QuantizedWeight(nn.Module):
         assert isinstance(weight, Tensor)
         weight = swap_channels(site.module, weight.detach())
         self.spec = plan.spec
-        self.apply_weight, self.splittable = _applier(site.module)
-        self.pad = _padding(site.module)
+        self.apply_weight, self.pad = ApplyWeight.of(site.module), padding_of(site.module)
         params = plan.qparams(weight)
         self.register_buffer("weight_codes", quantize(weight, params).to(_smallest_dtype(self.spec)))
         self.register_buffer("weight_scale", params.scale)
@@ -128,9 +125,9 @@ class _PlainWeighted(FloatOp):
             return super().qdq(inputs, output)
         bias = cast("Tensor | None", self.module.bias)
         weight = Stored(swap_channels(self.module, cast(Tensor, self.module.weight)))
-        apply_weight, _ = _applier(self.module)
+        apply_weight, pad = ApplyWeight.of(self.module), padding_of(self.module)
         stored = None if bias is None else Stored(bias)
-        return weighted_qdq(apply_weight, _padding(self.module), weight, stored, inputs, output)
+        return weighted_qdq(apply_weight, pad, weight, stored, inputs, output)
 
 
 class ExactWeighted(_QuantizedWeight):
@@ -176,25 +173,28 @@ class ExactWeighted(_QuantizedWeight):
         weight = self.centered_weight()
         total = float(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=False).max())
         self.saturation = self.limit if total >= self.limit else None
-        self.parts: list[int] | None = [] if total < EXACT_LIMIT else None
-        if self.parts is None and self.splittable:
-            self.parts = split_points(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=True))
-        if self.parts is not None and len(self.parts) > _MOST_PARTS:
-            self.parts = None
-        self.weights = weight if self.parts is not None else weight.double()
+        cuts = () if total < EXACT_LIMIT else self._cuts(weight)
+        self.cuts, self.in_double = cuts or (), cuts is None
+        self.weights = weight.double() if self.in_double else weight
         if self.ndim == 2 and self.weights.ndim == 4:
             self.weights = self.weights.contiguous(memory_format=torch.channels_last)
         self.bias = None if self.bias_codes is None else self.bias_codes.to(self.weights.dtype)
 
+    def _cuts(self, weight: Tensor) -> tuple[int, ...] | None:
+        """Where to cut the input channels; None where float64 is needed, or cheaper."""
+        if not self.apply_weight.splittable:
+            return None
+        cuts = split_points(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=True))
+        return None if cuts is None or len(cuts) >= _MAX_PARTS else tuple(cuts)
+
     def partial_sums(self, codes: Tensor) -> list[Tensor]:
         """Tensors whose sum is the accumulator, each of them exact; one in float64, or one or more in float32."""
         codes = codes if self.pad is None else self.pad(codes)
-        if self.parts is None:
-            return [self.apply_weight(codes.double(), self.weights, self.bias)]
-        if not self.parts:
+        if not self.cuts:
+            codes = codes.double() if self.in_double else codes
             return [self.apply_weight(codes, self.weights, self.bias)]
         axis = 1 if self.ndim else codes.ndim - 1
-        starts, ends = [0, *self.parts], [*self.parts, codes.shape[axis]]
+        starts, ends = (0, *self.cuts), (*self.cuts, codes.shape[axis])
         return [
             self.apply_weight(
                 codes.narrow(axis, start, end - start),
@@ -225,42 +225,6 @@ class ExactWeighted(_QuantizedWeight):
             acc = acc.clamp_(-self.saturation, self.saturation - 1)
         acc = acc.mul_(self.factor)
         return acc if self.grid is None else self.grid(acc)
-
-
-def _applier(module: nn.Module) -> tuple[ApplyWeight, bool]:
-    """The function of (codes, weight, bias) that the layer computes, and whether its input channels can be split."""
-    if isinstance(module, nn.Linear):
-        return partial(F.linear), True
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    options: dict[str, Any] = {"stride": module.stride, "dilation": module.dilation, "groups": module.groups}
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[module.weight.ndim - 3]
-        options |= {"padding": module.padding, "output_padding": module.output_padding}
-        return lambda x, w, b: transposed(x, swap_channels(module, w), b, **options), False
-    function: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[module.weight.ndim - 3]
-    if module.padding_mode == "zeros":
-        options["padding"] = module.padding
-    return partial(function, **options), module.groups == 1
-
-
-class _Pad(nn.Module):
-    """Padding with copies of values: reflect, replicate or circular."""
-
-    def __init__(self, pads: Sequence[int], mode: str) -> None:
-        super().__init__()
-        self.pads, self.mode = tuple(pads), mode
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(x, self.pads, self.mode)
-
-
-def _padding(module: nn.Module) -> nn.Module | None:
-    """The padding that is no part of the convolution: one that does not fill with zeros."""
-    mode = getattr(module, "padding_mode", "zeros")
-    if mode == "zeros":
-        return None
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    return _Pad(module._reversed_padding_repeated_twice, mode)
 
 
 @LOWERINGS.register("conv")
