@@ -28,6 +28,7 @@ from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.qat.assignment import Claim, make_claims, planned_settings
 from qlib.qat.drift import MAX_DRIFT, ScaleDrift
 from qlib.qat.layer_quantizers import LayerQuantizers
+from qlib.quant.arithmetic import with_notes
 from qlib.quant.plan import LayerPlan, Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
 from qlib.stats.tensor_stats import ModelStats
@@ -117,7 +118,7 @@ class Quantization(Policy):
                 plans[name] = replace(plans[name], inputs=kept)
                 if self.plan is not None and claim is self._owners[name]:
                     plans[name] = _with_starts_of(self.plan.layers[name], plans[name])
-        return replace(plan, layers=plans)
+        return with_notes(folded, replace(plan, layers=plans))
 
     def _attach(self, owners: dict[str, Claim | None], plan: Plan) -> None:
         """Gives each layer whose owner has changed its quantizers; inputs follow the plan."""
