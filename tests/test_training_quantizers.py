@@ -65,7 +65,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=IDS)
 def weight_site(method: TrainingQuantizer, weight: Tensor, bits: int, per_channel: bool = False) -> WeightSite:
     mode = str(method.planning["mode_weights"])
     start = WeightPlan(QuantSpec.of_mode(mode, max(bits, 2), 0 if per_channel else None)).qparams(weight)
-    return WeightSite(weight, bits, per_channel, start)
+    return WeightSite(weight, bits, start)
 
 
 def activation_site(method: TrainingQuantizer, bits: int, relu: bool, low: float = -2.0) -> ActivationSite:

@@ -21,13 +21,12 @@ class WeightSite:
     """A weight ``[out, in / groups, ...]`` that shall train in `bits`, and a grid to `start` from.
 
     `start` is what a range method finds best for the weight as the layer holds it: before its batch-norm, unless the
-    quantizer folds. Its spec has at least 2 bits. `stochastic`: in training it is rounded up or down at random, so that
-    the mean is right; in evaluation to the nearest.
+    quantizer folds. Its spec is the one to train in, but that it has at least 2 bits. `stochastic`: in training it is
+    rounded up or down at random, so that the mean is right; in evaluation to the nearest.
     """
 
     weight: Tensor
     bits: int
-    per_channel: bool
     start: QParams
     stochastic: bool = False
 

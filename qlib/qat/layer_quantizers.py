@@ -51,7 +51,7 @@ class LayerQuantizers:
         weight = swap_channels(self.layer.module, weight.detach())
         start = self._start(weight)
         stochastic = self.claim.common.rounding == "stochastic"
-        site = WeightSite(weight, settings.bits_weights, settings.per_channel_wts, start, stochastic)
+        site = WeightSite(weight, settings.bits_weights, start, stochastic)
         quantizer = self.claim.method.weight(site)
         if quantizer.folds and gain is not None:
             folded = weight * gain.view(-1, *[1] * (weight.ndim - 1))

@@ -46,8 +46,7 @@ class RangeLinearQat(TrainingQuantizer):
         return {"mode_activations": self.mode_activations, "mode_weights": self.mode_weights}
 
     def weight(self, site: WeightSite) -> WeightQuantizer:
-        spec = QuantSpec.of_mode(self.mode_weights, site.bits, 0 if site.per_channel else None)
-        return RangeWeight(spec, stochastic=site.stochastic, folds=True)
+        return RangeWeight(site.start.spec, stochastic=site.stochastic, folds=True)
 
     def activation(self, site: ActivationSite) -> ActivationQuantizer:
         assert self.quantize_inputs or not site.input
@@ -56,9 +55,8 @@ class RangeLinearQat(TrainingQuantizer):
 
 
 def linear_weight(site: WeightSite) -> WeightQuantizer:
-    """For methods of one or two bits, where a layer has more: the range of the weight in each step, symmetric."""
-    spec = QuantSpec.of_mode("sym_restr", site.bits, 0 if site.per_channel else None)
-    return RangeWeight(spec, stochastic=site.stochastic, folds=False)
+    """For methods of one or two bits, where a layer has more: the range of the weight in each step."""
+    return RangeWeight(site.start.spec, stochastic=site.stochastic, folds=False)
 
 
 def linear_activation(site: ActivationSite) -> ActivationQuantizer:
