@@ -1,0 +1,121 @@
+"""The promise: a new method is one new file. Each of `one_file/` is put into a copy of the package, and is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT
+
+PLACES = {
+    "octav.py": "clip",
+    "sawb.py": "qat/methods",
+    "stochastic.py": "correct",
+    "winsorize.py": "correct",
+}
+EXAMPLES = Path(__file__).with_name("one_file")
+DIGITS = ("-a", "digits_cnn", "--pretrained", "--cpu")
+
+SCHEDULE = """\
+quantizers:
+  q: {class: SAWBQuantizer, bits_activations: 4, bits_weights: 3, range_factor: 1.25}
+policies:
+  - {quantizer: {instance_name: q}, epochs: [0]}
+"""
+SETTINGS = """\
+quantizers:
+  q: {class: PostTrainLinearQuantizer, clip_acts: octav, clip_octav_steps: 3}
+corrections: {rounding: stochastic, winsorize: 0.9}
+"""
+PROGRAM = """
+import doctest
+import qlib.clip.octav
+print(doctest.testmod(qlib.clip.octav).failed)
+from qlib.app.schedule import read_schedule
+from qlib.config.layers.read import load_ptq_config
+from qlib.errors import ConfigError
+from qlib.ptq.activation_ranges import plan_tensor
+from qlib.stats.histogram import Histogram
+from qlib.stats.tensor_stats import TensorStats
+try:
+    read_schedule("wrong.yaml", 1)
+except ConfigError as error:
+    print(error)
+config = load_ptq_config("q.yaml")
+print(config.corrections)
+seen = Histogram(0.0, 0.25, (250, 250, 250, 249, *[0] * 35, 1))
+stats = TensorStats(count=1000, samples=1, min=0.0, max=10.0, histogram=seen)
+print(*(plan_tensor(stats, config.defaults.with_settings({"clip_octav_steps": n}, {}), False).max for n in (1, 3, 9)))
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package and all examples in it."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT / "qlib", folder / "qlib", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, place in PLACES.items():
+        shutil.copy(EXAMPLES / name, folder / "qlib" / place)
+    return folder
+
+
+def answer(package: Path, *words: str) -> str:
+    """What a command line prints, or a program if the first word is `-c`."""
+    command = words if words[0] == "-c" else ("-c", "import sys; from qlib.cli import main; sys.exit(main())", *words)
+    run = subprocess.run(
+        [sys.executable, *command],
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    return run.stdout + run.stderr
+
+
+def test_every_example_has_a_place() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PLACES)
+
+
+def test_help_offers_them(package: Path) -> None:
+    text = " ".join(answer(package, "--help").split())
+    assert "lp,auto,octav}" in text
+    assert "--qe-clip-octav-steps F Newton steps of octav (default: 10)" in text
+    assert "{nearest,gptq,adaround,brecq,qdrop,stochastic}" in text
+    assert "--ptq-winsorize SHARE clamp the weights" in text
+
+
+def test_a_value_that_is_out_of_bounds_is_an_error(package: Path) -> None:
+    text = answer(package, *DIGITS, "--qe", "--qeca", "octav", "--qe-clip-octav-steps", "0")
+    assert "--qe-clip-octav-steps '0' is not allowed: it must be a number from 1 to 100" in text
+
+
+def test_yaml_knows_them_and_a_parameter_reaches_the_method(package: Path) -> None:
+    (package / "wrong.yaml").write_text(SCHEDULE.replace("1.25", "-1"))
+    (package / "q.yaml").write_text(SETTINGS)
+    failed, wrong, corrections, ranges = answer(package, "-c", PROGRAM).splitlines()
+    assert failed == "0"
+    assert wrong == "wrong.yaml:2: range_factor is -1; allowed: a number above 0"
+    assert corrections == "{'winsorize': 0.9, 'rounding': 'stochastic'}"
+    first, third, last = map(float, ranges.split())
+    assert 0 < first < third < last <= 10
+
+
+def test_a_run_plans_and_corrects_with_them(package: Path) -> None:
+    flags = "--qe --qe-calibration 0.1 --qeca octav --qe-clip-octav-steps 5 --ptq-winsorize 0.9"
+    run = answer(package, *DIGITS, *flags.split(), "--ptq-rounding", "stochastic")
+    assert "Winsorized stem.conv: " in run
+    assert "Corrections changed" in run
+    (plan,) = package.glob("logs/*/layer_quant_params.yaml")
+    assert "clip: octav" in plan.read_text()
+
+
+def test_a_schedule_trains_with_it(package: Path) -> None:
+    (package / "s.yaml").write_text(SCHEDULE)
+    run = answer(package, *DIGITS, "--epochs", "1", "--lr", "0.01", "--compress", "s.yaml", "--etrs", "0.2")
+    assert re.search(r"SAWBQuantizer quantizes [1-9]\d* layers from epoch 0 on", run), run
+    assert "--- test" in run
