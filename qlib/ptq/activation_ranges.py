@@ -63,10 +63,10 @@ def softmax_plan(highest: float, size: int, settings: LayerSettings) -> TensorPl
 
 
 def _softmax_top(highest: float, bits: int, size: int) -> float:
-    """The top of a softmax's range, for a step of a power of two: the kernel multiplies by ``floor(1 / step)``.
+    """The top of a softmax's range, for a scale that is a power of two: the kernel multiplies by ``floor(1 / scale)``.
 
-    The step is ``2^-(bits + j)`` with the largest j for which ``2^-j`` is at least the highest probability seen, so
-    that attention spread over many tokens does not round to zero. Over `size` elements the step stays above
+    The scale is ``2^-(bits + j)`` with the largest j for which ``2^-j`` is at least the highest probability seen, so
+    that attention spread over many tokens does not round to zero. Over `size` elements the scale stays above
     ``1 / (e^5 size)``: below it the kernel's product overflows.
 
     >>> _softmax_top(1.0, 8, 49) == 255 / 256, _softmax_top(0.2, 8, 49) == 255 / 1024

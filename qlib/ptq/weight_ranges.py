@@ -18,14 +18,14 @@ from qlib.registry import Registry
 
 __all__ = ["WEIGHT_METHODS", "WeightContext", "plan_weight", "rounding_error"]
 
-_MOST_VALUES = 2**21
-_LEAST_PER_ROW = 1024
+_MAX_VALUES = 2**21
+_MIN_PER_ROW = 1024
 _NEGLIGIBLE = 0.01
 
 
 @dataclass(frozen=True)
 class WeightContext:
-    """What a method may know besides the weight: its grid (channel axis 0), and the numbers that methods take."""
+    """What a method may know besides the weight: its number format, per channel, and the numbers that methods take."""
 
     spec: QuantSpec
     clip_parameters: ClipParameters = CLIP_DEFAULTS
@@ -50,9 +50,8 @@ def plan_weight(plan: WeightPlan, weight: Tensor, method: str, clip_parameters: 
     >>> clipped.clip, round(clipped.max[0], 2)
     ('mse', 0.3)
     """
-    rows = (
-        weight.detach().float().cpu().flatten(1) if plan.per_channel else weight.detach().float().cpu().reshape(1, -1)
-    )
+    values = weight.detach().float().cpu()
+    rows = values.flatten(1) if plan.per_channel else values.reshape(1, -1)
     context = WeightContext(replace(plan.spec, axis=0), clip_parameters)
     if method == "none":
         return plan
@@ -107,32 +106,32 @@ def percentile(rows: Tensor, context: WeightContext) -> Ranges:
         low = -high
     else:
         low, high = (torch.from_numpy(each).float() for each in np.quantile(values, (1 - share, share), axis=1))
-    least, most = none(rows, context)
-    return torch.minimum(torch.maximum(low, least), most), torch.maximum(torch.minimum(high, most), least)
+    lowest, highest = none(rows, context)
+    return torch.minimum(torch.maximum(low, lowest), highest), torch.maximum(torch.minimum(high, highest), lowest)
 
 
 @WEIGHT_METHODS.register("mse")
 def mse(rows: Tensor, context: WeightContext) -> Ranges:
     """The range of least squared error of each row, never worse than that of all its values."""
-    return _least_error(rows, context.spec, 2.0)
+    return _min_error(rows, context.spec, 2.0)
 
 
 @WEIGHT_METHODS.register("lp")
 def lp(rows: Tensor, context: WeightContext) -> Ranges:
     """The range of least ``sum |w - Q(w)|^p`` of each row, never worse than that of all its values."""
-    return _least_error(rows, context.spec, context.clip_parameters["clip_p"])
+    return _min_error(rows, context.spec, context.clip_parameters["clip_p"])
 
 
-def _least_error(rows: Tensor, spec: QuantSpec, p: float) -> Ranges:
+def _min_error(rows: Tensor, spec: QuantSpec, p: float) -> Ranges:
     """Searches shares of both ends together, then finer ones, then (on an asymmetric grid) of each end alone.
 
     Of a large weight evenly spaced values are looked at; the result is compared with the whole range on all values.
     """
-    least, most = rows.amin(1), rows.amax(1)
-    stride = max(1, rows.shape[1] // max(_LEAST_PER_ROW, _MOST_VALUES // len(rows)))
+    lowest, highest = rows.amin(1), rows.amax(1)
+    stride = max(1, rows.shape[1] // max(_MIN_PER_ROW, _MAX_VALUES // len(rows)))
     seen = rows[:, ::stride].contiguous()
     shares = [torch.ones(len(rows)), torch.ones(len(rows))]
-    best = rounding_error(seen, least, most, spec, p)
+    best = rounding_error(seen, lowest, highest, spec, p)
 
     def attempt(ends: Iterable[int], factors: Iterable[float]) -> None:
         """Multiplies the shares of `ends` by each factor, and keeps for each row what has the least error."""
@@ -140,7 +139,7 @@ def _least_error(rows: Tensor, spec: QuantSpec, p: float) -> Ranges:
         start = [share.clone() for share in shares]
         for factor in factors:
             tried = [(start[end] * factor).clamp(max=1.0) if end in ends else start[end] for end in (0, 1)]
-            error = rounding_error(seen, least * tried[0], most * tried[1], spec, p)
+            error = rounding_error(seen, lowest * tried[0], highest * tried[1], spec, p)
             better = error < best
             best = torch.where(better, error, best)
             for end in ends:
@@ -150,12 +149,12 @@ def _least_error(rows: Tensor, spec: QuantSpec, p: float) -> Ranges:
     ratio = float(coarse[1] / coarse[0])
     attempt((0, 1), coarse)
     attempt((0, 1), ratio ** np.linspace(-1, 1, 9))
-    if not spec.symmetric and bool(((least < 0) & (most > 0)).any()):
+    if not spec.symmetric and bool(((lowest < 0) & (highest > 0)).any()):
         for reach in (4.0, 1.0):
             for end in (0, 1):
                 attempt((end,), ratio ** np.linspace(-reach, reach, 13))
-    low, high = least * shares[0], most * shares[1]
+    low, high = lowest * shares[0], highest * shares[1]
     if spec.symmetric:  # the end that does not decide stays inside the values
-        low, high = torch.maximum(low, least), torch.minimum(high, most)
-    worse = rounding_error(rows, low, high, spec, p) > rounding_error(rows, least, most, spec, p)
-    return torch.where(worse, least, low), torch.where(worse, most, high)
+        low, high = torch.maximum(low, lowest), torch.minimum(high, highest)
+    worse = rounding_error(rows, low, high, spec, p) > rounding_error(rows, lowest, highest, spec, p)
+    return torch.where(worse, lowest, low), torch.where(worse, highest, high)
