@@ -60,7 +60,8 @@ def rounded(x: Tensor, edge: Edge) -> Tensor:
     >>> rounded(torch.tensor([0.26, 9.0]), edge)
     tensor([0.2500, 1.7500])
     """
-    return torch.div(x, edge.scale).round_().clamp_(edge.low, edge.high).mul_(edge.scale)
+    scale = edge.scale.to(x.device)  # dividing by a CPU scalar multiplies by its reciprocal on CUDA
+    return torch.div(x, scale).round_().clamp_(edge.low, edge.high).mul_(scale)
 
 
 def rounded_weight(module: nn.Module, plan: WeightPlan) -> Tensor:
