@@ -50,7 +50,7 @@ config = load_ptq_config("q.yaml")
 print(config.corrections)
 seen = Histogram(0.0, 0.25, (250, 250, 250, 249, *[0] * 35, 1))
 stats = TensorStats(count=1000, samples=1, min=0.0, max=10.0, histogram=seen)
-print(*(plan_tensor(stats, config.defaults.with_settings({"clip_octav_steps": n}, {}), False).max for n in (1, 3, 9)))
+print(*(plan_tensor(stats, config.defaults.with_settings({"clip_octav_steps": n}, {}), False).max for n in (1, 9)))
 """
 
 
@@ -78,7 +78,7 @@ def answer(package: Path, *words: str) -> str:
 
 
 def test_every_example_has_a_place() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PLACES)
+    assert {path.name for path in EXAMPLES.glob("*.py")} - {"conftest.py"} == set(PLACES)
 
 
 def test_help_offers_them(package: Path) -> None:
@@ -101,8 +101,8 @@ def test_yaml_knows_them_and_a_parameter_reaches_the_method(package: Path) -> No
     assert failed == "0"
     assert wrong == "wrong.yaml:2: range_factor is -1; allowed: a number above 0"
     assert corrections == "{'winsorize': 0.9, 'rounding': 'stochastic'}"
-    first, third, last = map(float, ranges.split())
-    assert 0 < first < third < last <= 10
+    first, last = map(float, ranges.split())
+    assert 0 < first < last <= 10
 
 
 def test_a_run_plans_and_corrects_with_them(package: Path) -> None:
