@@ -13,9 +13,9 @@ from qlib.checkpoint.fit import is_state, load_state
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
 from qlib.graph import Graph
-from qlib.graph.ir import layers, name_of
+from qlib.graph.ir import layers
 from qlib.graph.weights import give_bias
-from qlib.lower import lower
+from qlib.lower import bias_names, lower
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
 
@@ -117,8 +117,7 @@ def restore_quantized(
     Raises CheckpointError when the checkpoint is not of this architecture.
     """
     for node, module in layers(graph):  # corrections may have given a layer a bias
-        name = name_of(node)
-        if {f"{name}.bias_codes", f"{name}.module.bias", f"{name}.float_bias"} & set(checkpoint["state_dict"]):
+        if bias_names(node, header.plan) & checkpoint["state_dict"].keys():
             give_bias(module)
     lowered = lower(graph, header.plan)
     load_state(lowered, checkpoint["state_dict"], source)

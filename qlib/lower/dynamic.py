@@ -26,7 +26,7 @@ from qlib.quant.arithmetic import dynamic_float_reason
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan
 from qlib.stats.tensor_stats import TensorStats
 
-__all__ = ["lower_dynamic", "quantize_each"]
+__all__ = ["DynamicWeighted", "dynamic_name", "lower_dynamic", "quantize_each"]
 
 
 def lower_dynamic(graph: Graph, plan: Plan) -> fx.GraphModule:
@@ -37,7 +37,7 @@ def lower_dynamic(graph: Graph, plan: Plan) -> fx.GraphModule:
     for node in calls:
         module = lowered.get_submodule(str(node.target))
         layer = plan.layers[name_of(node)]
-        target = f"layers.{node.name}"
+        target = dynamic_name(node)
         if layer_kind(module).accumulates and not dynamic_float_reason(module, layer):
             replacement = _build(name_of(node), module, layer)
         elif layer.weight is not None or layer.float_bits is not None:
@@ -49,6 +49,11 @@ def lower_dynamic(graph: Graph, plan: Plan) -> fx.GraphModule:
     lowered.delete_all_unused_submodules()
     lowered.recompile()
     return lowered.eval()
+
+
+def dynamic_name(node: fx.Node) -> str:
+    """The name that the lowering gives to the layer at `node`, which may share its module with others."""
+    return f"layers.{node.name}"
 
 
 def _build(name: str, module: nn.Module, layer: LayerPlan) -> nn.Module:
@@ -89,6 +94,8 @@ def _any_edge(plan: TensorPlan) -> Edge:
 
 class DynamicWeighted(ExactWeighted):
     """Convolution or linear: integer accumulator, integer bias at each sample's ``s_x * s_w``, float output."""
+
+    BIAS = "float_bias"
 
     def __init__(self, name: str, module: nn.Module, plan: LayerPlan) -> None:
         assert plan.inputs[0] is not None

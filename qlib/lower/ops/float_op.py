@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ _DTYPES = {16: torch.float16, 32: torch.float32, 64: torch.float64}
 
 class FloatOp(ExactLayer):
     """``quantize(module(dequantize(inputs)))``; either step is left out where that side is float."""
+
+    BIAS: ClassVar = "module.bias"
 
     def __init__(self, site: Site) -> None:
         super().__init__()

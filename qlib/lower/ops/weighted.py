@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ _MAX_PARTS = 4
 
 class _QuantizedWeight(ExactLayer):
     """A layer's integer weight ``[out, in / groups, ...]``, with what is derived from it after each load."""
+
+    BIAS: ClassVar[str]
+    """The name of the bias in the layer's state."""
 
     weight_codes: Tensor
     weight_scale: Tensor
@@ -94,6 +97,7 @@ class _QuantizedWeight(ExactLayer):
 class FloatWeighted(_QuantizedWeight):
     """A layer with an integer weight, and float before or after it: computes with the dequantized weight."""
 
+    BIAS = "module.bias"
     weight: Tensor
     scale: Tensor | None
 
@@ -138,6 +142,7 @@ class ExactWeighted(_QuantizedWeight):
     ``float32(acc)``), and where that is impossible the layer computes in float64.
     """
 
+    BIAS = "bias_codes"
     weights: Tensor
     bias: Tensor | None
     bias_codes: Tensor | None
