@@ -26,9 +26,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from qlib.cli import main as compress
-from qlib.config.layers.read import PtqConfig
 from qlib.config.layers.resolve import resolve
-from qlib.config.layers.settings import LayerSettings
+from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.correct._base import CalibrationImages
 from qlib.correct.absorb_bias import absorb_bias
 from qlib.correct.bias_correction import analytic_bias_correction, bias_correction

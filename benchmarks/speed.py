@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from tabulate import tabulate
 
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.graph import capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower

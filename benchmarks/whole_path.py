@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from qlib.checkpoint.quantized import QuantizedHeader, read_header, restore_quantized, save_quantized
 from qlib.checkpoint.read import read_checkpoint
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.deploy.export import export_quantized
 from qlib.deploy.placement import int8_share, placement
 from qlib.deploy.session import open_session, run_session

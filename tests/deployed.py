@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.graph import capture, fold_batch_norm
 from qlib.graph.cost import layer_costs
 from qlib.lower import lower

@@ -7,8 +7,8 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from qlib.config.layers.read import LayerSettings, PtqConfig
 from qlib.config.layers.resolve import resolve
+from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.models import create_model, find_model
 from qlib.ptq.planner import layer_infos, plan_post_train_linear

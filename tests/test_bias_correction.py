@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.layers.read import PtqConfig
 from qlib.config.layers.resolve import resolve
-from qlib.config.layers.settings import LayerSettings
+from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.correct._base import CalibrationImages
 from qlib.correct._walk import channel_moments
 from qlib.correct.bias_correction import analytic_bias_correction, bias_correction

@@ -20,9 +20,8 @@ from torchvision.models import (
     squeezenet1_1,
 )
 
-from qlib.config.layers.read import PtqConfig
 from qlib.config.layers.resolve import resolve
-from qlib.config.layers.settings import LayerSettings
+from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import StatsError
 from qlib.graph import Graph, NormStatistics, after_folding, capture, fold_batch_norm, norm_statistics
 from qlib.graph.ir import name_of

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.deploy.encodings import ENCODINGS, Encodings, collect_encodings, encodings_file, write_encodings
 from qlib.deploy.export import export_float
 from qlib.deploy.named import with_named_tensors

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.graph import Graph, capture, fold_batch_norm, kind_of
 from qlib.graph.ir import layer_inputs, layers, name_of
 from qlib.graph.kinds import LAYER_KINDS

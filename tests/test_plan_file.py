@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlib.config.layers.clips import CLIP_NAMES
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.errors import ConfigError, OutputError, StatsError
 from qlib.graph import capture, fold_batch_norm, kind_of
 from qlib.graph.ir import layer_inputs, layers, name_of

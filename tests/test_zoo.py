@@ -20,7 +20,7 @@ import whole_path
 from whole_path import Row, check, relative_error
 from zoo import append_row, read_rows, write_table
 
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.graph import Graph, capture
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower

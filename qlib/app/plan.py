@@ -19,8 +19,9 @@ from qlib.checkpoint.corrected import load_weights, save_weights
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.checks import searches
 from qlib.config.flags.run_config import RunConfig
-from qlib.config.layers.read import LayerSettings, PtqConfig, load_ptq_config, ptq_config_from_flags
+from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import resolve, wants_histograms
+from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import UsageError
 from qlib.graph import FoldedGraph
 from qlib.ptq.planner import layer_infos, plan_post_train_linear

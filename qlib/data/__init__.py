@@ -6,7 +6,7 @@ Importing this package imports neither torch nor torchvision.
 from qlib.data.augmented import AugmentedDataset, augmented
 from qlib.data.datasets import ImageDataset, Split, open_dataset
 from qlib.data.loader import Loader, make_loader
-from qlib.data.names import DATASETS, infer_dataset
+from qlib.data.names import DATASETS
 from qlib.data.subset import choose_subset, epoch_order, split_train
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "augmented",
     "choose_subset",
     "epoch_order",
-    "infer_dataset",
     "make_loader",
     "open_dataset",
     "split_train",

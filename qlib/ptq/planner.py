@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from qlib.config.layers.read import LayerSettings
 from qlib.config.layers.resolve import LayerInfo
+from qlib.config.layers.settings import LayerSettings
 from qlib.errors import ConfigError, StatsError
 from qlib.graph import Graph, fused_activations
 from qlib.graph.ir import (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tabulate import tabulate
 
-from qlib.config.layers.read import LayerSettings
+from qlib.config.layers.settings import LayerSettings
 from qlib.graph import Graph, kind_of
 from qlib.graph.cost import layer_macs
 from qlib.graph.ir import layers, name_of

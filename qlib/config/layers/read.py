@@ -12,7 +12,7 @@ from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
 
-__all__ = ["LayerSettings", "PtqConfig", "Rule", "load_ptq_config", "ptq_config_from_flags"]
+__all__ = ["load_ptq_config", "ptq_config_from_flags"]
 
 _CLASS = "PostTrainLinearQuantizer"
 _SECTIONS = (
