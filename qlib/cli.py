@@ -25,14 +25,13 @@ from qlib.models.names import refuse_python_file
 
 __all__ = ["build_parser", "main", "parse"]
 
-_PROGRAM = "compress.py"
 _RUN_CONFIG = "--run-config"
 _Texts = Mapping[str, Sequence[str]]  #: canonical flag -> the words that the user gave it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and answers its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
-    words = sys.argv[1:] if argv is None else list(argv)
+    words, program = sys.argv[1:] if argv is None else list(argv), _program()
     try:
         config = parse(words)
         from qlib.app import run as application
@@ -41,11 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QlibError as error:
         if {"-v", "--verbose"} & set(words):
             traceback.print_exc()
-        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{_PROGRAM}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(f"{program}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _program() -> str:
+    """The name under which this program was called: that of the file, or the command that installing it makes."""
+    called = Path(sys.argv[0]).stem
+    return called if called == "compress_classifier" else "compress.py"
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -175,8 +180,8 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the table; each flag's destination is its canonical name, and it leaves the texts as they are."""
     parser = _Parser(
-        prog=_PROGRAM,
-        usage=f"{_PROGRAM} [flags] DATASET_DIR",
+        prog=_program(),
+        usage=f"{_program()} [flags] DATASET_DIR",
         description="Compress image classifiers: calibrate, quantize, evaluate exactly what will be deployed.",
         epilog="DATASET_DIR holds train/ and val/, each with a folder of images for each class (or the files of the "
         "dataset that --dataset names); it may stand anywhere. The digits dataset needs none.",

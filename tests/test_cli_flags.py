@@ -559,6 +559,19 @@ WARNINGS = [
         ["--export-onnx has no effect: --qe-calibration alone only collects"],
     ),
     (
+        "analysing instead of exporting",
+        "--sense quant --export-onnx --engine onnxruntime",
+        [
+            "--engine has no effect: --sense only analyses",
+            "--export-onnx has no effect: --sense only analyses",
+        ],
+    ),
+    (
+        "each method that auto tries",
+        "--qe --qeca auto --qe-clip-n-stds 2 --qe-clip-percentile 99 --qe-clip-p 3",
+        [],
+    ),
+    (
         "collecting instead of evaluating",
         "-e --qe-calibration 0.1 --export-onnx",
         [
@@ -681,6 +694,15 @@ def test_compress_py_is_the_same_program() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert done.stderr == "compress.py: error: --batch-size '0' is not allowed: it must be a whole number, 1 or more\n"
+
+
+def test_the_installed_command_says_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/compress_classifier", "-b", "0"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("compress_classifier: error: --batch-size '0'")
+    assert build_parser().format_help().startswith("usage: compress_classifier [flags] DATASET_DIR")
 
 
 def test_the_parser_takes_no_abbreviations() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from qlib.config.flags.flag import Ignored
 
-__all__ = ["EXPORTS", "ONLY_ANALYSES", "ONLY_COLLECTS", "ONLY_PRINTS"]
+__all__ = ["EXPORTS", "NOT_EVALUATED", "NOT_EXPORTED", "ONLY_ANALYSES"]
 
 EXPORTS = ("--export-onnx", "--verify", "--export-encodings")
 
-ONLY_PRINTS = Ignored("is ignored: {by} only prints", by=("--summary", "--check"))
+_ONLY_PRINTS = Ignored("is ignored: {by} only prints", by=("--summary", "--check"))
 ONLY_ANALYSES = Ignored("has no effect: {by} only analyses", by=("--sense",), unless=("--summary", "--check"))
-ONLY_COLLECTS = Ignored(
+_ONLY_COLLECTS = Ignored(
     "has no effect: {by} alone only collects",
     by=("--qe-calibration",),
     unless=("--quantize-eval", "--summary", "--check", "--sense"),
 )
+
+NOT_EVALUATED = (ONLY_ANALYSES, _ONLY_COLLECTS)
+NOT_EXPORTED = (_ONLY_PRINTS, *NOT_EVALUATED)

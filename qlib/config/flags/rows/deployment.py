@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Need
 from qlib.config.flags.kinds import choice, new_file, whole
-from qlib.config.flags.rows.common import ONLY_COLLECTS, ONLY_PRINTS
+from qlib.config.flags.rows.common import NOT_EXPORTED
 
 __all__ = ["GROUPS"]
 
@@ -19,27 +19,27 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             new_file(".onnx", without=_IN_RUN_FOLDER),
             "write the model as ONNX, in float or, with --quantize-eval or a quantized checkpoint, in integers"
             " (without FILE: into the run's folder)",
-            ignored=(ONLY_PRINTS, ONLY_COLLECTS),
+            ignored=NOT_EXPORTED,
         ),
         Flag(
             "--export-opset",
             whole(18, 23),
             "ONNX operator set (default: 20, or 21 for activations of 9 to 16 bits)",
             needs=(Need(("--export-onnx",), also=("--verify", "--engine onnxruntime")),),
-            ignored=(ONLY_PRINTS, ONLY_COLLECTS),
+            ignored=NOT_EXPORTED,
         ),
         Flag(
             "--export-encodings",
             choice(("ort", "tensorrt", "aimet"), many="repeat"),
             "write the ranges alone, for tools that quantize by themselves",
-            ignored=(ONLY_PRINTS, ONLY_COLLECTS),
+            ignored=NOT_EXPORTED,
         ),
         Flag(
             "--verify",
             whole(1, without="64"),
             "prove on N test images (64 without N) that the exported model computes the same integers;"
             " exit code 1 if not",
-            ignored=(ONLY_PRINTS, ONLY_COLLECTS),
+            ignored=NOT_EXPORTED,
         ),
     ),
 }

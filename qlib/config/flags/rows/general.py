@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Ignored
 from qlib.config.flags.kinds import SWITCH, arch, choice, devices, existing_file, fraction, path, real, run_name, whole
-from qlib.config.flags.rows.common import EXPORTS, ONLY_ANALYSES, ONLY_COLLECTS, ONLY_PRINTS
+from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED, NOT_EXPORTED
 from qlib.config.values import Interval
 
 __all__ = ["GROUPS"]
@@ -71,15 +71,14 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag("--skip-corrupt", SWITCH, "leave out images that cannot be read, instead of stopping"),
     ),
     "Evaluation": (
-        Flag("--evaluate -e", SWITCH, "evaluate on the test split", ignored=(ONLY_ANALYSES, ONLY_COLLECTS)),
+        Flag("--evaluate -e", SWITCH, "evaluate on the test split", ignored=NOT_EVALUATED),
         Flag("--confusion", SWITCH, "print the confusion matrix"),
         Flag(
             "--engine",
             choice(_ENGINES),
             "what computes the model: torch, or ONNX Runtime on the exported file",
             ignored=(
-                ONLY_PRINTS,
-                ONLY_COLLECTS,
+                *NOT_EXPORTED,
                 Ignored("has no effect without --evaluate", by=EXPORTS, unless=("--evaluate", "--quantize-eval")),
                 Ignored(
                     "is ignored: training evaluates with torch",
