@@ -126,7 +126,7 @@ GRID = TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-1.0, max=3.0)
 
 
 def test_ort_text() -> None:
-    text = ENCODINGS["ort"].text(Encodings({"conv": GRID}))
+    text = ENCODINGS["ort"](Encodings({"conv": GRID}))[0]
     number = {"dtype": "float32", "CLS": "numpy.array"}
     assert json.loads(text) == {
         "CLS": "TensorsData",
@@ -143,7 +143,7 @@ def test_ort_text() -> None:
 )
 def test_tensorrt_text(low: float, high: float, scale: float) -> None:
     grid = TensorPlan(QuantSpec.of_mode("asym_s", 16), min=low, max=high)
-    header, line, end = ENCODINGS["tensorrt"].text(Encodings({"layer1.0.conv": grid})).split("\n")
+    header, line, end = ENCODINGS["tensorrt"](Encodings({"layer1.0.conv": grid}))[0].split("\n")
     assert (header, end) == ("TRT-8601-EntropyCalibration2", "")
     name, digits = line.split(": ")
     assert name == "layer1.0.conv"
@@ -163,7 +163,7 @@ def test_tensorrt_text(low: float, high: float, scale: float) -> None:
     ids=["asym_u", "asym_s", "sym", "sym_restr", "4 bits", "16 bits"],
 )
 def test_aimet_grid(bits: int, mode: str, low: float, high: float, scale: float, offset: int, symmetric: str) -> None:
-    text = ENCODINGS["aimet"].text(Encodings({"conv": TensorPlan(QuantSpec.of_mode(mode, bits), min=low, max=high)}))
+    text = ENCODINGS["aimet"](Encodings({"conv": TensorPlan(QuantSpec.of_mode(mode, bits), min=low, max=high)}))[0]
     content = json.loads(text)
     assert content["version"] == "0.6.1"
     (found,) = content["activation_encodings"]["conv"]
@@ -181,9 +181,10 @@ def test_aimet_grid(bits: int, mode: str, low: float, high: float, scale: float,
 
 def test_aimet_has_a_list_of_channels_and_no_implied_tensors() -> None:
     weight = qparams_from_range(torch.tensor([-127.5, -1.0]), torch.tensor([0.0, 1.0]), QuantSpec.of_mode("sym", 8, 0))
-    text = ENCODINGS["aimet"].text(
+    text, count = ENCODINGS["aimet"](
         Encodings({"conv": GRID, "relu": GRID}, {"conv.weight": weight}, frozenset({"conv"}))
     )
+    assert count == 2
     content = json.loads(text)
     assert list(content["activation_encodings"]) == ["relu"]
     channels = content["param_encodings"]["conv.weight"]

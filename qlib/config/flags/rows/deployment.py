@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from qlib.config.flags.flag import Flag, Need
 from qlib.config.flags.kinds import choice, new_file, whole
 from qlib.config.flags.rows.common import NOT_EXPORTED
+from qlib.registry import registered
 
 __all__ = ["GROUPS"]
 
@@ -30,7 +31,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         ),
         Flag(
             "--export-encodings",
-            choice(("ort", "tensorrt", "aimet"), many="repeat"),
+            choice(tuple(registered("qlib.deploy.encodings")), many="repeat"),
             "write the ranges alone, for tools that quantize by themselves",
             ignored=NOT_EXPORTED,
         ),
