@@ -178,7 +178,7 @@ def test_the_model_itself_trains(make: type[nn.Module], weight: str) -> None:
 
 
 def owners(work: Quantization, epoch: int) -> dict[str, str]:
-    found = work._owners_in(epoch)
+    found = work._assignment_in(epoch)
     return {name: "float" if claim is None else claim.spec.component.cls for name, claim in found.items()}
 
 

@@ -31,7 +31,7 @@ from qlib.lower.trainable import (
     trainable_layers,
 )
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
-from qlib.qat.assignment import Common
+from qlib.qat.assignment import CommonArguments
 from qlib.qat.base import TRAINING_QUANTIZERS, ActivationSite, TrainingQuantizer, WeightSite
 from qlib.qat.few_codes import CodedWeight
 from qlib.qat.methods.binary_connect import BinaryWeight
@@ -91,7 +91,7 @@ def random_images(seed: int = 0, count: int = 64) -> Tensor:
 def test_the_keys_of_yaml_are_the_fields() -> None:
     classes = CLASSES["quantizers"]
     assert list(classes) == list(TRAINING_QUANTIZERS)
-    common = [field.name for field in dataclasses.fields(Common)]
+    common = [field.name for field in dataclasses.fields(CommonArguments)]
     for name, arguments in classes.items():
         own = [field.name for field in dataclasses.fields(TRAINING_QUANTIZERS[name])]  # type: ignore[arg-type]
         if "mode_activations" in own:
@@ -101,9 +101,9 @@ def test_the_keys_of_yaml_are_the_fields() -> None:
 
 @every_method
 def test_every_key_but_a_switch_says_what_it_may_be(method: TrainingQuantizer) -> None:
-    for field in (*dataclasses.fields(Common), *dataclasses.fields(method)):  # type: ignore[arg-type]
+    for field in (*dataclasses.fields(CommonArguments), *dataclasses.fields(method)):  # type: ignore[arg-type]
         plain = field.type == "bool" or field.name.startswith("mode_")
-        assert ("convert" in field.metadata) is not plain, field.name
+        assert ("value" in field.metadata) is not plain, field.name
 
 
 @every_method

@@ -1,4 +1,4 @@
-"""What each quantizer of a schedule wants of each layer."""
+"""The assignment of quantizers to layers: what each quantizer of a schedule does with each layer."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from qlib.ptq.planner import layer_infos
 from qlib.qat.base import TRAINING_QUANTIZERS, TrainingQuantizer
 from qlib.qat.quantized_tensors import ends_in_relu, later_relus, on_inputs
 
-__all__ = ["Claim", "Common", "make_claims", "planned_settings", "quantizer_classes"]
+__all__ = ["CommonArguments", "ScheduledQuantizer", "planned_settings", "quantizer_classes", "scheduled_quantizers"]
 
 
 @dataclass(frozen=True)
-class Common:
+class CommonArguments:
     """The keys that every quantizer of a schedule has; none may be null but for what then stands for its default.
 
     `edges`: which tensors have `bits_activations`: the outputs of all layers, those of ReLUs alone, or the inputs of
@@ -56,30 +56,33 @@ class Common:
 
 def quantizer_classes() -> dict[str, ClassFields]:
     """The arguments of each class of quantizer in a schedule, those common to all first."""
-    return {
-        name: ClassFields({**keys_of(Common), **keys_of(TRAINING_QUANTIZERS[name])}) for name in TRAINING_QUANTIZERS
-    }
+    common = keys_of(CommonArguments)
+    return {name: ClassFields({**common, **keys_of(TRAINING_QUANTIZERS[name])}) for name in TRAINING_QUANTIZERS}
 
 
-class Claim:
-    """A quantizer of the schedule, and what it wants of each layer."""
+class ScheduledQuantizer:
+    """A quantizer of the schedule, with the settings that it gives each layer.
+
+    `tensors` says which ones have the bits of activations, as `edges` in YAML: those of all outputs, of ReLUs alone, or
+    the inputs of layers with weights.
+    """
 
     def __init__(self, index: int, spec: PolicySpec, folded: FoldedGraph) -> None:
         component = spec.component
         self.index, self.spec = index, spec
-        names = {each.name for each in dataclasses.fields(Common)}
-        given = {key: value for key, value in component.settings.items() if key in names}
-        self.common = Common(**{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        names = {each.name for each in dataclasses.fields(CommonArguments)}
+        given = {key: value for key, value in component.settings.items() if key in names and value is not None}
+        self.common = CommonArguments(**given)  # type: ignore[arg-type]
         own = {key: value for key, value in component.settings.items() if key not in names}
         self.method: TrainingQuantizer = TRAINING_QUANTIZERS[component.cls](**own)
-        self.edges = self.common.edges or ("relu" if self.method.only_relus else "all")
+        self.tensors = self.common.edges or ("relu" if self.method.only_relus else "all")
         self.settings = self._resolved(component.rules, folded)
 
     def _resolved(self, rules: Sequence[Rule], folded: FoldedGraph) -> dict[str, LayerSettings]:
         given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
         given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
         defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
-        ours = {**self._other_edges(folded.graph), **self._ends(folded.graph)}
+        ours = {**self._other_outputs(folded.graph), **self._ends(folded.graph)}
         where = Path(self.spec.component.where).name
         more = [
             Rule(re.escape(name), settings, {}, where) for name, settings in ours.items() if not _named(rules, name)
@@ -87,15 +90,15 @@ class Claim:
         absorbed = {**later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, (*rules, *more)), layer_infos(folded.graph), absorbed)
         self._check_bits(found)
-        if self.edges == "inputs":
+        if self.tensors == "inputs":
             _check_names(rules, [name for name in found if name not in absorbed])
         for node, module in layers(folded.graph):
             if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
                 # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
                 found[name_of(node)] = replace(found[name_of(node)], bits_weights=8)
-        if self.edges == "inputs":
+        if self.tensors == "inputs":
             found = on_inputs(folded.graph, found, self.common.bits_other_edges or 8, where)
-        if self.edges == "relu":
+        if self.tensors == "relu":
             ending = {name_of(node) for node, _ in layers(folded.graph) if ends_in_relu(folded.graph, node)}
             found = {n: s if n in ending else replace(s, bits_activations=0) for n, s in found.items()}
         return found
@@ -118,27 +121,27 @@ class Claim:
         acts = {"bits_activations": bits} if self.common.bits_activations else {}
         wanted = {name_of(node): {"bits_weights": bits, **acts} for node in (weighted[0], weighted[-1])}
         source = producer_of(graph, layer_inputs(weighted[-1])[0])
-        if is_layer(graph, source) and acts and self.edges != "inputs":
+        if is_layer(graph, source) and acts and self.tensors != "inputs":
             wanted.setdefault(name_of(source), acts)
         return wanted
 
-    def _other_edges(self, graph: Graph) -> dict[str, dict[str, int]]:
+    def _other_outputs(self, graph: Graph) -> dict[str, dict[str, int]]:
         """Settings of the layers whose outputs go through no ReLU."""
         bits = self.common.bits_other_edges
-        if bits is None or not self.common.bits_activations or self.edges == "inputs":
+        if bits is None or not self.common.bits_activations or self.tensors == "inputs":
             return {}
         others = [node for node, module in layers(graph) if not layer_kind(module).keeps_grid]
         return {name_of(node): {"bits_activations": bits} for node in others if not ends_in_relu(graph, node)}
 
     def leaves_float(self, source: fx.Node) -> bool:
         """Whether a layer computes with what arrives from `source` in float, and not on a grid of its own."""
-        if self.edges == "relu":
+        if self.tensors == "relu":
             return True
         while source.op not in ("placeholder", "get_attr", "call_module"):
             source = source.all_input_nodes[0]
         return source.op == "placeholder" and not getattr(self.method, "quantize_inputs", True)
 
-    def wants(self, name: str) -> bool:
+    def quantizes(self, name: str) -> bool:
         """Whether it quantizes anything of a layer."""
         settings = self.settings[name]
         return bool(settings.bits_weights or settings.bits_activations)
@@ -161,24 +164,24 @@ def _named(rules: Sequence[Rule], name: str) -> bool:
     return any(rule.matches(name) for rule in rules)
 
 
-def make_claims(specs: Iterable[PolicySpec], folded: FoldedGraph) -> list[Claim]:
+def scheduled_quantizers(specs: Iterable[PolicySpec], folded: FoldedGraph) -> list[ScheduledQuantizer]:
     """The quantizers, with the mistakes of all of them at once."""
-    claims, problems = list[Claim](), list[str]()
+    quantizers, problems = list[ScheduledQuantizer](), list[str]()
     for index, spec in enumerate(specs):
         try:
-            claims.append(Claim(index, spec, folded))
+            quantizers.append(ScheduledQuantizer(index, spec, folded))
         except ConfigError as error:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return claims
+    return quantizers
 
 
-def planned_settings(claim: Claim | None, name: str) -> LayerSettings:
+def planned_settings(scheduled: ScheduledQuantizer | None, name: str) -> LayerSettings:
     """The settings that a layer's grids are planned with: 1 bit has no range of its own, and starts from that of 2."""
-    if claim is None:
+    if scheduled is None:
         return LayerSettings(bits_activations=0, bits_weights=0)
-    settings = claim.settings[name]
+    settings = scheduled.settings[name]
     acts, weights = settings.bits_activations, settings.bits_weights
     inputs = {
         index: {"bits_activations": max(settings.of_input(index).bits_activations, 2)}

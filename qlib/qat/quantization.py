@@ -25,9 +25,9 @@ from qlib.lower.trainable import (
     trainable_layers,
 )
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
-from qlib.qat.assignment import Claim, make_claims, planned_settings
+from qlib.qat.assignment import ScheduledQuantizer, planned_settings, scheduled_quantizers
 from qlib.qat.drift import MAX_DRIFT, ScaleDrift
-from qlib.qat.layer_quantizers import LayerQuantizers
+from qlib.qat.layer_quantizers import leave_in_float, quantize_layer
 from qlib.quant.arithmetic import with_notes
 from qlib.quant.plan import LayerPlan, Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
@@ -46,17 +46,18 @@ Calibrate = Callable[[Graph, int], ModelStats]
 class Quantization(Policy):
     """All quantizers of a schedule, over one graph: `module` is what trains, `graph` holds its float weights.
 
-    A layer belongs to the quantizer that began last among those that give it bits, and keeps it until the next one
-    begins; until the first one begins it trains in float. Grids start from statistics of training images, taken when a
-    quantizer begins.
+    A layer is assigned to the quantizer that began last among those that give it bits, until the next one begins; until
+    the first one begins it trains in float. Grids start from statistics of training images, taken when a quantizer
+    begins.
     """
 
     def __init__(self, graph: Graph, folded: FoldedGraph, specs: Iterable[PolicySpec], calibrate: Calibrate) -> None:
         self.graph = graph
         self.module = prepare_qat(graph)
         self._calibrate = calibrate
-        self._claims = make_claims(specs, folded)
-        self._owners: dict[str, Claim | None] = dict.fromkeys((name for name, _ in trainable_layers(self.module)), None)
+        self._scheduled = scheduled_quantizers(specs, folded)
+        names = [name for name, _ in trainable_layers(self.module)]
+        self._assignment: dict[str, ScheduledQuantizer | None] = dict.fromkeys(names, None)
         self._optimizer: Optimizer | None = None
         self._first_group = 1
         self._epoch = -1
@@ -71,12 +72,12 @@ class Quantization(Policy):
     @property
     def groups(self) -> list[ParameterGroup]:
         """What the optimizer must know of the parameters of each quantizer."""
-        return [ParameterGroup(claim.common.lr_factor, claim.method.weight_decay) for claim in self._claims]
+        return [ParameterGroup(each.common.lr_factor, each.method.weight_decay) for each in self._scheduled]
 
     @property
     def settings(self) -> list[tuple[PolicySpec, dict[str, LayerSettings]]]:
         """Each quantizer with its settings of each layer."""
-        return [(claim.spec, claim.settings) for claim in self._claims]
+        return [(scheduled.spec, scheduled.settings) for scheduled in self._scheduled]
 
     def use(self, optimizer: Optimizer, first: int) -> None:
         self._optimizer, self._first_group = optimizer, first
@@ -86,62 +87,54 @@ class Quantization(Policy):
         return None if self.plan is None else convert(self.graph, self.module, self.plan)
 
     def on_epoch_begin(self, epoch: int) -> None:
-        owners = self._owners_in(epoch)
-        if owners != self._owners:
-            before, self._epoch = self._owners, epoch
-            self.plan = self._new_plan(owners)
-            self._attach(owners, self.plan)
-            for claim in dict.fromkeys(each for each in owners.values() if each is not None):
-                names = [name for name, owner in owners.items() if owner is claim and before[name] is not claim]
-                if names:
-                    _log.info("%s quantizes %d layers from epoch %d on", claim.spec.component.cls, len(names), epoch)
+        assignment = self._assignment_in(epoch)
+        if assignment != self._assignment:
+            before, self._epoch = self._assignment, epoch
+            self.plan = self._new_plan(assignment)
+            self._attach(assignment, self.plan)
+            for scheduled in dict.fromkeys(each for each in assignment.values() if each is not None):
+                count = sum(each is scheduled is not before[name] for name, each in assignment.items())
+                if count:
+                    _log.info("%s quantizes %d layers from epoch %d on", scheduled.spec.component.cls, count, epoch)
         self._freeze_norms(epoch)
 
-    def _owners_in(self, epoch: int) -> dict[str, Claim | None]:
-        begun = [claim for claim in self._claims if claim.spec.start <= epoch]
-        begun.sort(key=lambda claim: (claim.spec.start, claim.index))
-        return {name: next((c for c in reversed(begun) if c.wants(name)), None) for name in self._owners}
+    def _assignment_in(self, epoch: int) -> dict[str, ScheduledQuantizer | None]:
+        begun = [scheduled for scheduled in self._scheduled if scheduled.spec.start <= epoch]
+        begun.sort(key=lambda scheduled: (scheduled.spec.start, scheduled.index))
+        return {
+            name: next((each for each in reversed(begun) if each.quantizes(name)), None) for name in self._assignment
+        }
 
-    def _new_plan(self, owners: Mapping[str, Claim | None]) -> Plan:
+    def _new_plan(self, assignment: Mapping[str, ScheduledQuantizer | None]) -> Plan:
         folded = fold_copy(self.graph).graph
-        claims = [claim for claim in owners.values() if claim is not None]
-        images = max(claim.common.calibration_images for claim in claims)
+        quantizers = [scheduled for scheduled in assignment.values() if scheduled is not None]
+        images = max(scheduled.common.calibration_images for scheduled in quantizers)
         stats = self._calibrate(folded, images)
-        settings = {info.name: planned_settings(owners.get(info.name), info.name) for info in layer_infos(folded)}
+        settings = {info.name: planned_settings(assignment.get(info.name), info.name) for info in layer_infos(folded)}
         plan = plan_post_train_linear(folded, settings, stats)
         plans = dict(plan.layers)
         for node, _ in layers(folded):
-            claim, name = owners.get(name_of(node)), name_of(node)
-            if claim is not None:
+            scheduled, name = assignment.get(name_of(node)), name_of(node)
+            if scheduled is not None:
                 inputs = zip(plans[name].inputs, layer_inputs(node), strict=True)
-                kept = tuple(None if claim.leaves_float(source) else planned for planned, source in inputs)
+                kept = tuple(None if scheduled.leaves_float(source) else planned for planned, source in inputs)
                 plans[name] = replace(plans[name], inputs=kept)
-                if self.plan is not None and claim is self._owners[name]:
+                if self.plan is not None and scheduled is self._assignment[name]:
                     plans[name] = _with_starts_of(self.plan.layers[name], plans[name])
         return with_notes(folded, replace(plan, layers=plans))
 
-    def _attach(self, owners: dict[str, Claim | None], plan: Plan) -> None:
-        """Gives each layer whose owner has changed its quantizers; inputs follow the plan."""
+    def _attach(self, assignment: dict[str, ScheduledQuantizer | None], plan: Plan) -> None:
+        """Gives each layer that is assigned to another quantizer its modules; inputs follow the plan."""
         shared: dict[int, WeightQuantizer] = {}
         nodes = {name_of(node): node for node in self.module.graph.nodes if "name" in node.meta}
         for name, layer in trainable_layers(self.module):
-            claim = owners[name]
-            builder = (
-                None if claim is None else LayerQuantizers(claim, self.module, nodes[name], layer, plan.layers[name])
-            )
-            changed = claim is not self._owners[name]
-            if builder is None:
-                layer.weight, layer.output, layer.gradient = None, None, None
-            elif changed:
-                layer.weight = shared.setdefault(id(layer.module), weight) if (weight := builder.weight()) else None
-                layer.output, layer.gradient = builder.output(), builder.gradient()
-            for index in range(len(layer.inputs)):
-                planned = plan.layers[name].inputs[index] if builder else None
-                if planned is None:
-                    layer.inputs[index] = nn.Identity()
-                elif builder and (changed or isinstance(layer.inputs[index], nn.Identity)):
-                    layer.inputs[index] = builder.input(index, planned)
-        self._owners = owners
+            scheduled = assignment[name]
+            if scheduled is None:
+                leave_in_float(layer)
+                continue
+            anew = scheduled is not self._assignment[name]
+            quantize_layer(self.module, nodes[name], layer, scheduled, plan.layers[name], shared, anew=anew)
+        self._assignment = assignment
         device = next(self.graph.parameters()).device
         self.module.to(device)
         connect(self.module)
@@ -159,22 +152,23 @@ class Quantization(Policy):
     def _fill_groups(self) -> None:
         if self._optimizer is None:
             return
-        for claim in self._claims:
-            mine = [p for layer in self._layers_of(claim) for part in _parts(layer).values() for p in part.parameters()]
-            group = self._optimizer.param_groups[self._first_group + claim.index]
+        for scheduled in self._scheduled:
+            parts = [part for layer in self._layers_of(scheduled) for part in _parts(layer).values()]
+            mine = [parameter for part in parts for parameter in part.parameters()]
+            group = self._optimizer.param_groups[self._first_group + scheduled.index]
             kept = set(mine)
             for parameter in group["params"]:
                 if parameter not in kept:
                     self._optimizer.state.pop(parameter, None)
             group["params"] = list(dict.fromkeys(mine))
 
-    def _layers_of(self, claim: Claim) -> list[TrainableLayer]:
-        return [layer for name, layer in trainable_layers(self.module) if self._owners[name] is claim]
+    def _layers_of(self, scheduled: ScheduledQuantizer) -> list[TrainableLayer]:
+        return [layer for name, layer in trainable_layers(self.module) if self._assignment[name] is scheduled]
 
     def _freeze_norms(self, epoch: int) -> None:
-        for claim in self._claims:
-            frozen = claim.common.freeze_bn_epoch
-            for layer in self._layers_of(claim) if frozen is not None and epoch >= frozen else []:
+        for scheduled in self._scheduled:
+            frozen = scheduled.common.freeze_bn_epoch
+            for layer in self._layers_of(scheduled) if frozen is not None and epoch >= frozen else []:
                 if layer.norm is not None:
                     layer.norm.eval()
 
@@ -190,11 +184,11 @@ class Quantization(Policy):
             )
 
     def before_backward(self, batch: Batch, logits: Tensor, losses: Losses) -> Losses:
-        for claim in self._claims:
-            if claim.common.dampening:
-                terms = [_distance(layer) for layer in self._layers_of(claim) if layer.weight is not None]
+        for scheduled in self._scheduled:
+            if scheduled.common.dampening:
+                terms = [_distance(layer) for layer in self._layers_of(scheduled) if layer.weight is not None]
                 if terms:
-                    losses = losses.plus("Dampening Loss", claim.common.dampening * torch.stack(terms).sum())
+                    losses = losses.plus("Dampening Loss", scheduled.common.dampening * torch.stack(terms).sum())
         return losses
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,7 +199,7 @@ class Quantization(Policy):
         if state["plan"] is None:
             return
         self._epoch, self.plan = int(state["epoch"]), plan_from_text(state["plan"], "the checkpoint's plan")
-        self._attach(self._owners_in(self._epoch), self.plan)
+        self._attach(self._assignment_in(self._epoch), self.plan)
         for name, module in self._quantizers().items():
             module.load_state_dict(state["modules"][name])
 
