@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from whole_path import build, seconds
 
 from qlib.config.layers.settings import LayerSettings
-from qlib.data import open_dataset
+from qlib.data.datasets import open_dataset
 from qlib.deploy.export import INPUT, export_float, export_quantized
 from qlib.deploy.session import open_session, run_session
 from qlib.graph import LAYOUT, capture, fold_batch_norm

@@ -33,7 +33,7 @@ from qlib.correct.absorb_bias import absorb_bias
 from qlib.correct.bias_correction import analytic_bias_correction, bias_correction
 from qlib.correct.bn_reestimation import bn_reestimation
 from qlib.correct.equalize import equalize
-from qlib.data import Split, open_dataset
+from qlib.data.datasets import Split, open_dataset
 from qlib.graph import Graph, NormStatistics, after_folding, capture, fold_batch_norm, norm_statistics
 from qlib.lower import exact_arithmetic, lower
 from qlib.metrics import evaluate

@@ -22,7 +22,10 @@ from tabulate import tabulate
 from torch import nn
 
 from qlib.cli import main as compress
-from qlib.data import augmented, epoch_order, make_loader, open_dataset
+from qlib.data.augmented import augmented
+from qlib.data.datasets import open_dataset
+from qlib.data.loader import make_loader
+from qlib.data.subset import epoch_order
 from qlib.models import create_model, find_model
 from qlib.models.transforms import training_transform
 

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import Tensor
 from whole_path import ROUNDS, Row, check
 
-from qlib.data import open_dataset
+from qlib.data.datasets import open_dataset
 from qlib.models import ModelSpec, create_model, find_model, model_names
 from qlib.models.names import family_of
 

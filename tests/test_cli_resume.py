@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runs import Run, finish, good, make_images, run, start, user_model
 
-from qlib.data import choose_subset
+from qlib.data.subset import choose_subset
 
 STATS = Path("stats/net.py_brightest_imagefolder.yaml")
 PARTIAL = Path("stats/net.py_brightest_imagefolder.partial.safetensors")

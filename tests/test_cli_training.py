@@ -18,7 +18,9 @@ from runs import run as run_in
 
 from qlib.cli import parse
 from qlib.config.flags.checks import startup_warnings
-from qlib.data import epoch_order, make_loader, open_dataset, split_train
+from qlib.data.datasets import open_dataset
+from qlib.data.loader import make_loader
+from qlib.data.subset import epoch_order, split_train
 from qlib.models import create_model, find_model
 
 MODEL = "-a digits_cnn"

@@ -17,7 +17,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.read import read_checkpoint
-from qlib.data import ImageDataset, choose_subset, make_loader, open_dataset, split_train
+from qlib.data.datasets import ImageDataset, open_dataset
+from qlib.data.loader import make_loader
+from qlib.data.subset import choose_subset, split_train
 from qlib.errors import DataError
 from qlib.models import create_model, find_model
 

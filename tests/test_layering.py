@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LINES = (
     ("errors",),
-    ("registry", "progress", "files", "yaml_tree", "quant.spec"),
+    ("registry", "progress", "files", "yaml_tree", "quant.spec", "data.names"),
     ("quant.affine", "quant.plan", "config", "data", "metrics", "runlog", "tensor_file"),
     ("graph",),
     ("stats",),

@@ -13,7 +13,8 @@ import torchvision
 from PIL import Image
 from torch import fx
 
-from qlib.data import DATASETS, open_dataset
+from qlib.data.datasets import open_dataset
+from qlib.data.names import DATASETS
 from qlib.errors import ModelError
 from qlib.models import create_model, find_model, model_names
 from qlib.models.names import FAMILIES

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.cli import parse
-from qlib.errors import ModelError, OutputError, UsageError
+from qlib.errors import ModelError, OutputError, QlibError
 from qlib.graph import capture
 from qlib.graph.cost import LayerCost, layer_costs
 from qlib.models import create_model, find_model
@@ -142,7 +142,7 @@ def test_a_model_without_weights_or_products(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     model, example = nn.Sequential(nn.Conv2d(1, 1, 3)), torch.zeros(1, 1, 4, 4)
-    with pytest.raises(UsageError, match=r"unknown summary 'computes'; allowed: sparsity, .*; did you mean compute?"):
+    with pytest.raises(QlibError, match=r"unknown summary 'computes'; allowed: sparsity, .*; did you mean compute?"):
         summary("computes", model, example, tmp_path)
     with pytest.raises(
         OutputError, match=r"cannot write table '.*none/compute\.csv' \(No such file or directory\); give"

@@ -71,7 +71,7 @@ def speed_table() -> str:
     """Images a second, in turn: the float model in torch, and the exported file in ONNX Runtime."""
     import torch
 
-    from qlib.data import open_dataset
+    from qlib.data.datasets import open_dataset
     from qlib.deploy.session import open_session, run_session
     from qlib.models import create_model, find_model
 

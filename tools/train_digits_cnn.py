@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlib.data import Split, open_dataset
+from qlib.data.datasets import Split, open_dataset
 from qlib.models import find_model
 from qlib.models.digits_cnn import WEIGHTS, DigitsCnn
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from qlib.app.images import loader_of, open_split, report_skipped
 from qlib.app.job import Job
 from qlib.checkpoint.fingerprint import weights_hash
-from qlib.data import ImageDataset, Loader, choose_subset
+from qlib.data.datasets import ImageDataset
+from qlib.data.loader import Loader
+from qlib.data.subset import choose_subset
 from qlib.files import STATS
 from qlib.graph import LAYOUT, Graph
 from qlib.progress import track

@@ -6,7 +6,7 @@ import logging
 
 from qlib.app.images import report_skipped
 from qlib.app.job import Job
-from qlib.data import Loader
+from qlib.data.loader import Loader
 from qlib.lower import exact_arithmetic
 from qlib.metrics import Evaluation, Meter, Model, evaluate_together
 from qlib.progress import track

@@ -18,7 +18,7 @@ from qlib.app.images import loader_of, open_split, report_skipped
 from qlib.app.job import Job
 from qlib.app.saturation import measure_saturation
 from qlib.config.flags.run_config import RunConfig
-from qlib.data import choose_subset
+from qlib.data.subset import choose_subset
 from qlib.deploy.encodings import encodings_file, write_encodings
 from qlib.deploy.extra import require_onnx
 from qlib.deploy.storage import choose_opset, refuse_unexportable, storage_notes

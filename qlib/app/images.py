@@ -11,17 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from qlib.app.job import Job
-from qlib.data import (
-    ImageDataset,
-    Loader,
-    Split,
-    augmented,
-    choose_subset,
-    epoch_order,
-    make_loader,
-    open_dataset,
-    split_train,
-)
+from qlib.data.augmented import augmented
+from qlib.data.datasets import ImageDataset, Split, open_dataset
+from qlib.data.loader import Loader, make_loader
+from qlib.data.subset import choose_subset, epoch_order, split_train
 from qlib.graph import LAYOUT, Graph
 from qlib.models.transforms import training_transform
 from qlib.stats.collect import MICRO_BATCH, Collector

@@ -16,7 +16,7 @@ from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.flags.verb import Verb, verb_of
-from qlib.data import open_dataset
+from qlib.data.datasets import open_dataset
 from qlib.errors import CheckpointError, ModelError, UsageError
 from qlib.models import ModelSpec, create_model, refuse_python_file
 from qlib.models.transforms import standard_classes

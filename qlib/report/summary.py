@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qlib.errors import UsageError, did_you_mean
 from qlib.files import write_csv
 from qlib.graph.capture import capture
 from qlib.graph.cost import layer_costs
+from qlib.registry import Registry
 
 __all__ = ["SUMMARIES", "summary"]
 
 _SPARSITY_FILE, _COMPUTE_FILE = "weights_sparsity.csv", "compute.csv"
 _Row = Sequence["str | int | float"]
+
+SUMMARIES: Registry[Callable[[nn.Module, Tensor, Path], str]] = Registry("summary", "qlib.report")
+"""Name on the command line -> the function that makes the text."""
 
 
 def summary(what: str, model: nn.Module, example: Tensor, folder: Path) -> str:
@@ -34,19 +37,19 @@ def summary(what: str, model: nn.Module, example: Tensor, folder: Path) -> str:
     +--------+--------+
 
     Raises:
-        UsageError: there is no such summary.
+        QlibError: there is no such summary.
         ModelError: the model cannot be captured (``compute``).
         OutputError: the file cannot be written.
     """
-    if what not in SUMMARIES:
-        raise UsageError(f"unknown summary {what!r}; allowed: {', '.join(SUMMARIES)}{did_you_mean(what, SUMMARIES)}")
     return SUMMARIES[what](model, example, folder)
 
 
+@SUMMARIES.register("model", order=2)
 def _model(model: nn.Module, example: Tensor, folder: Path) -> str:
     return str(model)
 
 
+@SUMMARIES.register("modules", order=3)
 def _modules(model: nn.Module, example: Tensor, folder: Path) -> str:
     leaves = [(name, type(each).__name__) for name, each in model.named_modules() if _is_leaf(each)]
     return _table(("Name", "Type"), leaves)
@@ -64,6 +67,7 @@ _SPARSITY_COLUMNS = (
 )
 
 
+@SUMMARIES.register("sparsity", order=0)
 def _sparsity(model: nn.Module, example: Tensor, folder: Path) -> str:
     """Zeros in the parameters with two or four axes, the weights of linear and of convolution layers."""
     weights = {name: value.detach() for name, value in model.named_parameters() if value.ndim in (2, 4)}
@@ -115,6 +119,7 @@ def _percent(part: int, whole: int) -> float:
 _COMPUTE_COLUMNS = ("Name", "Type", "Attrs", "IFM", "IFM volume", "OFM", "OFM volume", "Weights volume", "MACs")
 
 
+@SUMMARIES.register("compute", order=1)
 def _compute(model: nn.Module, example: Tensor, folder: Path) -> str:
     """The layers that have weights or multiply, for one image."""
     costs = [cost for cost in layer_costs(capture(model, example[:1])) if cost.macs or cost.weights]
@@ -133,12 +138,3 @@ def _table(columns: Sequence[str], rows: Sequence[_Row]) -> str:
     cells = [[f"{cell:.5f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     align = ["left" if isinstance(cell, str) else "right" for cell in rows[0]] if rows else None
     return tabulate(cells, columns, tablefmt="psql", disable_numparse=True, colalign=align)
-
-
-SUMMARIES: Mapping[str, Callable[[nn.Module, Tensor, Path], str]] = {
-    "sparsity": _sparsity,
-    "compute": _compute,
-    "model": _model,
-    "modules": _modules,
-}
-"""Name -> the function that makes the text."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qlib.config.flags.groups import TrainArgs
-from qlib.data import Loader
+from qlib.data.loader import Loader
 from qlib.progress import track
 from qlib.train.optimizers import make_optimizer
 from qlib.train.policy import Batch, Losses, Policy

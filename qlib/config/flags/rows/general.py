@@ -8,11 +8,12 @@ from qlib.config.flags.flag import Flag, Ignored
 from qlib.config.flags.kinds import SWITCH, arch, choice, devices, existing_file, fraction, path, real, run_name, whole
 from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED, NOT_EXPORTED
 from qlib.config.values import Interval
+from qlib.data.names import DATASETS
+from qlib.registry import registered
 
 __all__ = ["GROUPS"]
 
 _ENGINES = ("torch", "onnxruntime")
-_DATASETS = ("imagenet", "imagefolder", "cifar10", "cifar100", "mnist", "fashion-mnist", "digits")
 
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "General": (
@@ -29,7 +30,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag("--cpu", SWITCH, "use no GPU; overrides --gpus"),
         Flag("--seed", whole(0, 2**32 - 1), "seed of all that is random"),
         Flag("--deterministic --det", SWITCH, "deterministic algorithms only"),
-        Flag("--summary", choice(("sparsity", "compute", "model", "modules"), many="repeat"), "print it and stop"),
+        Flag("--summary", choice(tuple(registered("qlib.report")), many="repeat"), "print it and stop"),
         Flag("--check", SWITCH, "print the resolved quantization settings of each layer and stop"),
     ),
     "Model": (
@@ -55,7 +56,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "Data": (
         Flag(
             "--dataset",
-            choice(_DATASETS),
+            choice(DATASETS),
             "kind of dataset, imagefolder for a folder with its own classes (default: what the model's name implies)",
         ),
         Flag("--workers -j", whole(0), "processes that read images; 0 reads in this one"),
