@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from qlib.app.schedule import read_schedule
+from qlib.app.policies import read_schedule
 from qlib.config.schedule.keys import LR_REFUSED
 from qlib.config.schedule.read import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, QlibError

@@ -36,7 +36,7 @@ PROGRAM = """
 import doctest
 import qlib.clip.octav
 print(doctest.testmod(qlib.clip.octav).failed)
-from qlib.app.schedule import read_schedule
+from qlib.app.policies import read_schedule
 from qlib.config.layers.read import load_ptq_config
 from qlib.errors import ConfigError
 from qlib.ptq.activation_ranges import plan_tensor

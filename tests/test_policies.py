@@ -9,9 +9,10 @@ import torch
 from runs import good
 from torch import nn
 
-from qlib.app.policies import SECTIONS, Setup
+from qlib.app.policies import SECTIONS, Section, Setup
 from qlib.config.flags.groups import TrainArgs
 from qlib.config.schedule.components import KIND_OF
+from qlib.config.schedule.keys import ClassFields
 from qlib.train.loop import Trainee
 from qlib.train.optimizers import ParameterGroup
 from qlib.train.policy import Batch, Policy
@@ -34,14 +35,19 @@ class _Counting(Policy):
 def test_a_new_section_is_one_registration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     policy, seen = _Counting(), list[Setup]()
 
-    def pruners(setup: Setup) -> Setup:
+    def add(setup: Setup) -> Setup:
         seen.append(setup)
         return setup.plus(policy, None)
 
     monkeypatch.setattr(SECTIONS, "_items", dict(SECTIONS._items))
-    SECTIONS.add("pruners", pruners)
-    good("-a digits_cnn --epochs 1 -b 64 --etes 0.1", tmp_path)
+    SECTIONS.add("pruners", Section({"Counting": ClassFields({})}, add))
+    (tmp_path / "schedule.yaml").write_text(
+        "pruners: {one: {class: Counting}}\n"
+        "policies: [{pruner: {instance_name: one}, starting_epoch: 0, ending_epoch: 1, frequency: 1}]\n"
+    )
+    good("-a digits_cnn --compress schedule.yaml --epochs 1 -b 64 --etes 0.1", tmp_path)
     (setup,) = seen
+    assert [spec.component.cls for spec in setup.schedule.of("pruners")] == ["Counting"]
     assert policy.steps == -(-len(setup.images.epoch(0).indices) // 64)
 
 

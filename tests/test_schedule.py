@@ -12,13 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlib.app.schedule import CLASSES, read_schedule
+from qlib.app.policies import SECTIONS, read_schedule
 from qlib.config.schedule.read import Component, PolicySpec, Schedule
 from qlib.config.schedule.timeline import timeline
 from qlib.errors import ConfigError
 
 PUBLISHED = Path(__file__).with_name("schedules")
-QUANTIZERS, LR_SCHEDULERS = CLASSES["quantizers"], CLASSES["lr_schedulers"]
+QUANTIZERS, LR_SCHEDULERS = SECTIONS["quantizers"].classes, SECTIONS["lr_schedulers"].classes
 OURS = Path(__file__).resolve().parents[1] / "schedules"
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.app.schedule import CLASSES
+from qlib.app.policies import SECTIONS
 from qlib.config.layers.resolve import resolve
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import ModelError
@@ -89,7 +89,7 @@ def random_images(seed: int = 0, count: int = 64) -> Tensor:
 
 
 def test_the_keys_of_yaml_are_the_fields() -> None:
-    classes = CLASSES["quantizers"]
+    classes = SECTIONS["quantizers"].classes
     assert list(classes) == list(TRAINING_QUANTIZERS)
     common = [field.name for field in dataclasses.fields(CommonArguments)]
     for name, arguments in classes.items():

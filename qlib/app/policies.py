@@ -1,10 +1,11 @@
-"""What trains in a run: the module, its weights, and the policies that the sections of a schedule ask for."""
+"""The sections of a schedule: what may stand in each, and the policies that it adds to a run of training."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,19 +13,22 @@ from torch import nn
 from qlib.app.distill import make_distillation
 from qlib.app.images import TrainingImages
 from qlib.app.job import Job
-from qlib.config.schedule.read import Schedule
+from qlib.config.schedule.keys import EXTENSION_CLASSES, ClassFields
+from qlib.config.schedule.read import Schedule, load_schedule
 from qlib.errors import ConfigError
 from qlib.graph import LAYOUT, Graph, capture, fold
 from qlib.models import create_model
+from qlib.qat.assignment import quantizer_classes
 from qlib.qat.quantization import Quantization
 from qlib.quant.plan import Plan
 from qlib.registry import Registry
 from qlib.stats.tensor_stats import ModelStats
 from qlib.surgery.widen import find_wide_model, wide_name
 from qlib.train.lr.policy import LrPolicy
+from qlib.train.lr.schedulers import LR_CLASSES
 from qlib.train.policy import Policy
 
-__all__ = ["SECTIONS", "Setup", "make_quantization", "set_up"]
+__all__ = ["SECTIONS", "Section", "Setup", "make_quantization", "read_schedule", "set_up"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +55,26 @@ class Setup:
         return replace(self, policies=(*self.policies, *(policy for policy in policies if policy is not None)))
 
 
-SECTIONS: Registry[Callable[[Setup], Setup]] = Registry("section of a schedule")
-"""Section -> what adds its policies. In this order they act, and stand in checkpoints."""
+@dataclass(frozen=True)
+class Section:
+    """A section of a schedule: the classes that may stand in it, and what `add`s its policies to a run."""
+
+    classes: Mapping[str, ClassFields]
+    add: Callable[[Setup], Setup]
+
+
+SECTIONS: Registry[Section] = Registry("section of a schedule")
+"""Name -> section. In this order their policies act, and stand in checkpoints."""
+
+
+def _section(name: str, classes: Mapping[str, ClassFields]) -> Callable[[Callable[[Setup], Setup]], None]:
+    """Registers what adds the policies of a section."""
+    return lambda add: SECTIONS.add(name, Section(classes, add))
+
+
+def read_schedule(path: str | Path, epochs: int) -> Schedule:
+    """The schedule in a file, as `load_schedule` reads it, with the classes of all sections."""
+    return load_schedule(path, epochs, {name: SECTIONS[name].classes for name in SECTIONS})
 
 
 def set_up(job: Job, schedule: Schedule) -> Setup:
@@ -65,11 +87,11 @@ def set_up(job: Job, schedule: Schedule) -> Setup:
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights)
     for section in SECTIONS:
-        setup = SECTIONS[section](setup)
+        setup = SECTIONS[section].add(setup)
     return setup
 
 
-@SECTIONS.register("quantizers")
+@_section("quantizers", quantizer_classes())
 def _quantizers(setup: Setup) -> Setup:
     quantization = make_quantization(setup.job, setup.schedule, setup.images)
     if quantization is None:
@@ -82,12 +104,12 @@ def _quantizers(setup: Setup) -> Setup:
     )
 
 
-@SECTIONS.register("extensions")
+@_section("extensions", EXTENSION_CLASSES)
 def _extensions(setup: Setup) -> Setup:
     return setup.plus(make_distillation(setup.original, setup.module, setup.schedule))
 
 
-@SECTIONS.register("lr_schedulers")
+@_section("lr_schedulers", LR_CLASSES)
 def _lr_schedulers(setup: Setup) -> Setup:
     steps = -(-len(setup.images.epoch(0).indices) // setup.job.config.batch_size)
     return setup.plus(*(LrPolicy(spec, steps) for spec in setup.schedule.of("lr_schedulers")))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from qlib.app.job import Job
 from qlib.app.plan import given_plan, plan_of, settings_of, stats_for
-from qlib.app.policies import make_quantization
-from qlib.app.schedule import read_schedule
+from qlib.app.policies import make_quantization, read_schedule
 from qlib.config.schedule.timeline import timeline
 from qlib.graph import fold
 from qlib.report.summary import summary

@@ -12,8 +12,7 @@ from torch import nn
 
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
-from qlib.app.policies import set_up
-from qlib.app.schedule import read_schedule
+from qlib.app.policies import read_schedule, set_up
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule.read import Schedule
 from qlib.errors import UsageError

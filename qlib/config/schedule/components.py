@@ -35,22 +35,21 @@ KIND_OF = {
 READ_ELSEWHERE = Field(lambda key, node, problems: {})
 """A key that is allowed, but read by another function."""
 
-_ABSENT = {"pruners": "pruning", "regularizers": "regularization"}
+_NAME_OF = {"pruners": "pruning", "regularizers": "regularization"}
 
 
 @dataclass(frozen=True)
 class Declared:
-    """A name that the file declares; `component` is None if it has a mistake, which has then been reported."""
+    """A name that the file declares; `component` is None if it has a mistake, which has then been reported.
+
+    `available`: this version has components of that section.
+    """
 
     section: str
     name: str
     where: str
     component: Component | None
-
-    @property
-    def available(self) -> bool:
-        """Whether this version has components of that section."""
-        return self.section not in _ABSENT
+    available: bool = True
 
 
 def read_components(section: str, node: Node, classes: Classes, problems: list[str]) -> Iterator[Declared]:
@@ -59,10 +58,10 @@ def read_components(section: str, node: Node, classes: Classes, problems: list[s
         problems.append(f"{node.where}: {section} is {node}; allowed: a mapping of names to components")
     for name, entry in (node.mapping or {}).items():
         where = node.where_key(name)
-        if section in _ABSENT:
+        if section not in classes:
             what = f"remove the {KIND_OF[section]} {name!r} and its policies"
-            problems.append(f"{where}: {_ABSENT[section]} is not available in this version yet; {what}")
-            yield Declared(section, name, where, None)
+            problems.append(f"{where}: {_NAME_OF.get(section, section)} is not available in this version yet; {what}")
+            yield Declared(section, name, where, None, available=False)
         else:
             yield Declared(section, name, where, _read_component(section, name, entry, where, classes, problems))
 
