@@ -28,12 +28,13 @@ def registered(package: str) -> Mapping[str, Mapping[str, Any]]:
     >>> list(registered("qlib.clip"))[:2], "auto" in registered("qlib.clip")
     (['none', 'avg'], True)
     """
-    spec = importlib.util.find_spec(package)
+    root, *rest = package.split(".")
+    spec = importlib.util.find_spec(root)  # of the root alone: to find a package would import those that it is in
     assert spec is not None
     assert spec.submodule_search_locations is not None
     rows: dict[str, dict[str, Any]] = {}
     for folder in spec.submodule_search_locations:
-        for path in sorted(Path(folder).glob("[!_]*.py")):
+        for path in sorted(Path(folder, *rest).glob("[!_]*.py")):
             for name, facts in _rows(path):
                 rows[name] = {**facts, "module": f"{package}.{path.stem}"}
     last = float("inf")

@@ -16,7 +16,7 @@ __all__ = ["auto", "choose"]
 _NEGLIGIBLE = 0.01
 
 
-@CLIP_METHODS.register("auto", histogram=True, weights=True)
+@CLIP_METHODS.register("auto", histogram=True)
 def auto(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range of the method that `choose` names.
 

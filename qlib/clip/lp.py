@@ -11,7 +11,6 @@ from qlib.stats.tensor_stats import TensorStats
     "lp",
     order=8,
     histogram=True,
-    weights=True,
     parameters={
         "clip_p": {
             "default": 2.0,

@@ -7,7 +7,7 @@ from qlib.clip._search import best_range
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("mse", order=7, histogram=True, weights=True)
+@CLIP_METHODS.register("mse", order=7, histogram=True)
 def mse(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range with the least mean of (x - Q(x))^2 over the histogram: never worse than `none`.
 

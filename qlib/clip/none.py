@@ -6,7 +6,7 @@ from qlib.clip._base import CLIP_METHODS, ClipContext
 from qlib.stats.tensor_stats import TensorStats
 
 
-@CLIP_METHODS.register("none", order=0, weights=True)
+@CLIP_METHODS.register("none", order=0)
 def none(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The whole range seen: (min, max).
 

@@ -13,7 +13,6 @@ from qlib.stats.tensor_stats import TensorStats
     "percentile",
     order=5,
     histogram=True,
-    weights=True,
     parameters={
         "clip_percentile": {
             "default": 99.99,

@@ -20,7 +20,7 @@ __all__ = [
     "ClipParameters",
 ]
 
-_METHODS = registered("qlib.clip")
+_METHODS, _OF_WEIGHTS = registered("qlib.clip"), registered("qlib.clip.weights")
 
 CLIP_NAMES = tuple(_METHODS)
 """The names that `clip_acts` takes."""
@@ -28,8 +28,8 @@ CLIP_NAMES = tuple(_METHODS)
 HISTOGRAM_CLIPS = tuple(name for name, facts in _METHODS.items() if facts.get("histogram"))
 """Those of `CLIP_NAMES` that need a histogram."""
 
-WEIGHT_CLIPS = tuple(name for name, facts in _METHODS.items() if facts.get("weights"))
-"""The names that `clip_wts` takes: those of `CLIP_NAMES` that clip weights too."""
+WEIGHT_CLIPS = tuple(_OF_WEIGHTS)
+"""The names that `clip_wts` takes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ClipParameter:
 
 CLIP_PARAMETERS: Mapping[str, ClipParameter] = {
     key: ClipParameter(method, key, **bounds)
-    for method, facts in _METHODS.items()
+    for method, facts in (*_METHODS.items(), *_OF_WEIGHTS.items())
     for key, bounds in facts.get("parameters", {}).items()
 }
 """Key in YAML -> the parameter."""

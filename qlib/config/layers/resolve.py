@@ -116,11 +116,12 @@ def _warn_of_shadowed(rules: Sequence[Rule], winners: Mapping[str, Rule | None])
 
 
 def _clip_problems(settings: LayerSettings) -> Iterator[str]:
-    """A sentence for each parameter that the clip method of the output, or one that an input has, lacks."""
-    clip = settings.clip_acts
-    for key in settings.clip_parameters.lacks(clip) if settings.bits_activations else ():
-        needed, where = CLIP_PARAMETERS[key], settings.origin_of("clip_acts")
-        yield f"{where}: clip_acts {clip} needs {key} {needed.interval} ({needed.flag} on the command line)"
+    """A sentence for each parameter that a clip method of a layer, or the one of an input, lacks."""
+    outputs, weights = settings.bits_activations and settings.clip_acts, settings.bits_weights and settings.clip_wts
+    for setting, clip in (("clip_acts", outputs), ("clip_wts", weights)):
+        for key in settings.clip_parameters.lacks(clip) if clip else ():
+            needed, where = CLIP_PARAMETERS[key], settings.origin_of(setting)
+            yield f"{where}: {setting} {clip} needs {key} {needed.interval} ({needed.flag} on the command line)"
     for index in (index for index, override in settings.input_overrides.items() if "clip_acts" in override):
         mine, where = settings.of_input(index), settings.origin_of("input_overrides")
         for key in mine.clip_parameters.lacks(mine.clip_acts):
