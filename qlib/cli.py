@@ -209,5 +209,6 @@ def _help(flag: Flag) -> str:
     if flag.help is None:
         return argparse.SUPPRESS
     default = settings_of(RunConfig())[flag.target]
-    shown = default is not None and default is not False and default != () and "(default" not in flag.help
+    default = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = default is not None and default is not False and default != "" and "(default" not in flag.help
     return (f"{flag.help} (default: {default})" if shown else flag.help).replace("%", "%%")

@@ -18,6 +18,7 @@ from qlib.app.search import lapq
 from qlib.checkpoint.corrected import load_weights, save_weights
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.checks import searches
+from qlib.config.flags.groups import IMPLICIT_CALIBRATION
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import resolve, wants_histograms
@@ -35,8 +36,6 @@ from qlib.stats.tensor_stats import ModelStats
 __all__ = ["Planned", "given_plan", "make_plan", "plan_of", "settings_of", "stats_for", "with_corrections"]
 
 _log = logging.getLogger(__name__)
-
-_IMPLICIT_CALIBRATION = 0.05
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def stats_for(
         stats = data_free_stats(folded.graph, folded.norms, image_range(job))
     elif fraction is not None or (quantizes_activations and not ptq.dynamic):
         histograms = wants_histograms(settings)
-        stats = calibrate(job, folded.graph, fraction or _IMPLICIT_CALIBRATION, histograms=histograms)
+        stats = calibrate(job, folded.graph, fraction or IMPLICIT_CALIBRATION, histograms=histograms)
     elif quantizes_activations:
         if searching := searches(job.config):
             raise UsageError(

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
-from qlib.config.layers.clips import CLIP_DEFAULTS, ClipParameters
+from qlib.config.layers.clips import ClipParameters
+from qlib.config.layers.settings import LayerSettings
 
 __all__ = [
     "BEST_BY",
+    "BITS_CHOICES",
     "GROUPS",
+    "IMPLICIT_CALIBRATION",
     "OPTIMIZERS",
     "KdArgs",
     "LapqArgs",
@@ -22,27 +25,35 @@ __all__ = [
 ]
 
 
+BITS_CHOICES = (2, 3, 4, 6, 8)
+"""The bits that a search tries where the user names none."""
+
+IMPLICIT_CALIBRATION = 0.05
+"""The fraction of the images that ranges are collected on where the user gives neither ranges nor a fraction."""
+
+
 @dataclass(frozen=True)
 class QuantArgs:
     """The `--qe-*` flags: how to quantize after training. A field is named as its flag, without `--qe-`.
 
-    `clip_parameters` are those of the clip methods, by their keys in YAML: `clip_p` is `--qe-clip-p`.
+    `clip_parameters` are those of the clip methods, by their keys in YAML: `clip_p` is `--qe-clip-p`. The defaults of
+    what layers have are those of `LayerSettings`.
     """
 
-    mode: str = "sym"
+    mode: str = LayerSettings.mode_activations
     mode_acts: str | None = None
     mode_wts: str | None = None
-    bits_acts: int = 8
-    bits_wts: int = 8
-    bits_accum: int = 32
-    clip_acts: str = "none"
-    clip_parameters: ClipParameters = CLIP_DEFAULTS
-    clip_wts: str = "none"
-    scale: str = "float"
+    bits_acts: int = LayerSettings.bits_activations
+    bits_wts: int = LayerSettings.bits_weights
+    bits_accum: int = LayerSettings.bits_accum
+    clip_acts: str = LayerSettings.clip_acts
+    clip_parameters: ClipParameters = LayerSettings.clip_parameters
+    clip_wts: str = LayerSettings.clip_wts
+    scale: str = LayerSettings.scale
     no_clip_layers: tuple[str, ...] = ()
     no_quant_layers: tuple[str, ...] = ()
-    per_channel: bool = False
-    scale_approx_bits: int | None = None
+    per_channel: bool = LayerSettings.per_channel_wts
+    scale_approx_bits: int | None = LayerSettings.scale_approx_mult_bits
     reduce_range: str = "none"
     save_fp_weights: bool = False
     pytorch_backend: str = "fbgemm"
@@ -53,7 +64,7 @@ class QuantArgs:
     histograms: bool = False
     config_file: Path | None = None
     budget: str | None = None
-    bits_choices: tuple[int, ...] = (2, 3, 4, 6, 8)
+    bits_choices: tuple[int, ...] = BITS_CHOICES
     lapq: bool = False
 
 

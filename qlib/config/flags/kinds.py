@@ -90,9 +90,9 @@ def choice(allowed: Iterable[str], *, many: str = "") -> Kind:
     return _kind(value, "{" + ",".join(value.names) + "}", f"one of {value.allowed}", many)
 
 
-def arch() -> Kind:
+def arch(allowed: str = "a model's name") -> Kind:
     """A model's name, in any case, or `path/to/file.py:function` as it stands."""
-    return Kind(lambda text: text if ".py:" in text else text.lower(), "a model's name", "ARCH")
+    return Kind(lambda text: text if ".py:" in text else text.lower(), allowed, "ARCH")
 
 
 def run_name() -> Kind:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
-from qlib.config.flags.groups import GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
+from qlib.config.flags.groups import BITS_CHOICES, GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.config.layers.clips import CLIP_PARAMETERS, ClipParameters
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
@@ -64,7 +64,7 @@ class RunConfig:
     train: TrainArgs = field(default_factory=TrainArgs)
     kd: KdArgs = field(default_factory=KdArgs)
     sense: str | None = None
-    sense_bits: tuple[int, ...] = (2, 3, 4, 6, 8)
+    sense_bits: tuple[int, ...] = BITS_CHOICES
     sense_images: int = 256
     export_onnx: Path | None = None
     export_opset: int | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
+from qlib.config.flags.groups import IMPLICIT_CALIBRATION
 from qlib.config.flags.kinds import SWITCH, choice, existing_file, fraction, names, real, schedule_file, whole
 from qlib.config.flags.rows.common import ONLY_ANALYSES
 from qlib.config.layers.clips import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, WEIGHT_CLIPS
@@ -30,7 +31,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--qe-calibration",
             fraction(),
-            "collect activation statistics on this fraction of the split (default: 0.05)",
+            f"collect activation statistics on this fraction of the split (default: {IMPLICIT_CALIBRATION})",
         ),
         Flag(
             "--qe-calibration-split",

@@ -24,7 +24,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--qe-bits-choices",
             bit_widths(),
-            "bits to choose from, with --qe-budget (default: 2,3,4,6,8)",
+            "bits to choose from, with --qe-budget",
             needs=(Need(("--qe-budget",)),),
         ),
     ),
@@ -83,9 +83,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             choice(("quant",)),
             "analyse and stop: loss, Top1 and signal-to-noise ratio with one layer at a time in few bits",
         ),
-        Flag(
-            "--sense-bits", bit_widths(), "bits to try, with --sense (default: 2,3,4,6,8)", needs=(Need(("--sense",)),)
-        ),
+        Flag("--sense-bits", bit_widths(), "bits to try, with --sense", needs=(Need(("--sense",)),)),
         Flag(
             "--sense-images",
             whole(1),

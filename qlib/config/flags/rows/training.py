@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import BEST_BY, OPTIMIZERS
-from qlib.config.flags.kinds import SWITCH, Kind, choice, existing_file, real, schedule_file, whole
+from qlib.config.flags.kinds import SWITCH, arch, choice, existing_file, real, schedule_file, whole
 from qlib.config.flags.rows.common import EXPORTS
 from qlib.config.values import Interval
 
@@ -87,7 +87,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         (
             Flag(
                 "--kd-teacher",
-                Kind(lambda text: text if ".py:" in text else text.lower(), "a model's name, or self", "ARCH"),
+                arch("a model's name, or self"),
                 "model to learn from; self is the student as it was in float",
             ),
             Flag("--kd-pretrained", SWITCH, "give the teacher its published weights"),
