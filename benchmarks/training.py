@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qlib.config.schedule.read import Component, PolicySpec
+from qlib.config.schedule.types import Component, PolicySpec
 from qlib.graph import LAYOUT, FoldedGraph, Graph, capture, fold_batch_norm
 from qlib.models import create_model, find_model
 from qlib.qat.base import TRAINING_QUANTIZERS

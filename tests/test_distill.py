@@ -26,7 +26,7 @@ from qlib.app.teacher import load_teacher
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.groups import KdArgs, TrainArgs
 from qlib.config.flags.run_config import RunConfig
-from qlib.config.schedule.read import Component, PolicySpec, Schedule
+from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.distill.loss import Distillation, DistillSettings, distillation_loss
 from qlib.distill.matching import ForwardHooks, Matching, attention_loss, feature_loss, named_outputs
 from qlib.errors import CheckpointError, ConfigError, ModelError, OutputError, QlibError, UsageError

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 from qlib.app.policies import read_schedule
 from qlib.config.schedule.keys import LR_REFUSED
-from qlib.config.schedule.read import Component, PolicySpec, Schedule
+from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, QlibError
 from qlib.train.lr.formulas import FORMULAS, MOMENTA
 from qlib.train.lr.schedulers import LR_CLASSES, LrScheduler, counts_steps, make_lr_scheduler

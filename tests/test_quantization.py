@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 
 from qlib.config.flags.groups import TrainArgs
 from qlib.config.layers.settings import Rule
-from qlib.config.schedule.read import Component, PolicySpec
+from qlib.config.schedule.types import Component, PolicySpec
 from qlib.errors import ConfigError
 from qlib.graph import FoldedGraph, Graph, capture, fold_batch_norm
 from qlib.graph.kinds import DROPOUTS

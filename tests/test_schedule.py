@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlib.app.policies import SECTIONS, read_schedule
-from qlib.config.schedule.read import Component, PolicySpec, Schedule
 from qlib.config.schedule.timeline import timeline
+from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError
 
 PUBLISHED = Path(__file__).with_name("schedules")

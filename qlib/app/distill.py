@@ -14,7 +14,7 @@ from qlib.app.job import Job
 from qlib.app.teacher import SELF, cached_logits, load_teacher
 from qlib.config.flags.groups import KdArgs
 from qlib.config.flags.names import flag_of
-from qlib.config.schedule.read import PolicySpec, Schedule
+from qlib.config.schedule.types import PolicySpec, Schedule
 from qlib.distill.loss import Distillation, DistillSettings
 from qlib.distill.matching import Matching
 from qlib.errors import ConfigError, UsageError

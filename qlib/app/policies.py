@@ -14,7 +14,8 @@ from qlib.app.distill import make_distillation
 from qlib.app.images import TrainingImages
 from qlib.app.job import Job
 from qlib.config.schedule.keys import EXTENSION_CLASSES, ClassFields
-from qlib.config.schedule.read import Schedule, load_schedule
+from qlib.config.schedule.read import load_schedule
+from qlib.config.schedule.types import Schedule
 from qlib.errors import ConfigError
 from qlib.graph import LAYOUT, Graph, capture, fold
 from qlib.models import create_model

@@ -14,7 +14,7 @@ from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
 from qlib.app.policies import read_schedule, set_up
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
-from qlib.config.schedule.read import Schedule
+from qlib.config.schedule.types import Schedule
 from qlib.errors import UsageError
 from qlib.graph import LAYOUT
 from qlib.lower import lower

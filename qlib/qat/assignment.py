@@ -14,7 +14,7 @@ from qlib.config.layers.keys import whole
 from qlib.config.layers.resolve import resolve
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.config.schedule.keys import FROM_0, POSITIVE, ClassFields, count, key, keys_of, one_of
-from qlib.config.schedule.read import PolicySpec
+from qlib.config.schedule.types import PolicySpec
 from qlib.errors import ConfigError
 from qlib.graph import FoldedGraph, Graph
 from qlib.graph.ir import is_layer, layer_inputs, layers, name_of

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qlib.config.layers.settings import LayerSettings
-from qlib.config.schedule.read import PolicySpec
+from qlib.config.schedule.types import PolicySpec
 from qlib.graph import FoldedGraph, Graph, fold_copy
 from qlib.graph.ir import layer_inputs, layers, name_of, parameters_of
 from qlib.graph.weights import swap_channels

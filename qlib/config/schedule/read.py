@@ -12,7 +12,7 @@ from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
 
-__all__ = ["Component", "PolicySpec", "Schedule", "load_schedule"]
+__all__ = ["load_schedule"]
 
 _SECTIONS = ("version", *KIND_OF, "policies")
 _KINDS = tuple(KIND_OF.values())

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from tabulate import tabulate
 
-from qlib.config.schedule.read import Component, PolicySpec, Schedule
+from qlib.config.schedule.types import Component, PolicySpec, Schedule
 
 __all__ = ["timeline"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from qlib.config.schedule.read import PolicySpec
+from qlib.config.schedule.types import PolicySpec
 from qlib.train.lr.schedulers import LrScheduler, counts_steps, make_lr_scheduler
 from qlib.train.policy import Batch, Policy
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qlib.config.schedule.keys import FROM_0, ClassFields, count, number, one_of, table
-from qlib.config.schedule.read import Component, PolicySpec
+from qlib.config.schedule.types import Component, PolicySpec
 from qlib.config.values import Interval
 from qlib.errors import ConfigError
 from qlib.train.lr.formulas import ARGUMENTS, FORMULAS, MOMENTA
