@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qlib.lower.base import Edge
+from qlib.lower.base import ActivationGrid
 from qlib.quant.affine import QParams
 from qlib.quant.spec import QuantSpec
 
@@ -43,11 +43,11 @@ class Codes:
         return cls(f32(scale), zero + low if mode == "asym_s" else 0, low, high, mode, bits)
 
     @property
-    def edge(self) -> Edge:
+    def grid(self) -> ActivationGrid:
         """The same grid, as the code under test knows it."""
         spec = QuantSpec.of_mode(self.mode, self.bits)
         assert (spec.qmin, spec.qmax) == (self.low, self.high)
-        return Edge.of(QParams(torch.tensor(self.scale), torch.tensor(self.zero, dtype=torch.int32), spec))
+        return ActivationGrid.of(QParams(torch.tensor(self.scale), torch.tensor(self.zero, dtype=torch.int32), spec))
 
     @property
     def deployed(self) -> Codes:

@@ -102,11 +102,11 @@ def test_a_replayed_plan_computes_what_the_exact_lowering_does(per_channel: bool
 @given(st.sampled_from(["sym", "sym_restr", "asym_s", "asym_u"]), st.integers(2, 8), st.floats(-3, 0), st.floats(0, 3))
 @settings(deadline=None, max_examples=50)
 def test_rounding_is_quantizing_and_back(mode: str, bits: int, low: float, high: float) -> None:
-    from qlib.lower.base import Edge
+    from qlib.lower.base import ActivationGrid
 
     params = TensorPlan(QuantSpec.of_mode(mode, bits), min=low, max=high).qparams()
     x = torch.linspace(-4, 4, 101)
-    assert torch.equal(rounded(x, Edge.of(params)), dequantize(quantize(x, params), params))
+    assert torch.equal(rounded(x, ActivationGrid.of(params)), dequantize(quantize(x, params), params))
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(4, 6, 3), nn.Linear(5, 3), nn.ConvTranspose2d(4, 6, 3, groups=2)])

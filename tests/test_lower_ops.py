@@ -13,7 +13,7 @@ from oracle import Codes, Ints, f32
 from torch import Tensor, nn
 
 from qlib.graph.ops import Add, Concat, GlobalAvgPool, MatMul, Mul
-from qlib.lower.base import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, LayerContext
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.quant.plan import LayerPlan, WeightPlan
 from qlib.quant.spec import QuantSpec
@@ -38,14 +38,14 @@ def grids(scales: Sequence[float], zeros: Sequence[int], mode: str = "asym_u") -
 
 def run(kind: str, module: nn.Module, inputs: Sequence[Codes], y: Codes, codes: Sequence[Ints | Tensor]) -> Ints:
     """Deployed output codes of the layer; `codes` are numpy codes, or tensors of centered codes."""
-    lowered, edge = LOWERINGS[kind](Site(module, LayerPlan(kind), tuple(x.edge for x in inputs), y.edge))
-    assert edge is not None
+    lowered, grid = LOWERINGS[kind](LayerContext(module, LayerPlan(kind), tuple(x.grid for x in inputs), y.grid))
+    assert grid is not None
     args = [q if isinstance(q, Tensor) else x.centered(q) for q, x in zip(codes, inputs, strict=True)]
     before = [arg.clone() for arg in args]
     with torch.inference_mode():
         out = lowered(*args)
     assert all(map(torch.equal, args, before)), "the inputs are left as they were"
-    return out.numpy().astype(np.int64) + int(edge.zero_point)
+    return out.numpy().astype(np.int64) + int(grid.zero_point)
 
 
 @pytest.mark.parametrize("mode", ["asym_u", "asym_s"])
@@ -95,8 +95,8 @@ def test_broadcast_both_ways(kind: str, layout: str, small: tuple[int, ...]) -> 
 def test_fused_activation_clamps_the_output(top: float, bounds: tuple[int, int]) -> None:
     a, b, y = grids((2**-4, 2**-4, 2**-3 if top == 6.0 else 2**-5), (128, 128, 31))
     qa, qb = PAIRS
-    edge = Edge.of(y.edge.params, (0.0, top))
-    lowered, _ = LOWERINGS["add"](Site(Add(), LayerPlan("add"), (a.edge, b.edge), edge))
+    grid = ActivationGrid.of(y.grid.params, (0.0, top))
+    lowered, _ = LOWERINGS["add"](LayerContext(Add(), LayerPlan("add"), (a.grid, b.grid), grid))
     got = lowered(a.centered(qa), b.centered(qb)).numpy().astype(np.int64) + 31
     assert (got.min(), got.max()) == bounds
     assert (got == np.clip(oracle.add(qa, a, qb, b, y), *bounds)).all()
@@ -235,8 +235,8 @@ def test_embedding(mode: str, bits: int) -> None:
     torch.manual_seed(0)
     module = nn.Embedding(20, 6)
     plan = LayerPlan("embedding", weight=WeightPlan(QuantSpec.of_mode(mode, bits)))
-    lowered, edge = LOWERINGS["embedding"](Site(module, plan, (None,), None))
-    assert edge is None
+    lowered, grid = LOWERINGS["embedding"](LayerContext(module, plan, (None,), None))
+    assert grid is None
     scale, zero, codes = oracle.weight_grid(module.weight.detach().numpy(), mode, bits, False)
     indices = torch.tensor([[0, 3], [19, 3]])
     want = (codes - zero).astype(f32) * scale
@@ -262,11 +262,11 @@ def test_quantize_and_dequantize(mode: str, scale: float) -> None:
     y = Codes.of(mode, 8, scale, 77)
     x = np.concatenate([(np.arange(-600, 600) / 2).astype(f32) * y.scale, np.random.default_rng(6).normal(0, 9, 999)])
     x = np.concatenate([x.astype(f32), f32([1e30, -1e30, np.inf, -np.inf])])
-    centered = Quantize(y.edge)(torch.from_numpy(x))
+    centered = Quantize(y.grid)(torch.from_numpy(x))
     with np.errstate(invalid="ignore", over="ignore"):
         want = np.clip(np.rint(x / y.scale) + y.zero, y.low, y.high).astype(np.int64)
     assert (centered.numpy().astype(np.int64) + y.zero == want).all()
-    assert (Dequantize(y.edge)(centered).numpy() == (want - y.zero).astype(f32) * y.scale).all()
+    assert (Dequantize(y.grid)(centered).numpy() == (want - y.zero).astype(f32) * y.scale).all()
 
 
 def test_the_scales_above_make_ties() -> None:
@@ -299,9 +299,9 @@ def test_any_side_may_be_float(kind: str, inputs: str, output: str) -> None:
     )
     rng = np.random.default_rng(8)
     args = [x.centered(x.random(rng, 2, 3, 4, 4)) for _ in range(2 if kind in modules else 1)]
-    edges = tuple(x.edge if inputs == "codes" else None for _ in args)
-    lowered, edge = LOWERINGS[kind](Site(module, LayerPlan(kind), edges, y.edge if output == "codes" else None))
-    assert (edge is None) == (output == "float")
+    grids = tuple(x.grid if inputs == "codes" else None for _ in args)
+    lowered, grid = LOWERINGS[kind](LayerContext(module, LayerPlan(kind), grids, y.grid if output == "codes" else None))
+    assert (grid is None) == (output == "float")
     values = [arg * float(x.scale) for arg in args]
     got = lowered(*(args if inputs == "codes" else values))
     want = module(*values)

@@ -12,7 +12,7 @@ import torch
 from oracle import Codes, Ints, f32
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, LayerContext
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.quant.affine import dequantize
 from qlib.quant.plan import LayerPlan, WeightPlan
@@ -113,9 +113,9 @@ def expected(module: nn.Module, plan: LayerPlan, q: Ints, x: Codes, y: Codes, to
 
 
 def lower(module: nn.Module, plan: LayerPlan, x: Codes, y: Codes, top: float | None = None) -> ExactWeighted:
-    output = y.edge if top is None else Edge.of(y.edge.params, (0.0, top))
-    lowered, edge = LOWERINGS["conv"](Site(module, plan, (x.edge,), output))
-    assert edge is output
+    output = y.grid if top is None else ActivationGrid.of(y.grid.params, (0.0, top))
+    lowered, grid = LOWERINGS["conv"](LayerContext(module, plan, (x.grid,), output))
+    assert grid is output
     assert isinstance(lowered, ExactWeighted)
     return lowered
 
@@ -282,9 +282,9 @@ def test_weights_only(name: str) -> None:
     torch.manual_seed(0)
     module.reset_parameters()  # type: ignore[operator]
     plan = LayerPlan("conv", weight=WeightPlan(QuantSpec.of_mode("asym_u", 4, 0)))
-    lowered, edge = LOWERINGS["conv"](Site(module, plan, (None,), None))
+    lowered, grid = LOWERINGS["conv"](LayerContext(module, plan, (None,), None))
     assert isinstance(lowered, FloatWeighted)
-    assert edge is None
+    assert grid is None
     x = torch.randn(shape)
     assert module.weight is not None
     error = (lowered(x) - module(x)).abs().max()
@@ -302,9 +302,9 @@ def test_one_side_in_float(output: bool) -> None:
     set_weight(module, "sym", 8, 2**-5, rng)
     grid = Codes.of("asym_u", 8, 2**-2, 127)
     plan = LayerPlan("linear", weight=WeightPlan(QuantSpec.of_mode("sym_restr", 8)))
-    site = Site(module, plan, (None if output else grid.edge,), grid.edge if output else None)
-    lowered, edge = LOWERINGS["linear"](site)
-    assert edge is site.output
+    context = LayerContext(module, plan, (None if output else grid.grid,), grid.grid if output else None)
+    lowered, leaving = LOWERINGS["linear"](context)
+    assert leaving is context.output
     q = grid.random(rng, *shape)
     values = grid.centered(q) * float(grid.scale)
     got = lowered(values if output else grid.centered(q)).detach()

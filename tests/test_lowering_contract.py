@@ -18,6 +18,7 @@ from qlib.graph.kinds import LAYER_KINDS
 from qlib.lower import lower
 from qlib.lower.base import LOWERINGS
 from qlib.lower.dynamic import DynamicMatMul
+from qlib.lower.exact import activation_grid
 from qlib.lower.ops.embedding import ExactEmbedding
 from qlib.lower.ops.float_op import FloatOp
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
@@ -141,7 +142,7 @@ def lowered_in_float(graph: Graph, plan: Plan) -> dict[str, bool]:
         elif plan.dynamic or isinstance(module, (FloatOp, FloatWeighted)):
             found[name] = True
         else:  # the exact forms of others, and what keeps grids
-            found[name] = node.meta["edge"] is None
+            found[name] = activation_grid(node) is None
     return found
 
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.lower.base import Edge, Grid
+from qlib.lower.base import ActivationGrid, Grid
 from qlib.lower.dynamic import quantize_each
 from qlib.lower.fake import FakeQuantize, FakeWeight, fake_quantize
 from qlib.lower.qdq_layer import FromCodes, ToCodes
@@ -78,16 +78,16 @@ def by_channel(body: Body) -> Body:
 
 
 def _exact(x: Tensor, params: QParams) -> Tensor:
-    centered = Grid(Edge.of(params)).quantize(x.clone())
+    centered = Grid(ActivationGrid.of(params)).quantize(x.clone())
     assert torch.equal(centered, quantize(x, params) - params.zero_point)
     return centered * params.scale
 
 
 def _deployed(x: Tensor, params: QParams) -> Tensor:
-    edge = Edge.of(params)
-    codes = ToCodes(edge)(x)
-    assert torch.equal(codes, edge.codes(quantize(x, params) - params.zero_point))
-    return FromCodes(edge)(codes)
+    grid = ActivationGrid.of(params)
+    codes = ToCodes(grid)(x)
+    assert torch.equal(codes, grid.codes(quantize(x, params) - params.zero_point))
+    return FromCodes(grid)(codes)
 
 
 def _fake(x: Tensor, params: QParams) -> Tensor:
@@ -99,12 +99,12 @@ BODIES: dict[str, Body] = {
     "exact": by_channel(_exact),
     "deployed": by_channel(_deployed),
     "fake": by_channel(lambda x, params: fake_quantize(x, params.scale, params.low, params.high)),
-    "fake activation": by_channel(lambda x, params: FakeQuantize(Edge.of(params))(x)),
+    "fake activation": by_channel(lambda x, params: FakeQuantize(ActivationGrid.of(params))(x)),
     "fake but for some": by_channel(
         lambda x, params: fake_quantize(x, params.scale, params.low, params.high, torch.zeros_like(x, dtype=torch.bool))
     ),
     "fake of each channel": _fake,
-    "replay": by_channel(lambda x, params: rounded(x, Edge.of(params))),
+    "replay": by_channel(lambda x, params: rounded(x, ActivationGrid.of(params))),
 }
 
 

@@ -104,7 +104,7 @@ def columns(layer: nn.Module, q: Ints, zero: int) -> Ints:
 
 def expected(layer: nn.Module, exact: ExactWeighted, q: Ints, pairwise: bool) -> tuple[Ints, int, Ints]:
     """``[N, out, places]`` output codes, centered; how many accumulators saturated; and the accumulators."""
-    w, zero = exact.weight_codes.numpy().astype(np.int64), exact.edge.zero_point
+    w, zero = exact.weight_codes.numpy().astype(np.int64), exact.source.zero_point
     read = columns(layer, q, zero)
     w = np.moveaxis(w, 1, -1).reshape(read.shape[1], len(w) // read.shape[1], -1)
     products = read[:, :, None] * w[None, ..., None]
@@ -169,7 +169,7 @@ def test_emulated_codes_are_those_of_16_bit_sums(name: str, act: str, weight: st
     exact, module = modules(lowered)
     codes, saturated, acc = expected(layer, exact, q, pairwise=name not in NEVER)
     with torch.inference_mode():
-        got = places_last(layer, module(torch.from_numpy(q - exact.edge.zero_point).float()))
+        got = places_last(layer, module(torch.from_numpy(q - exact.source.zero_point).float()))
     assert int((got != codes).sum()) == 0
     assert (name in NEVER) == (saturated == 0) == isinstance(module, ExactWeighted)
     if isinstance(module, SaturatingWeighted):
@@ -212,8 +212,8 @@ def run_layer_in_onnx(layer: nn.Module, exact: ExactWeighted, q: Ints) -> Ints:
     assert exact.grid is not None
     scale = exact.weight_scale.numpy()
     constants: dict[str, Any] = {
-        "sx": np.float32(exact.edge.scale),
-        "zx": np.uint8(exact.edge.zero_point),
+        "sx": np.float32(exact.source.scale),
+        "zx": np.uint8(exact.source.zero_point),
         "w": exact.weight_codes.numpy(),
         "sw": scale,
         "zw": exact.weight_zero_point.numpy().astype(exact.weight_codes.numpy().dtype),
@@ -227,7 +227,7 @@ def run_layer_in_onnx(layer: nn.Module, exact: ExactWeighted, q: Ints) -> Ints:
         helper.make_node("QuantizeLinear", ["yf", "sy", "zy"], ["y"]),
     ]
     if exact.bias_codes is not None:
-        constants |= {"b": exact.bias_codes.numpy(), "sb": exact.edge.scale.numpy() * scale}
+        constants |= {"b": exact.bias_codes.numpy(), "sb": exact.source.scale.numpy() * scale}
         constants["zb"] = np.zeros(np.shape(scale), np.int32)
         nodes.insert(2, helper.make_node("DequantizeLinear", ["b", "sb", "zb"], ["bf"], axis=0))
         names.append("bf")
@@ -254,7 +254,7 @@ def test_emulated_codes_are_those_of_onnx_runtime_on_such_a_cpu(name: str, act: 
     exact, module = modules(lowered)
     assert exact.grid is not None
     with torch.inference_mode():
-        got = places_last(layer, module(torch.from_numpy(q - exact.edge.zero_point).float()))
+        got = places_last(layer, module(torch.from_numpy(q - exact.source.zero_point).float()))
     deployed = run_layer_in_onnx(layer, exact, q)
     assert int((got.ravel() + exact.grid.zero_point != deployed.ravel()).sum()) == 0
 

@@ -236,7 +236,7 @@ def _name(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _weight_steps(model: ir.Model) -> Iterator[ir.Node]:
+def _weight_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """The nodes that dequantize weights and biases."""
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
@@ -250,14 +250,14 @@ def _unshare(model: ir.Model) -> None:
     """
     import onnx_ir as ir
 
-    for node in _weight_steps(model):
+    for node in _weight_nodes(model):
         for user, index in list(node.outputs[0].uses())[1:]:
             name = f"{str(user.name).rpartition('/')[0]}/{node.op_type}.{index}"
             output = ir.Value(name=name, type=node.outputs[0].type, shape=node.outputs[0].shape)
             step = ir.Node("", node.op_type, node.inputs, node.attributes.values(), outputs=[output], name=name)
             model.graph.insert_before(user, step)
             user.replace_input_with(index, output)
-    for node in _weight_steps(model):
+    for node in _weight_nodes(model):
         for index, value in enumerate(node.inputs):
             if value is not None and value.const_value is not None and len(value.uses()) > 1:
                 name, const = f"{node.name}.{index}", value.const_value
@@ -271,7 +271,7 @@ def _pack_four_bits(model: ir.Model, layers: Collection[str]) -> None:
     import onnx_ir as ir
 
     smaller = {ir.DataType.INT8: ir.DataType.INT4, ir.DataType.UINT8: ir.DataType.UINT4}
-    for node in _weight_steps(model):
+    for node in _weight_nodes(model):
         if str(node.name).rpartition("/")[0] not in layers:
             continue
         for value in (node.inputs[0], node.inputs[2]):

@@ -15,8 +15,8 @@ from qlib.deploy.kernels import Kernels, exact_layers, kernels_of, open_with_gra
 from qlib.deploy.session import run_session
 from qlib.files import scratch_folder
 from qlib.graph.ir import layer_inputs, source_of
-from qlib.lower.base import Edge
-from qlib.lower.exact import EDGE
+from qlib.lower.base import ActivationGrid
+from qlib.lower.exact import activation_grid
 from qlib.lower.ops.quantize import Dequantize, Quantize
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ LOGITS = "(logits)"
 class Inspection:
     """The shipped model, and one that gives all codes as well.
 
-    `edges` are the grids of the layers that hold codes, `from_float` those that quantize what a layer computed in float
+    `grids` are the grids of the layers that hold codes, `from_float` those that quantize what a layer computed in float
     (and the logits, where they are float), `seen` those that the file holds, `altered` those whose kernels differ
     between the two models. A layer that is no work (a concatenation of one tensor) has a kernel only where it is seen.
     `merged`: of layers that compute the same of the same, the exporter keeps the first one.
@@ -40,7 +40,7 @@ class Inspection:
 
     shipped: ort.InferenceSession
     inspected: ort.InferenceSession
-    edges: Mapping[str, Edge]
+    grids: Mapping[str, ActivationGrid]
     from_float: frozenset[str]
     kernels: Mapping[str, Kernels]
     altered: frozenset[str]
@@ -51,10 +51,10 @@ class Inspection:
     def open(cls, exact: fx.GraphModule, path: Path) -> Inspection:
         nodes = dict(exact_layers(exact))
         names = [str(node.target) for node in nodes]
-        edges = {
-            str(node.target): edge
+        grids = {
+            str(node.target): grid
             for node, module in nodes.items()
-            if isinstance(edge := node.meta.get(EDGE), Edge) and not _is_constant(node, module)
+            if (grid := activation_grid(node)) is not None and not _is_constant(node, module)
         }
         from_float = {
             str(node.target)
@@ -66,14 +66,14 @@ class Inspection:
         kernels = kernels_of(graph, names)
         with scratch_folder() as folder:
             exposed = folder / "inspected.onnx"
-            seen = _expose(path, exposed, edges)
+            seen = _expose(path, exposed, grids)
             inspected, graph = open_with_graph(exposed)
         others = kernels_of(graph, names)
         altered = frozenset(
             name for name, found in kernels.items() if _plain(found) != _plain(others.get(name, Kernels()))
         )
         merged = _merged(nodes, seen)
-        return cls(shipped, inspected, edges, frozenset(from_float), kernels, altered, seen, merged)
+        return cls(shipped, inspected, grids, frozenset(from_float), kernels, altered, seen, merged)
 
     def run(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits, and the codes of each layer with the logits among them."""
@@ -118,8 +118,8 @@ def _plain(kernels: Kernels) -> list[str]:
     return sorted(each.removeprefix("Nhwc") for each in kernels.operators)
 
 
-def _expose(path: Path, exposed: Path, edges: Mapping[str, Edge]) -> list[str]:
-    """Writes the model with the codes of the layers `edges` as further outputs; which of them it holds."""
+def _expose(path: Path, exposed: Path, grids: Mapping[str, ActivationGrid]) -> list[str]:
+    """Writes the model with the codes of the layers `grids` as further outputs; which of them it holds."""
     import onnx
     from onnx import TensorProto
 
@@ -128,9 +128,9 @@ def _expose(path: Path, exposed: Path, edges: Mapping[str, Edge]) -> list[str]:
     if external:
         onnx.load_external_data_for_model(model, str(path.parent))
     made = {name for node in model.graph.node for name in node.output}
-    seen = [name for name in edges if name + CODES in made]
+    seen = [name for name in grids if name + CODES in made]
     for name in seen:
-        kind = TensorProto.UINT16 if edges[name].dtype == torch.uint16 else TensorProto.UINT8
+        kind = TensorProto.UINT16 if grids[name].dtype == torch.uint16 else TensorProto.UINT8
         model.graph.output.append(onnx.helper.make_tensor_value_info(name + CODES, kind, None))
     onnx.save(model, exposed, save_as_external_data=external)
     return seen

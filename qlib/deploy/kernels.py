@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime as ort
 
-__all__ = ["CLAMPS", "MOVES", "STEPS", "Kernels", "exact_layers", "kernels_of", "layer_of", "open_with_graph"]
+__all__ = ["CLAMPS", "MOVES", "QDQ_NODES", "Kernels", "exact_layers", "kernels_of", "layer_of", "open_with_graph"]
 
 _MOVE_NAMES = (
     "Transpose Reshape Identity Squeeze Unsqueeze Flatten Slice Split Gather Expand Tile Shape Size Cast Pad"
@@ -29,7 +29,7 @@ MOVES = frozenset(_MOVE_NAMES.split())
 CLAMPS = frozenset({"Clip", "Max", "Min"})
 """Operators that keep codes within bounds tighter than their type's."""
 
-STEPS = ("QuantizeLinear", "DequantizeLinear")
+QDQ_NODES = ("QuantizeLinear", "DequantizeLinear")
 """Operators between codes and floats."""
 
 _INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "QAttention")
@@ -77,27 +77,27 @@ def kernels_of(graph: onnx.GraphProto, layers: Collection[str]) -> dict[str, Ker
     real = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
     floats = {name for name, kind in types.items() if kind in real}
     computing: dict[str, list[str]] = {}
-    steps: dict[str, list[str]] = {}
+    qdq_nodes: dict[str, list[str]] = {}
     in_float: set[str] = set()
     for node, layer in zip(graph.node, _owners(graph, frozenset(layers), floats), strict=True):
         kinds = {types.get(name, TensorProto.UNDEFINED) for name in node.output if name}
         if layer is None or kinds <= {TensorProto.INT64, TensorProto.BOOL}:
             continue
-        if node.op_type in STEPS:
-            steps.setdefault(layer, []).append(node.op_type)
+        if node.op_type in QDQ_NODES:
+            qdq_nodes.setdefault(layer, []).append(node.op_type)
         elif node.op_type not in MOVES:
             computing.setdefault(layer, []).append(node.op_type)
             if not node.op_type.startswith(_INTEGER) and not floats.isdisjoint(node.output):
                 in_float.add(layer)
     return {
-        layer: Kernels((*_shown(steps.get(layer, []), computing.get(layer, [])),), layer not in in_float)
-        for layer in dict.fromkeys([*computing, *steps])
+        layer: Kernels((*_shown(qdq_nodes.get(layer, []), computing.get(layer, [])),), layer not in in_float)
+        for layer in dict.fromkeys([*computing, *qdq_nodes])
     }
 
 
-def _shown(steps: list[str], computing: list[str]) -> list[str]:
+def _shown(qdq_nodes: list[str], computing: list[str]) -> list[str]:
     """The operators of a layer: its quantize steps only where nothing but a clamp of the codes is left beside them."""
-    return computing if set(computing) - CLAMPS else [*steps, *computing]
+    return computing if set(computing) - CLAMPS else [*qdq_nodes, *computing]
 
 
 def _owners(graph: onnx.GraphProto, layers: frozenset[str], floats: Collection[str]) -> list[str | None]:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 from torch import fx, nn
 
-from qlib.deploy.kernels import CLAMPS, MOVES, STEPS, Kernels, exact_layers, kernels_of, layer_of, open_with_graph
+from qlib.deploy.kernels import CLAMPS, MOVES, QDQ_NODES, Kernels, exact_layers, kernels_of, layer_of, open_with_graph
 from qlib.files import write_csv
 from qlib.graph.ir import layer_inputs
 from qlib.graph.kinds import KINDS
-from qlib.lower.base import Edge
-from qlib.lower.exact import EDGE
+from qlib.lower.exact import activation_grid
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.lower.saturation import SaturationRate
@@ -104,7 +103,7 @@ class _Shipped:
             kinds = {types.get(name) for name in node.input}
             if layer is not None and not kinds.isdisjoint((TensorProto.INT4, TensorProto.UINT4)):
                 nibbles.add(layer)
-            if layer is None or node.op_type in (*MOVES, *STEPS, *CLAMPS):
+            if layer is None or node.op_type in (*MOVES, *QDQ_NODES, *CLAMPS):
                 continue
             operators.setdefault(layer, []).append(node.op_type)
             if TensorProto.FLOAT in kinds:
@@ -122,7 +121,7 @@ def _absorbed(node: fx.Node, kernels: Mapping[str, Kernels]) -> tuple[bool, str]
     """
     producers = [name for source in layer_inputs(node) if (name := _producer(source, kernels))]
     if not producers:
-        return node.meta.get(EDGE) is not None, "nothing is left to compute"
+        return activation_grid(node) is not None, "nothing is left to compute"
     producer = min(producers, key=lambda name: kernels[name].integer)
     return kernels[producer].integer, f"computed by {producer}"
 
@@ -139,11 +138,12 @@ def _producer(node: fx.Node, kernels: Mapping[str, Kernels]) -> str:
 
 def _why(node: fx.Node, module: nn.Module, kernels: Kernels, shipped: _Shipped) -> str:
     """Why a layer runs in float."""
-    name, edges = str(node.target), [source.meta.get(EDGE) for source in layer_inputs(node)]
-    output = node.meta.get(EDGE)
-    if not any(isinstance(edge, Edge) for edge in (*edges, output)):
+    name, output = str(node.target), activation_grid(node)
+    arriving = [activation_grid(source) for source in layer_inputs(node)]
+    grids = [grid for grid in (*arriving, output) if grid is not None]
+    if not grids:
         return "its inputs and its output are float"
-    wide = max(edge.params.spec.bits for edge in (*edges, output) if isinstance(edge, Edge))
+    wide = max(grid.params.spec.bits for grid in grids)
     if wide > 8:
         return f"{wide}-bit activations: ONNX Runtime has integer kernels for at most 8"
     if bits := 4 if name in shipped.nibbles else _wide_weight(module):
@@ -154,7 +154,7 @@ def _why(node: fx.Node, module: nn.Module, kernels: Kernels, shipped: _Shipped) 
     unknown = ", ".join(each for each in operators if each not in _HAVE_INTEGER_KERNELS)
     reasons = {
         f"ONNX Runtime has no integer kernel for {unknown}": bool(unknown),
-        "an input is float": None in edges,
+        "an input is float": None in arriving,
         "its output is float": output is None,
         f"{', '.join(operators)} without quantize steps between them": len(operators) > 1,
         "an operand is a float constant": name in shipped.constant,

@@ -18,7 +18,7 @@ from qlib.deploy.kernels import Kernels
 from qlib.deploy.session import run_session
 from qlib.files import write_csv
 from qlib.lower import exact_arithmetic
-from qlib.lower.exact import EDGE
+from qlib.lower.exact import activation_grid
 
 __all__ = ["FLOAT_SHARE", "Checked", "Verification", "table", "verify", "write_verification"]
 
@@ -105,7 +105,7 @@ def verify(exact: fx.GraphModule, path: Path, batches: Iterable[Tensor]) -> Veri
     values that ONNX Runtime does not show, those of the exact model are taken.
     """
     inspection = Inspection.open(exact, path)
-    tallies = {name: _Tally() for name in (*inspection.edges, LOGITS)}
+    tallies = {name: _Tally() for name in (*inspection.grids, LOGITS)}
     images = agreeing = 0
     largest, faithful = 0.0, True
     with exact_arithmetic():
@@ -181,7 +181,9 @@ class _SideBySide(fx.Interpreter):
             self.found[LOGITS] = _differences(mine, theirs, tolerance)
         elif node.op == "call_module" and name in self.deployed:
             # The exporter leaves out a reshape where another follows.
-            theirs = self.deployed[name].to(mine.device).float().view_as(mine) - node.meta[EDGE].zero_point
+            grid = activation_grid(node)
+            assert grid is not None
+            theirs = self.deployed[name].to(mine.device).float().view_as(mine) - grid.zero_point
             self.found[name] = _differences(mine, theirs, 0.0)
             mine = theirs if self.follow else mine
         return mine

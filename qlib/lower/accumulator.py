@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qlib.lower.base import EXACT_LIMIT, Edge
+from qlib.lower.base import EXACT_LIMIT, ActivationGrid
 
 __all__ = ["accumulator_bounds", "rounded_sum", "split_points"]
 
@@ -25,7 +25,7 @@ def rounded_sum(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.double() for part in parts]).sum(0).float()
 
 
-def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_channel: bool) -> Tensor:
+def accumulator_bounds(weight: Tensor, bias: Tensor | None, grid: ActivationGrid, *, by_channel: bool) -> Tensor:
     """``[in_channels, out_channels]``: how far each input channel can move each accumulator (the bias is in the first).
 
     `weight` is centered, ``[out, in / groups, ...]``. With ``p`` and ``n`` the sums of the positive and negative
@@ -34,17 +34,17 @@ def accumulator_bounds(weight: Tensor, bias: Tensor | None, edge: Edge, *, by_ch
 
     >>> from qlib.quant.plan import TensorPlan
     >>> from qlib.quant.spec import QuantSpec
-    >>> edge = Edge.of(TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=25.5).qparams())
-    >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, edge, by_channel=False)
+    >>> grid = ActivationGrid.of(TensorPlan(QuantSpec.of_mode("asym_u", 8), min=0.0, max=25.5).qparams())
+    >>> accumulator_bounds(torch.tensor([[2.0, -3.0]]), None, grid, by_channel=False)
     tensor([[765.]], dtype=torch.float64)
     """
     if by_channel and weight.ndim == 2:  # one weight each: either sum is 0
-        bounds = weight.abs().T.double() * edge.magnitude
+        bounds = weight.abs().T.double() * grid.magnitude
     else:
         w = weight.flatten(2) if by_channel else weight.flatten(1)[:, None]
         total, size = w.sum(-1, dtype=torch.float64), w.abs().sum(-1, dtype=torch.float64)
         positive, negative = (size + total) / 2, (size - total) / 2
-        up, down = positive * edge.high - negative * edge.low, negative * edge.high - positive * edge.low
+        up, down = positive * grid.high - negative * grid.low, negative * grid.high - positive * grid.low
         bounds = torch.maximum(up, down).T.contiguous()
     if bias is not None:
         bounds[0] += bias.double().abs()

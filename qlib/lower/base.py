@@ -18,14 +18,23 @@ from qlib.quant.arithmetic import float_reason
 from qlib.quant.plan import LayerPlan
 from qlib.registry import Registry
 
-__all__ = ["EXACT_LIMIT", "LOWERINGS", "Edge", "Edges", "ExactLayer", "Grid", "Lowered", "Site"]
+__all__ = [
+    "EXACT_LIMIT",
+    "LOWERINGS",
+    "ActivationGrid",
+    "ActivationGrids",
+    "ExactLayer",
+    "Grid",
+    "Lowered",
+    "LayerContext",
+]
 
 EXACT_LIMIT = 2**24
 """float32 holds every integer below this magnitude."""
 
 
 @dataclass(frozen=True)
-class Edge:
+class ActivationGrid:
     """The grid of an integer tensor, and the bounds of its centered codes (tighter than the grid's after a ReLU)."""
 
     params: QParams
@@ -33,8 +42,8 @@ class Edge:
     high: int
 
     @classmethod
-    def of(cls, params: QParams, bounds: tuple[float, float] | None = None) -> Edge:
-        """The edge of a per-tensor grid; `bounds` are the real values that a fused activation clamps to."""
+    def of(cls, params: QParams, bounds: tuple[float, float] | None = None) -> ActivationGrid:
+        """That of a per-tensor grid; `bounds` are the real values that a fused activation clamps to."""
         low, high = int(params.low), int(params.high)
         if bounds is not None:
             scale = float(params.scale)
@@ -66,24 +75,24 @@ class Edge:
         """The codes that are deployed, of centered ones."""
         return (centered + self.zero_point).to(self.dtype)
 
-    def with_bounds(self, low: int, high: int) -> Edge:
+    def with_bounds(self, low: int, high: int) -> ActivationGrid:
         """The same grid with tighter bounds."""
         return replace(self, low=max(self.low, low), high=min(self.high, high))
 
 
 @dataclass(frozen=True)
-class Site:
-    """One layer to lower: its float module and plan, the edges that arrive (None: float) and the one that leaves."""
+class LayerContext:
+    """One layer to lower: its float module and plan, the grids that arrive (None: float) and the one that leaves."""
 
     module: nn.Module
     plan: LayerPlan
-    inputs: tuple[Edge | None, ...]
-    output: Edge | None
+    inputs: tuple[ActivationGrid | None, ...]
+    output: ActivationGrid | None
 
     @property
     def integer(self) -> bool:
         """Whether it computes in integers: then every input arrives as codes and the output leaves as codes."""
-        return not float_reason(self.module, self.plan, [_bits(edge) for edge in self.inputs], _bits(self.output))
+        return not float_reason(self.module, self.plan, [_bits(grid) for grid in self.inputs], _bits(self.output))
 
     @property
     def accumulator_limit(self) -> float:
@@ -92,28 +101,28 @@ class Site:
         Where a code has more than 8 bits, ONNX Runtime computes in float: 32 bits are then no limit.
         """
         weight = self.plan.weight
-        wide = any(edge is not None and edge.dtype != torch.uint8 for edge in (*self.inputs, self.output))
+        wide = any(grid is not None and grid.dtype != torch.uint8 for grid in (*self.inputs, self.output))
         wide |= weight is not None and weight.spec.bits > 8
         return float("inf") if wide and self.plan.bits_accum >= 32 else 2.0 ** (self.plan.bits_accum - 1)
 
-    def codes_in(self) -> tuple[Edge, ...]:
-        """The input edges, all of which are integer."""
-        edges = tuple(edge for edge in self.inputs if edge is not None)
-        assert len(edges) == len(self.inputs)
-        return edges
+    def codes_in(self) -> tuple[ActivationGrid, ...]:
+        """The input grids, all of which are integer."""
+        grids = tuple(grid for grid in self.inputs if grid is not None)
+        assert len(grids) == len(self.inputs)
+        return grids
 
 
-def _bits(edge: Edge | None) -> int | None:
-    return None if edge is None else edge.params.spec.bits
+def _bits(grid: ActivationGrid | None) -> int | None:
+    return None if grid is None else grid.params.spec.bits
 
 
-Edges = tuple["Edge | None", ...]
-"""The edges of a layer's inputs; None where one is float."""
+ActivationGrids = tuple["ActivationGrid | None", ...]
+"""The grids of a layer's inputs; None where one is float."""
 
-Lowered = tuple[nn.Module, "Edge | None"]
-"""The exact module, and the edge of what it returns."""
+Lowered = tuple[nn.Module, "ActivationGrid | None"]
+"""The exact module, and the grid of what it returns."""
 
-LOWERINGS: Registry[Callable[[Site], Lowered]] = Registry("layer kind", "qlib.lower.ops")
+LOWERINGS: Registry[Callable[[LayerContext], Lowered]] = Registry("layer kind", "qlib.lower.ops")
 """Layer kind -> the function that builds its exact form."""
 
 
@@ -121,20 +130,20 @@ class ExactLayer(nn.Module, ABC):
     """A layer of the exact model: it knows what the exported file holds in its place."""
 
     @abstractmethod
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The exported layer, between the quantized values that are deployed: float, dequantized and quantized."""
 
 
 class Grid(nn.Module):
-    """Rounds to an edge's grid, in place: the last step of nearly every layer."""
+    """Rounds to an activation grid, in place: the last step of nearly every layer."""
 
     scale: Tensor
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
-        self.low, self.high, self.zero_point = edge.low, edge.high, edge.zero_point
+        self.low, self.high, self.zero_point = grid.low, grid.high, grid.zero_point
         # On the tensor's device: dividing by a CPU scalar multiplies by its reciprocal on CUDA.
-        self.register_buffer("scale", edge.scale, persistent=False)
+        self.register_buffer("scale", grid.scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Centered codes of ``x``, given in units of the scale; `x` is overwritten."""

@@ -19,7 +19,7 @@ from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
 from qlib.graph.kinds import kind_of, layer_kind
 from qlib.graph.ops import MatMul
-from qlib.lower.base import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, LayerContext
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.quant.affine import QParams, qparams_from_range
 from qlib.quant.arithmetic import dynamic_float_reason
@@ -41,7 +41,7 @@ def lower_dynamic(graph: Graph, plan: Plan) -> fx.GraphModule:
         if layer_kind(module).accumulates and not dynamic_float_reason(module, layer):
             replacement = _build(name_of(node), module, layer)
         elif layer.weight is not None or layer.float_bits is not None:
-            replacement, _ = LOWERINGS[kind_of(module)](Site(module, layer, (None,) * len(layer.inputs), None))
+            replacement, _ = LOWERINGS[kind_of(module)](LayerContext(module, layer, (None,) * len(layer.inputs), None))
         else:
             continue
         lowered.add_submodule(target, replacement)
@@ -85,11 +85,11 @@ def quantize_each(name: str, x: Tensor, plan: TensorPlan) -> tuple[Tensor, Tenso
     return torch.clamp(torch.round(x / scale), low, high), scale
 
 
-def _any_edge(plan: TensorPlan) -> Edge:
+def _any_grid(plan: TensorPlan) -> ActivationGrid:
     """The loosest bounds that centered codes can have, whatever the range."""
     one, zero = torch.ones(()), torch.zeros((), dtype=torch.int32)
     reach = plan.spec.qmax - plan.spec.qmin
-    return Edge(QParams(one, zero, plan.spec), -reach, reach)
+    return ActivationGrid(QParams(one, zero, plan.spec), -reach, reach)
 
 
 class DynamicWeighted(ExactWeighted):
@@ -99,7 +99,7 @@ class DynamicWeighted(ExactWeighted):
 
     def __init__(self, name: str, module: nn.Module, plan: LayerPlan) -> None:
         assert plan.inputs[0] is not None
-        super().__init__(Site(module, plan, (_any_edge(plan.inputs[0]),), None))
+        super().__init__(LayerContext(module, plan, (_any_grid(plan.inputs[0]),), None))
         self.name, self.input_plan = name, plan.inputs[0]
         self.float_bias = nn.Parameter(module.bias.detach().clone()) if isinstance(module.bias, Tensor) else None
 

@@ -9,15 +9,21 @@ from torch import fx, nn
 from qlib.errors import StatsError
 from qlib.graph import Graph, activation_bounds, fused_activations, kind_of
 from qlib.graph.ir import attribute, is_layer, is_move, layer_inputs, name_of
-from qlib.lower.base import LOWERINGS, Edge, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, LayerContext
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan
 
-__all__ = ["EDGE", "lower_exact"]
+__all__ = ["activation_grid", "lower_exact"]
 
-EDGE = "edge"
-"""In a node's meta: the grid of the codes it holds, or None where it holds floats."""
+_GRID = "grid"
+
+
+def activation_grid(node: fx.Node) -> ActivationGrid | None:
+    """The grid of the codes that a node of an exact model holds; None where it holds floats."""
+    grid = node.meta.get(_GRID)
+    assert grid is None or isinstance(grid, ActivationGrid)
+    return grid
 
 
 def lower_exact(graph: Graph, plan: Plan) -> fx.GraphModule:
@@ -35,15 +41,15 @@ def lower_exact(graph: Graph, plan: Plan) -> fx.GraphModule:
 
 @dataclass
 class _Builder:
-    """Walks the float graph and writes the integer one; `edges` holds the grid of each node's output."""
+    """Walks the float graph and writes the integer one; `grids` holds the grid of each node's output."""
 
     graph: Graph
     plan: Plan
     new: fx.Graph = field(default_factory=fx.Graph)
     root: dict[str, object] = field(default_factory=dict)
     values: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    edges: dict[fx.Node, Edge | None] = field(default_factory=dict)
-    quantized: dict[tuple[fx.Node, TensorPlan], tuple[fx.Node, Edge]] = field(default_factory=dict)
+    grids: dict[fx.Node, ActivationGrid | None] = field(default_factory=dict)
+    quantized: dict[tuple[fx.Node, TensorPlan], tuple[fx.Node, ActivationGrid]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.fused = fused_activations(self.graph)
@@ -53,7 +59,7 @@ class _Builder:
         """Writes one node."""
         if node in self.skipped:  # an activation that its producer's clamp already computes
             producer = self.skipped[node]
-            self.values[node], self.edges[node] = self.values[producer], self.edges[producer]
+            self.values[node], self.grids[node] = self.values[producer], self.grids[producer]
         elif node.op == "output":
             self.new.output(self._as_float(layer_inputs(node)[0]))
         elif is_layer(self.graph, node):
@@ -67,8 +73,8 @@ class _Builder:
         elif node.op == "call_module":
             self.root[str(node.target)] = self.graph.get_submodule(str(node.target))
         self.values[node] = self.new.node_copy(node, lambda old: self.values[old])
-        self.edges[node] = self.edges[layer_inputs(node)[0]] if is_move(self.graph, node) else None
-        self.values[node].meta[EDGE] = self.edges[node]
+        self.grids[node] = self.grids[layer_inputs(node)[0]] if is_move(self.graph, node) else None
+        self.values[node].meta[_GRID] = self.grids[node]
 
     def _add_layer(self, node: fx.Node) -> None:
         module, name = self.graph.get_submodule(str(node.target)), name_of(node)
@@ -77,44 +83,46 @@ class _Builder:
         arrivals = [self._arrive(source, grid) for source, grid in zip(layer_inputs(node), planned, strict=False)]
         activation = self.fused.get(node) if plan.output is not None else None
         bounds = None if activation is None else activation_bounds(self.graph, activation)
-        output = Edge.of(_params(name, plan.output), bounds) if plan.output is not None else None
-        site = Site(module, plan, tuple(edge for _, edge in arrivals), output)
-        lowered, edge = LOWERINGS[kind_of(module)](site)
+        output = ActivationGrid.of(_params(name, plan.output), bounds) if plan.output is not None else None
+        context = LayerContext(module, plan, tuple(grid for _, grid in arrivals), output)
+        lowered, grid = LOWERINGS[kind_of(module)](context)
         self.root[name] = lowered
         tensors = iter(arrivals)  # in the order of layer_inputs: one input may be used twice, on two grids
         args = fx.node.map_arg(node.args, lambda old: next(tensors)[0] if old.meta["tensor"] else self.values[old])
         self.values[node] = self.new.create_node("call_module", name, args, name=node.name)
-        self.values[node].meta = {**node.meta, EDGE: edge}
-        self.edges[node] = edge
-        if activation is not None and edge is not None:
+        self.values[node].meta = {**node.meta, _GRID: grid}
+        self.grids[node] = grid
+        if activation is not None and grid is not None:
             self.skipped[activation] = node
 
-    def _arrive(self, source: fx.Node, planned: TensorPlan | None) -> tuple[fx.Node, Edge | None]:
+    def _arrive(self, source: fx.Node, planned: TensorPlan | None) -> tuple[fx.Node, ActivationGrid | None]:
         """The value of an input and its grid, put on the planned one first, from float or from its producer's."""
-        value, edge = self.values[source], self.edges[source]
+        value, arriving = self.values[source], self.grids[source]
         if planned is None:
-            return value, edge
+            return value, arriving
         if (source, planned) not in self.quantized:
-            grid = Edge.of(_params(name_of(source), planned))
-            if edge is not None and edge.params == grid.params:
-                return value, edge
+            grid = ActivationGrid.of(_params(name_of(source), planned))
+            if arriving is not None and arriving.params == grid.params:
+                return value, arriving
             codes = self._call("quantize", source, Quantize(grid), self._as_float(source), grid)
             self.quantized[source, planned] = codes, grid
         return self.quantized[source, planned]
 
     def _as_float(self, source: fx.Node) -> fx.Node:
-        edge = self.edges[source]
+        grid = self.grids[source]
         value = self.values[source]
-        return value if edge is None else self._call("dequantize", source, Dequantize(edge), value, None)
+        return value if grid is None else self._call("dequantize", source, Dequantize(grid), value, None)
 
-    def _call(self, what: str, source: fx.Node, module: nn.Module, value: fx.Node, edge: Edge | None) -> fx.Node:
+    def _call(
+        self, what: str, source: fx.Node, module: nn.Module, value: fx.Node, grid: ActivationGrid | None
+    ) -> fx.Node:
         target, count = f"{what}_{source.name}", 0
         while target in self.root:
             count += 1
             target = f"{what}_{source.name}_{count}"
         self.root[target] = module
         called = self.new.call_module(target, (value,))
-        called.meta = {**source.meta, EDGE: edge}
+        called.meta = {**source.meta, _GRID: grid}
         return called
 
     def finish(self) -> fx.GraphModule:

@@ -13,7 +13,7 @@ from qlib.graph import Graph, activation_bounds, fused_activations
 from qlib.graph.ir import is_layer, layer_inputs, name_of
 from qlib.graph.walk import keeps_grid
 from qlib.graph.weights import swap_channels
-from qlib.lower.base import Edge
+from qlib.lower.base import ActivationGrid
 from qlib.lower.chunks import chunks, dense, laid_out_as
 from qlib.quant.affine import QParams
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
@@ -28,17 +28,17 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, spared: Tensor | None
     ) -> Tensor:
-        steps = x / scale
-        codes = steps.round().clamp_(low, high)  # type: ignore[arg-type]
-        ctx.save_for_backward(steps, codes, scale, spared)
+        scaled = x / scale
+        codes = scaled.round().clamp_(low, high)  # type: ignore[arg-type]
+        ctx.save_for_backward(scaled, codes, scale, spared)
         y = codes * scale
         return y if spared is None else torch.where(spared, x, y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        steps, codes, scale, spared = ctx.saved_tensors
-        error = codes - steps
+        scaled, codes, scale, spared = ctx.saved_tensors
+        error = codes - scaled
         beyond = error.abs() > 0.5
         if spared is not None:
             beyond &= ~spared
@@ -72,9 +72,9 @@ class _RoundTensor(torch.autograd.Function):
         needs_scale, *needs_bounds = ctx.needs_input_grad[1:]
         of_scale, of_low, of_high = (torch.zeros((), dtype=x.dtype, device=x.device) for _ in range(3))
         for part, up, out in chunks(x, grad, of_x):
-            steps = part / scale
-            codes = steps.round().clamp_(low, high)
-            error = codes - steps
+            scaled = part / scale
+            codes = scaled.round().clamp_(low, high)
+            error = codes - scaled
             torch.mul(up, error.abs().le_(0.5), out=out)
             if needs_scale or any(needs_bounds):
                 cut = up - out
@@ -115,14 +115,14 @@ def fake_quantize(
 
 
 class FakeQuantize(nn.Module):
-    """Rounds to an edge's grid, but for the elements that `spare`, if there is one, chooses."""
+    """Rounds to an activation grid, but for the elements that `spare`, if there is one, chooses."""
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
-        self.low, self.high = edge.low, edge.high
+        self.low, self.high = grid.low, grid.high
         self.spare: Callable[[Tensor], Tensor] | None = None
-        self.spec, self.zero_point = edge.params.spec, edge.params.zero_point
-        self.scale = nn.Parameter(edge.scale.clone(), requires_grad=False)
+        self.spec, self.zero_point = grid.params.spec, grid.params.zero_point
+        self.scale = nn.Parameter(grid.scale.clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         spared = None if self.spare is None else self.spare(x)
@@ -174,9 +174,9 @@ class FakeLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
-        self.inputs = nn.ModuleList([nn.Identity() if t is None else FakeQuantize(_edge(t)) for t in plan.inputs])
+        self.inputs = nn.ModuleList([nn.Identity() if t is None else FakeQuantize(_grid_of(t)) for t in plan.inputs])
         self.weight: nn.Module | None = None if plan.weight is None else FakeWeight(module, plan.weight)
-        self.output = None if plan.output is None else FakeQuantize(_edge(plan.output, bounds))
+        self.output = None if plan.output is None else FakeQuantize(_grid_of(plan.output, bounds))
         own = self.inputs[0] if len(self.inputs) else None
         self.source = [own if isinstance(own, FakeQuantize) else source]  # in a list: it is part of another layer
 
@@ -198,12 +198,12 @@ class FakeLayer(nn.Module):
         scale = getattr(self.weight, "scale", None)
         if source is None or not isinstance(bias, Tensor) or not isinstance(scale, Tensor):
             return {}
-        step = (source.scale * scale).detach().flatten()
-        return {"bias": bias + (torch.round(bias / step) * step - bias).detach()}
+        product = (source.scale * scale).detach().flatten()
+        return {"bias": bias + (torch.round(bias / product) * product - bias).detach()}
 
 
-def _edge(plan: TensorPlan, bounds: tuple[float, float] | None = None) -> Edge:
-    return Edge.of(plan.qparams(), bounds)
+def _grid_of(plan: TensorPlan, bounds: tuple[float, float] | None = None) -> ActivationGrid:
+    return ActivationGrid.of(plan.qparams(), bounds)
 
 
 def lower_fake(graph: Graph, plan: Plan) -> fx.GraphModule:

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MOST_EXCESS", "Pairs", "Window", "hazardous_pairs"]
+__all__ = ["MAX_EXCESS", "Pairs", "Window", "hazardous_pairs"]
 
 _LOW, _HIGH = -(2**15), 2**15 - 1
-MOST_EXCESS = 2 * 255 * 128 + _LOW
+MAX_EXCESS = 2 * 255 * 128 + _LOW
 """No sum of two products leaves 16 bits by more."""
 
 

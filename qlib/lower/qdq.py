@@ -9,8 +9,8 @@ from torch import Tensor, fx, nn
 
 from qlib.graph.ir import attribute, layer_inputs
 from qlib.graph.ops import WindowPartition
-from qlib.lower.base import Edge, Edges, ExactLayer
-from qlib.lower.exact import EDGE
+from qlib.lower.base import ActivationGrid, ActivationGrids, ExactLayer
+from qlib.lower.exact import activation_grid
 from qlib.lower.ops.quantize import Dequantize, Quantize
 from qlib.lower.qdq_layer import FromCodes, QdqLayer, ToCodes
 
@@ -33,12 +33,6 @@ def lower_qdq(exact: fx.GraphModule) -> fx.GraphModule:
     return lowered.eval()
 
 
-def _edge(node: fx.Node) -> Edge | None:
-    edge = node.meta.get(EDGE)
-    assert edge is None or isinstance(edge, Edge)
-    return edge
-
-
 @dataclass
 class _Builder:
     exact: fx.GraphModule
@@ -59,39 +53,41 @@ class _Builder:
             if isinstance(module, Quantize):
                 self.root[str(node.target)] = self._quantize(node, source)
             else:
-                self.root[str(node.target)] = _layer(module, tuple(map(_edge, layer_inputs(node))), _edge(node))
+                inputs = tuple(map(activation_grid, layer_inputs(node)))
+                self.root[str(node.target)] = _layer(module, inputs, activation_grid(node))
         if _pads(self.exact, node):
             self.values[node] = self._move_values(node)
         else:
             self.values[node] = self.new.node_copy(node, lambda old: self.values[old])
 
     def _quantize(self, node: fx.Node, source: fx.Node) -> nn.Module:
-        edge, module = _edge(node), None if source.op != "call_module" else self.exact.get_submodule(str(source.target))
-        assert edge is not None
-        return ToCodes(edge, again=isinstance(module, Dequantize))
+        grid = activation_grid(node)
+        module = None if source.op != "call_module" else self.exact.get_submodule(str(source.target))
+        assert grid is not None
+        return ToCodes(grid, again=isinstance(module, Dequantize))
 
     def _constant(self, node: fx.Node, quantize: Quantize, value: Tensor) -> fx.Node:
         """The codes of an operand that the model holds."""
-        edge = _edge(node)
-        assert edge is not None
-        self.root[str(node.target)] = edge.codes(quantize(value))
+        grid = activation_grid(node)
+        assert grid is not None
+        self.root[str(node.target)] = grid.codes(quantize(value))
         return self.new.get_attr(str(node.target))
 
     def _move_values(self, node: fx.Node) -> fx.Node:
         """Moves float values instead of codes: it fills with zeros, of which the code is another number."""
         (source,) = layer_inputs(node)
-        edge = _edge(source)
-        assert edge is not None
-        values = self._call(f"dequantize_before_{node.name}", FromCodes(edge), self.values[source])
+        grid = activation_grid(source)
+        assert grid is not None
+        values = self._call(f"dequantize_before_{node.name}", FromCodes(grid), self.values[source])
         moved = self.new.node_copy(node, lambda old: values if old is source else self.values[old])
-        return self._call(f"quantize_after_{node.name}", ToCodes(edge), moved)
+        return self._call(f"quantize_after_{node.name}", ToCodes(grid), moved)
 
     def _call(self, target: str, module: nn.Module, value: fx.Node) -> fx.Node:
         self.root[target] = module
         return self.new.call_module(target, (value,))
 
 
-def _layer(module: nn.Module, inputs: Edges, output: Edge | None) -> nn.Module:
+def _layer(module: nn.Module, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
     """What stands for a module of the exact model: on codes where that one is on centered codes."""
     if isinstance(module, Dequantize):
         assert inputs[0] is not None
@@ -105,7 +101,7 @@ def _layer(module: nn.Module, inputs: Edges, output: Edge | None) -> nn.Module:
 
 def _pads(exact: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node fills codes with zeros."""
-    if _edge(node) is None:
+    if activation_grid(node) is None:
         return False
     if node.op == "call_module":
         fills: bool = isinstance(exact.get_submodule(str(node.target)), (WindowPartition, nn.ZeroPad2d))

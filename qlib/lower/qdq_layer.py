@@ -11,27 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.base import Edge, Edges
+from qlib.lower.base import ActivationGrid, ActivationGrids
 from qlib.lower.onnx_ops import dequantize_linear, quantize_linear
 
 __all__ = ["FromCodes", "QdqLayer", "ToCodes"]
 
 
 class ToCodes(nn.Module):
-    """Float -> codes of an edge, within its bounds.
+    """Float -> codes of a grid, within its bounds.
 
     Bounds tighter than the type's (a ReLU where the zero point is not 0, fewer than 8 bits) are a Clip of the codes:
     one before quantizing would keep the layer from being computed in integers. `again`: what arrives was dequantized
     just before; it is always clipped, or ONNX Runtime would round once, to a grid that it works out from both.
     """
 
-    def __init__(self, edge: Edge, *, again: bool = False) -> None:
+    def __init__(self, grid: ActivationGrid, *, again: bool = False) -> None:
         super().__init__()
-        self.scale, self.zero_point = float(edge.scale), edge.zero_point
-        self.bits = 8 if edge.dtype == torch.uint8 else 16
-        low, high = edge.low + edge.zero_point, edge.high + edge.zero_point
+        self.scale, self.zero_point = float(grid.scale), grid.zero_point
+        self.bits = 8 if grid.dtype == torch.uint8 else 16
+        low, high = grid.low + grid.zero_point, grid.high + grid.zero_point
         self.bounds = None if (low, high) == (0, 2**self.bits - 1) and not again else (low, high)
-        self.real_bounds = edge.low * self.scale, edge.high * self.scale
+        self.real_bounds = grid.low * self.scale, grid.high * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bounds is None:
@@ -43,18 +43,18 @@ class ToCodes(nn.Module):
 
 
 class FromCodes(nn.Module):
-    """Codes of an edge -> float; `factor` multiplies the scale."""
+    """Codes of a grid -> float; `factor` multiplies the scale."""
 
-    def __init__(self, edge: Edge, factor: float = 1.0) -> None:
+    def __init__(self, grid: ActivationGrid, factor: float = 1.0) -> None:
         super().__init__()
-        self.scale, self.zero_point = float(edge.scale * factor), edge.zero_point
+        self.scale, self.zero_point = float(grid.scale * factor), grid.zero_point
 
     def forward(self, codes: Tensor) -> Tensor:
         return dequantize_linear(codes, self.scale, self.zero_point)
 
 
 class QdqLayer(nn.Module):
-    """`op` on the values of its tensor inputs; an input or output without an edge stays as it is.
+    """`op` on the values of its tensor inputs; an input or output without a grid stays as it is.
 
     `before[i]` moves the codes of input i before they are dequantized, `after` those that leave: between the op and
     its quantize steps a move would keep ONNX Runtime from computing in integers. `factors[i]` multiplies the scale
@@ -64,8 +64,8 @@ class QdqLayer(nn.Module):
     def __init__(
         self,
         op: nn.Module,
-        inputs: Edges,
-        output: Edge | None,
+        inputs: ActivationGrids,
+        output: ActivationGrid | None,
         *,
         before: dict[int, nn.Module] | None = None,
         after: nn.Module | None = None,
@@ -74,8 +74,8 @@ class QdqLayer(nn.Module):
         super().__init__()
         self.op, self.after = op, after
         self.before = nn.ModuleDict({str(index): move for index, move in (before or {}).items()})
-        edges = {str(index): (edge, (factors or {}).get(index, 1.0)) for index, edge in enumerate(inputs)}
-        self.inputs = nn.ModuleDict({key: FromCodes(edge, factor) for key, (edge, factor) in edges.items() if edge})
+        grids = {str(index): (grid, (factors or {}).get(index, 1.0)) for index, grid in enumerate(inputs)}
+        self.inputs = nn.ModuleDict({key: FromCodes(grid, factor) for key, (grid, factor) in grids.items() if grid})
         self.output = None if output is None else ToCodes(output)
 
     def forward(self, *args: Any) -> Any:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.lower.accumulator import rounded_sum
-from qlib.lower.base import EXACT_LIMIT, Edge
-from qlib.lower.exact import EDGE
+from qlib.lower.base import EXACT_LIMIT, ActivationGrid
+from qlib.lower.exact import activation_grid
 from qlib.lower.ops.weighted import ExactWeighted
-from qlib.lower.pairs import MOST_EXCESS, Pairs, Window, hazardous_pairs
+from qlib.lower.pairs import MAX_EXCESS, Pairs, Window, hazardous_pairs
 
 __all__ = ["SaturatingWeighted", "SaturationRate", "emulated", "pairs_at_risk", "saturation_rates"]
 
@@ -63,7 +63,7 @@ class SaturatingWeighted(nn.Module):
         self.pairs = Pairs.of(exact.weight_codes, _top(exact), self.window)
         outs = [pairs.out for pairs in self.pairs]
         most = int(torch.bincount(torch.cat(outs)).max()) if outs else 0
-        self.dtype = torch.float32 if most * MOST_EXCESS < EXACT_LIMIT else torch.float64
+        self.dtype = torch.float32 if most * MAX_EXCESS < EXACT_LIMIT else torch.float64
 
     @property
     def rate(self) -> SaturationRate:
@@ -101,7 +101,7 @@ class SaturatingWeighted(nn.Module):
         for first in range(0, len(codes), samples):
             padded = self.window.padded(codes[first : first + samples])
             for pairs in self.pairs:
-                for excess, sample, *rest in pairs.saturations(padded, self.exact.edge.zero_point, self.window):
+                for excess, sample, *rest in pairs.saturations(padded, self.exact.source.zero_point, self.window):
                     yield excess, sample + first, *rest
 
 
@@ -118,24 +118,24 @@ def _window(layer: ExactWeighted) -> Window:
 
 def _top(layer: ExactWeighted) -> int:
     """The largest deployed code that arrives."""
-    return layer.edge.high + layer.edge.zero_point
+    return layer.source.high + layer.source.zero_point
 
 
-def _adds_in_pairs(layer: ExactWeighted, output: Edge) -> bool:
+def _adds_in_pairs(layer: ExactWeighted, output: ActivationGrid) -> bool:
     """Whether the layer runs on the kernel that saturates."""
     codes, apply = layer.weight_codes, layer.apply_weight
     if apply.transposed:  # ONNX Runtime computes it in float
         return False
     depthwise = apply.axes > 0 and codes.shape[1] == 1 and apply.groups == len(codes)
-    in_bytes = layer.edge.dtype == output.dtype == torch.uint8 and codes.dtype == torch.int8
+    in_bytes = layer.source.dtype == output.dtype == torch.uint8 and codes.dtype == torch.int8
     return in_bytes and not depthwise
 
 
 def _adding_in_pairs(lowered: fx.GraphModule) -> Iterator[tuple[str, ExactWeighted]]:
     for node in lowered.graph.nodes:
         layer = lowered.get_submodule(str(node.target)) if node.op == "call_module" else None
-        edge = node.meta.get(EDGE)
-        if isinstance(layer, ExactWeighted) and isinstance(edge, Edge) and _adds_in_pairs(layer, edge):
+        grid = activation_grid(node)
+        if isinstance(layer, ExactWeighted) and grid is not None and _adds_in_pairs(layer, grid):
             yield str(node.target), layer
 
 

@@ -192,8 +192,8 @@ class TrainableLayer(nn.Module):
         return WeightPlan(spec, "learned", tuple(low.reshape(-1).tolist()), tuple(high.reshape(-1).tolist()))
 
 
-def _rounding_error(value: Tensor, step: Tensor) -> Tensor:
-    return torch.round(value / step) * step - value
+def _rounding_error(value: Tensor, scale: Tensor) -> Tensor:
+    return torch.round(value / scale) * scale - value
 
 
 def prepare_qat(graph: Graph) -> fx.GraphModule:

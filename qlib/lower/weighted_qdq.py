@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.lower.apply_weight import ApplyWeight
-from qlib.lower.base import Edge, Edges
+from qlib.lower.base import ActivationGrid, ActivationGrids
 from qlib.lower.onnx_ops import dequantize_stored
 from qlib.lower.qdq_layer import QdqLayer
 
@@ -64,27 +64,27 @@ def weighted_qdq(
     pad: nn.Module | None,
     weight: Stored,
     bias: Stored | None,
-    inputs: Edges,
-    output: Edge | None,
+    inputs: ActivationGrids,
+    output: ActivationGrid | None,
 ) -> nn.Module:
     """The exported layer.
 
     ONNX Runtime quantizes a float weight to 8 bits by itself where the input is dequantized and the bias is a float
     constant or absent; a bias that is dequantized keeps it from that.
     """
-    edge = inputs[0]
-    if edge is not None and weight.scale is None and (bias is None or bias.scale is None):
+    grid = inputs[0]
+    if grid is not None and weight.scale is None and (bias is None or bias.scale is None):
         values = torch.zeros(len(weight.values)) if bias is None else bias.values
         codes, scale = _exact_codes(values)
         bias = Stored(codes, scale, torch.zeros_like(codes))
     op: nn.Module = _QdqWeighted(apply_weight, weight, bias)
     before: dict[int, nn.Module] = {}
-    if pad is not None and edge is not None and edge.dtype == torch.uint16:
+    if pad is not None and grid is not None and grid.dtype == torch.uint16:
         op = nn.Sequential(pad, op)  # of such codes ONNX Runtime has no padding
     elif pad is not None:
         before = {0: pad}
     layer = QdqLayer(op, inputs, output, before=before)
-    return _InRows(layer) if weight.values.ndim == 2 and edge is not None else layer
+    return _InRows(layer) if weight.values.ndim == 2 and grid is not None else layer
 
 
 def _exact_codes(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from qlib.quant.plan import Plan, TensorPlan
 
 __all__ = ["arithmetic_lines", "plan_table", "settings_table"]
 
-_MOST_NAMES = 3
+_MAX_NAMES = 3
 _OF_WEIGHTS = ("bits_weights", "mode_weights", "per_channel_wts", "clip_wts")
 _SHOWN = (
     *("bits_activations", "bits_weights", "mode_activations", "mode_weights", "clip_acts", "clip_wts"),
@@ -150,6 +150,6 @@ def _listed(names: Sequence[str]) -> str:
     >>> _listed(["a", "b"]), _listed(["conv"] * 9)
     ('2 layers (a, b)', '9 layers (conv, conv, conv, ...)')
     """
-    shown = ", ".join(names[:_MOST_NAMES])
-    more = ", ..." * (len(names) > _MOST_NAMES)
+    shown = ", ".join(names[:_MAX_NAMES])
+    more = ", ..." * (len(names) > _MAX_NAMES)
     return f"{len(names)} layer{'s' * (len(names) > 1)} ({shown}{more})"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
-from qlib.lower.base import Edge
+from qlib.lower.base import ActivationGrid
 from qlib.quant.plan import Plan, TensorPlan, WeightPlan
 from qlib.search.minimize import Vector, minimize
 from qlib.search.ranges import Coordinate, factor, moved
@@ -68,7 +68,7 @@ def least_error(
             low, high = factor(float(ends[0])), factor(float(ends[-1]))
             if isinstance(grid, WeightPlan):
                 return mean_error(value, rounded_weight(modules[slot[0]], moved(grid, low, high)), p)
-            return mean_error(value, rounded(value, Edge.of(moved(grid, low, high).qparams())), p)
+            return mean_error(value, rounded(value, ActivationGrid.of(moved(grid, low, high).qparams())), p)
 
         start = np.zeros(len(indices))
         result = minimize(error, start, method, {})

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from qlib.graph import Graph, fused_activations
 from qlib.graph.ir import attribute, is_layer, layer_inputs, layers, name_of
 from qlib.graph.weights import swap_channels
-from qlib.lower.base import Edge
+from qlib.lower.base import ActivationGrid
 from qlib.quant.affine import dequantize, quantize
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 
@@ -51,12 +51,12 @@ State: TypeAlias = dict[_Key, Any]
 """The values that the steps to come need."""
 
 
-def rounded(x: Tensor, edge: Edge) -> Tensor:
+def rounded(x: Tensor, edge: ActivationGrid) -> Tensor:
     """``clamp(round(x / s), low, high) * s``, on a copy.
 
     >>> from qlib.quant.affine import qparams_from_range
     >>> from qlib.quant.spec import QuantSpec
-    >>> edge = Edge.of(qparams_from_range(-1.875, 1.875, QuantSpec.of_mode("sym", 4)))
+    >>> edge = ActivationGrid.of(qparams_from_range(-1.875, 1.875, QuantSpec.of_mode("sym", 4)))
     >>> rounded(torch.tensor([0.26, 9.0]), edge)
     tensor([0.2500, 1.7500])
     """
@@ -80,7 +80,7 @@ class Point:
     """What is rounded, and to which grid; all else is float."""
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    edges: Mapping[Slot, Edge] = field(default_factory=dict)
+    edges: Mapping[Slot, ActivationGrid] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: Graph, plan: Plan) -> Point:
@@ -96,7 +96,7 @@ class Point:
         """This point with one grid set or replaced; `module` is that of the layer."""
         if isinstance(grid, WeightPlan):
             return replace(self, weights={**self.weights, slot[0]: rounded_weight(module, grid)})
-        return replace(self, edges={**self.edges, slot: Edge.of(grid.qparams())})
+        return replace(self, edges={**self.edges, slot: ActivationGrid.of(grid.qparams())})
 
 
 FLOAT = Point()

@@ -118,6 +118,6 @@ def _tensor_name(node: fx.Node) -> str | None:
 
 def _weight_params(module: nn.Module) -> QParams:
     if isinstance(module, ExactEmbedding):
-        return module.edge.params
+        return module.table_grid.params
     assert isinstance(module, (ExactWeighted, FloatWeighted))
     return module.weight_params

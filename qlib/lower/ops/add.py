@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import Add
-from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, ActivationGrids, ExactLayer, Grid, LayerContext, Lowered
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
@@ -52,18 +52,18 @@ class ExactAdd(ExactLayer):
     constant: Tensor
     swapped: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        assert site.output is not None
-        a, b = site.codes_in()
-        self.grid = Grid(site.output)
+        assert context.output is not None
+        a, b = context.codes_in()
+        self.grid = Grid(context.output)
         self.zeros = (a.zero_point, b.zero_point)
-        self.ratios = tuple(float(edge.scale / site.output.scale) for edge in (a, b))
-        self.register_buffer("constant", self._constant(a, b, site.output), persistent=False)
-        self.register_buffer("swapped", self._constant(b, a, site.output), persistent=False)
+        self.ratios = tuple(float(grid.scale / context.output.scale) for grid in (a, b))
+        self.register_buffer("constant", self._constant(a, b, context.output), persistent=False)
+        self.register_buffer("swapped", self._constant(b, a, context.output), persistent=False)
 
     @staticmethod
-    def _constant(a: Edge, b: Edge, y: Edge) -> Tensor:
+    def _constant(a: ActivationGrid, b: ActivationGrid, y: ActivationGrid) -> Tensor:
         ratio_a, ratio_b = a.scale / y.scale, b.scale / y.scale
         inner = fma(float(ratio_a), torch.tensor(float(a.zero_point)), ratio_b * b.zero_point)
         return y.zero_point - inner
@@ -78,12 +78,12 @@ class ExactAdd(ExactLayer):
         zero_y = self.grid.zero_point
         return (y.sub_(zero_y) if zero_y else y).clamp_(self.grid.low, self.grid.high)
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize."""
         return QdqLayer(Add(), inputs, output)
 
 
 @LOWERINGS.register("add")
-def lower_add(site: Site) -> Lowered:
+def lower_add(context: LayerContext) -> Lowered:
     """The exact form where the kind has one for these codes; in float otherwise."""
-    return (ExactAdd(site), site.output) if site.integer else lower_float(site)
+    return (ExactAdd(context), context.output) if context.integer else lower_float(context)

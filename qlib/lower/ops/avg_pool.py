@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, ActivationGrids, ExactLayer, Grid, LayerContext, Lowered
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
@@ -18,24 +18,24 @@ class ExactAvgPool(ExactLayer):
 
     scale: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        assert site.output is not None
-        (edge,) = site.codes_in()
-        self.pool = copy.deepcopy(site.module)
-        self.grid = Grid(site.output)
-        self.register_buffer("scale", edge.scale, persistent=False)
+        assert context.output is not None
+        (grid,) = context.codes_in()
+        self.pool = copy.deepcopy(context.module)
+        self.grid = Grid(context.output)
+        self.register_buffer("scale", grid.scale, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
         y: Tensor = self.pool(codes * self.scale)
         return self.grid.round_inside(y.div_(self.grid.scale))
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize."""
         return QdqLayer(self.pool, inputs, output)
 
 
 @LOWERINGS.register("avg_pool")
-def lower_avg_pool(site: Site) -> Lowered:
+def lower_avg_pool(context: LayerContext) -> Lowered:
     """The exact form where the kind has one for these codes; in float otherwise."""
-    return (ExactAvgPool(site), site.output) if site.integer else lower_float(site)
+    return (ExactAvgPool(context), context.output) if context.integer else lower_float(context)

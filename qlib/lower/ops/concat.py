@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import Concat
-from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, ActivationGrids, ExactLayer, Grid, LayerContext, Lowered
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
@@ -16,17 +16,17 @@ __all__ = ["ExactConcat"]
 class ExactConcat(ExactLayer):
     """``sat(rint(((q - z_x) * s_x) / s_y) + z_y)`` for an input on another grid; codes on the same are copied."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        assert isinstance(site.module, Concat)
-        assert site.output is not None
-        self.dim = site.module.dim
-        self.grid = Grid(site.output)
-        self.count = len(site.inputs)
-        for index, edge in enumerate(site.codes_in()):
-            inside = site.output.low <= edge.low and edge.high <= site.output.high
-            same = edge.params.same_grid(site.output.params) and inside
-            self.register_buffer(f"scale_{index}", None if same else edge.scale, persistent=False)
+        assert isinstance(context.module, Concat)
+        assert context.output is not None
+        self.dim = context.module.dim
+        self.grid = Grid(context.output)
+        self.count = len(context.inputs)
+        for index, grid in enumerate(context.codes_in()):
+            inside = context.output.low <= grid.low and grid.high <= context.output.high
+            same = grid.params.same_grid(context.output.params) and inside
+            self.register_buffer(f"scale_{index}", None if same else grid.scale, persistent=False)
 
     def forward(self, *tensors: Tensor) -> Tensor:
         parts = []
@@ -35,12 +35,12 @@ class ExactConcat(ExactLayer):
             parts.append(codes if scale is None else self.grid((codes * scale).div_(self.grid.scale)))
         return torch.cat(parts, self.dim)
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize."""
         return QdqLayer(Concat(self.dim), inputs, output)
 
 
 @LOWERINGS.register("concat")
-def lower_concat(site: Site) -> Lowered:
+def lower_concat(context: LayerContext) -> Lowered:
     """The exact form where the kind has one for these codes; in float otherwise."""
-    return (ExactConcat(site), site.output) if site.integer else lower_float(site)
+    return (ExactConcat(context), context.output) if context.integer else lower_float(context)

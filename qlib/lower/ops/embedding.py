@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Lowered, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, ActivationGrids, ExactLayer, LayerContext, Lowered
 from qlib.lower.ops.float_op import lower_float
 from qlib.quant.affine import quantize
 
@@ -19,27 +19,27 @@ class ExactEmbedding(ExactLayer):
     weight_codes: Tensor
     weight_scale: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        plan = site.plan.weight
+        plan = context.plan.weight
         assert plan is not None
-        assert isinstance(site.module, nn.Embedding)
-        weight = site.module.weight.detach()
+        assert isinstance(context.module, nn.Embedding)
+        weight = context.module.weight.detach()
         params = plan.qparams(weight)
         codes = quantize(weight, params) - params.zero_point
-        self.edge = Edge.of(params)
+        self.table_grid = ActivationGrid.of(params)
         self.register_buffer("weight_codes", codes.to(torch.int16 if plan.spec.bits < 16 else torch.int32))
         self.register_buffer("weight_scale", params.scale)
 
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.weight_codes).float() * self.weight_scale
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The same: centered codes are looked up, then dequantized."""
         return self
 
 
 @LOWERINGS.register("embedding")
-def lower_embedding(site: Site) -> Lowered:
+def lower_embedding(context: LayerContext) -> Lowered:
     """Codes of the table, dequantized as they are looked up."""
-    return lower_float(site) if site.plan.weight is None else (ExactEmbedding(site), None)
+    return lower_float(context) if context.plan.weight is None else (ExactEmbedding(context), None)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, ActivationGrids, ExactLayer, Grid, LayerContext, Lowered
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["FloatOp", "lower_float"]
@@ -21,13 +21,13 @@ class FloatOp(ExactLayer):
 
     BIAS: ClassVar = "module.bias"
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        self.dtype = _DTYPES[site.plan.float_bits or 32]
-        self.module = copy.deepcopy(site.module).to(self.dtype)
-        self.grid = Grid(site.output) if site.output is not None else None
-        for index, edge in enumerate(site.inputs):
-            self.register_buffer(f"scale_{index}", edge.scale if edge is not None else None, persistent=False)
+        self.dtype = _DTYPES[context.plan.float_bits or 32]
+        self.module = copy.deepcopy(context.module).to(self.dtype)
+        self.grid = Grid(context.output) if context.output is not None else None
+        for index, grid in enumerate(context.inputs):
+            self.register_buffer(f"scale_{index}", grid.scale if grid is not None else None, persistent=False)
 
     def forward(self, *args: Any) -> Any:
         index, values = 0, []
@@ -44,7 +44,7 @@ class FloatOp(ExactLayer):
         y = y.float()
         return y if self.grid is None else self.grid.quantize(y)
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The same."""
         return QdqLayer(
             self.module if self.dtype == torch.float32 else _InDtype(self.module, self.dtype), inputs, output
@@ -62,6 +62,6 @@ class _InDtype(nn.Module):
 
 
 @LOWERINGS.register("float_op")
-def lower_float(site: Site) -> Lowered:
+def lower_float(context: LayerContext) -> Lowered:
     """The layer's own module, between dequantize and quantize."""
-    return FloatOp(site), site.output
+    return FloatOp(context), context.output

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import (
+    EXACT_LIMIT,
+    LOWERINGS,
+    ActivationGrid,
+    ActivationGrids,
+    ExactLayer,
+    Grid,
+    LayerContext,
+    Lowered,
+)
 from qlib.lower.onnx_ops import global_average_pool
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
@@ -17,14 +26,14 @@ class ExactGlobalAvgPool(ExactLayer):
 
     scale: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        assert site.output is not None
-        (edge,) = site.codes_in()
-        self.keepdim = getattr(site.module, "keepdim", True)
-        self.magnitude = edge.magnitude
-        self.grid = Grid(site.output)
-        self.register_buffer("scale", edge.scale, persistent=False)
+        assert context.output is not None
+        (grid,) = context.codes_in()
+        self.keepdim = getattr(context.module, "keepdim", True)
+        self.magnitude = grid.magnitude
+        self.grid = Grid(context.output)
+        self.register_buffer("scale", grid.scale, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
         count = codes.shape[-1] * codes.shape[-2]
@@ -32,7 +41,7 @@ class ExactGlobalAvgPool(ExactLayer):
         total = exact.sum((-2, -1), keepdim=self.keepdim).float()
         return self.grid.forward(total.mul_(self.scale / (self.grid.scale * count)))
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize; the axes are dropped from the codes."""
         return QdqLayer(_GlobalAveragePool(), inputs, output, after=None if self.keepdim else nn.Flatten())
 
@@ -44,6 +53,6 @@ class _GlobalAveragePool(nn.Module):
 
 
 @LOWERINGS.register("global_avg_pool")
-def lower_global_avg_pool(site: Site) -> Lowered:
+def lower_global_avg_pool(context: LayerContext) -> Lowered:
     """The exact form where the kind has one for these codes; in float otherwise."""
-    return (ExactGlobalAvgPool(site), site.output) if site.integer else lower_float(site)
+    return (ExactGlobalAvgPool(context), context.output) if context.integer else lower_float(context)

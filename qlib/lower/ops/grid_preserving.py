@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Lowered, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, ActivationGrids, ExactLayer, LayerContext, Lowered
 from qlib.lower.qdq_layer import QdqLayer
 
 __all__ = ["ClampCodes"]
@@ -23,27 +23,27 @@ class ClampCodes(ExactLayer):
     def forward(self, codes: Tensor) -> Tensor:
         return torch.clamp(codes, self.low, self.high)
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The same clamp, of the codes that are deployed; of 16-bit ones, for which ONNX Runtime has none, in float."""
-        (edge,) = inputs
-        assert edge is not None
-        if edge.dtype == torch.uint16:
+        (grid,) = inputs
+        assert grid is not None
+        if grid.dtype == torch.uint16:
             return QdqLayer(nn.Identity(), inputs, output)
-        return ClampCodes(self.low + edge.zero_point, self.high + edge.zero_point)
+        return ClampCodes(self.low + grid.zero_point, self.high + grid.zero_point)
 
 
 @LOWERINGS.register("relu")
-def lower_relu(site: Site) -> Lowered:
+def lower_relu(context: LayerContext) -> Lowered:
     """A clamp of the codes; in float where the input is."""
-    (edge,) = site.inputs
-    if edge is None:
-        return copy.deepcopy(site.module), None
-    high = min(edge.high, round(6.0 / float(edge.scale))) if isinstance(site.module, nn.ReLU6) else edge.high
-    out = edge.with_bounds(0, high)
+    (grid,) = context.inputs
+    if grid is None:
+        return copy.deepcopy(context.module), None
+    high = min(grid.high, round(6.0 / float(grid.scale))) if isinstance(context.module, nn.ReLU6) else grid.high
+    out = grid.with_bounds(0, high)
     return ClampCodes(out.low, out.high), out
 
 
 @LOWERINGS.register("max_pool")
-def lower_max_pool(site: Site) -> Lowered:
+def lower_max_pool(context: LayerContext) -> Lowered:
     """The maximum of codes is the code of the maximum."""
-    return copy.deepcopy(site.module), site.inputs[0]
+    return copy.deepcopy(context.module), context.inputs[0]

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from qlib.graph.ops import MatMul
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import (
+    EXACT_LIMIT,
+    LOWERINGS,
+    ActivationGrid,
+    ActivationGrids,
+    ExactLayer,
+    Grid,
+    LayerContext,
+    Lowered,
+)
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import approximate_factor, requant_factor
@@ -19,18 +28,18 @@ class ExactMatMul(ExactLayer):
 
     factor: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        assert isinstance(site.module, MatMul)
-        assert site.output is not None
-        a, b = site.codes_in()
-        self.transpose, self.alpha = site.module.transpose, site.module.alpha
+        assert isinstance(context.module, MatMul)
+        assert context.output is not None
+        a, b = context.codes_in()
+        self.transpose, self.alpha = context.module.transpose, context.module.alpha
         self.magnitude = a.magnitude * b.magnitude
-        self.limit = site.accumulator_limit
-        self.grid = Grid(site.output)
-        factor = requant_factor(a.scale * site.module.alpha, b.scale, site.output.scale)
-        if site.plan.scale_approx_bits is not None:
-            factor = approximate_factor(factor, site.plan.scale_approx_bits)
+        self.limit = context.accumulator_limit
+        self.grid = Grid(context.output)
+        factor = requant_factor(a.scale * context.module.alpha, b.scale, context.output.scale)
+        if context.plan.scale_approx_bits is not None:
+            factor = approximate_factor(factor, context.plan.scale_approx_bits)
         self.register_buffer("factor", factor, persistent=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -41,7 +50,7 @@ class ExactMatMul(ExactLayer):
             acc = acc.clamp_(-self.limit, self.limit - 1)
         return self.grid.forward(acc.mul_(self.factor))
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize; the codes of `b` are transposed, `alpha` is in a scale."""
         before: dict[int, nn.Module] = {1: Transpose()} if self.transpose else {}
         return QdqLayer(MatMul(), inputs, output, before=before, factors={0: self.alpha})
@@ -55,6 +64,6 @@ class Transpose(nn.Module):
 
 
 @LOWERINGS.register("matmul")
-def lower_matmul(site: Site) -> Lowered:
+def lower_matmul(context: LayerContext) -> Lowered:
     """Exact where both inputs are integer."""
-    return (ExactMatMul(site), site.output) if site.integer else lower_float(site)
+    return (ExactMatMul(context), context.output) if context.integer else lower_float(context)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from qlib.graph.ops import Mul
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import (
+    EXACT_LIMIT,
+    LOWERINGS,
+    ActivationGrid,
+    ActivationGrids,
+    ExactLayer,
+    Grid,
+    LayerContext,
+    Lowered,
+)
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 from qlib.quant.affine import requant_factor
@@ -18,24 +27,24 @@ class ExactMul(ExactLayer):
 
     factor: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        assert site.output is not None
-        a, b = site.codes_in()
-        self.grid = Grid(site.output)
+        assert context.output is not None
+        a, b = context.codes_in()
+        self.grid = Grid(context.output)
         self.wide = a.magnitude * b.magnitude >= EXACT_LIMIT
-        self.register_buffer("factor", requant_factor(a.scale, b.scale, site.output.scale), persistent=False)
+        self.register_buffer("factor", requant_factor(a.scale, b.scale, context.output.scale), persistent=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         product = (a.double() * b.double()).float() if self.wide else a * b
         return self.grid.round_inside(product.mul_(self.factor))
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize."""
         return QdqLayer(Mul(), inputs, output)
 
 
 @LOWERINGS.register("mul")
-def lower_mul(site: Site) -> Lowered:
+def lower_mul(context: LayerContext) -> Lowered:
     """The exact form where the kind has one for these codes; in float otherwise."""
-    return (ExactMul(site), site.output) if site.integer else lower_float(site)
+    return (ExactMul(context), context.output) if context.integer else lower_float(context)

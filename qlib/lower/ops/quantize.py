@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from qlib.lower.base import Edge, Grid
+from qlib.lower.base import ActivationGrid, Grid
 
 __all__ = ["Dequantize", "Quantize"]
 
@@ -12,9 +12,9 @@ __all__ = ["Dequantize", "Quantize"]
 class Quantize(nn.Module):
     """Float -> centered codes: ``clamp(round(x / s) + z) - z``."""
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
-        self.grid = Grid(edge)
+        self.grid = Grid(grid)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.grid.quantize(x)
@@ -25,9 +25,9 @@ class Dequantize(nn.Module):
 
     scale: Tensor
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
-        self.register_buffer("scale", edge.scale, persistent=False)
+        self.register_buffer("scale", grid.scale, persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
         return codes * self.scale

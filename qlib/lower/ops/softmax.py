@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from qlib.lower.base import LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import LOWERINGS, ActivationGrid, ActivationGrids, ExactLayer, Grid, LayerContext, Lowered
 from qlib.lower.ops.float_op import lower_float
 from qlib.lower.qdq_layer import QdqLayer
 
@@ -29,13 +29,13 @@ class ExactSoftmax(ExactLayer):
 
     table: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        assert site.output is not None
-        (edge,) = site.codes_in()
-        self.grid = Grid(site.output)
-        self.scale, self.size = float(edge.scale), 0
-        self.steps = float(math.floor(1.0 / float(site.output.scale)))
+        assert context.output is not None
+        (grid,) = context.codes_in()
+        self.grid = Grid(context.output)
+        self.scale, self.size = float(grid.scale), 0
+        self.steps = float(math.floor(1.0 / float(context.output.scale)))
         self.register_buffer("table", torch.empty(0), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ class ExactSoftmax(ExactLayer):
             total += column
         return self.grid.forward((exponentials * self.steps).div_(total[..., None]))
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize."""
         return QdqLayer(nn.Softmax(-1), inputs, output)
 
 
 @LOWERINGS.register("softmax")
-def lower_softmax(site: Site) -> Lowered:
+def lower_softmax(context: LayerContext) -> Lowered:
     """Exact for a softmax over the last axis, without a mask, on codes of at most 8 bits; in float otherwise."""
-    return (ExactSoftmax(site), site.output) if site.integer else lower_float(site)
+    return (ExactSoftmax(context), context.output) if context.integer else lower_float(context)

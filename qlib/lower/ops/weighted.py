@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from qlib.graph.weights import swap_channels
 from qlib.lower.accumulator import accumulator_bounds, rounded_sum, split_points
 from qlib.lower.apply_weight import ApplyWeight, padding_of
-from qlib.lower.base import EXACT_LIMIT, LOWERINGS, Edge, Edges, ExactLayer, Grid, Lowered, Site
+from qlib.lower.base import (
+    EXACT_LIMIT,
+    LOWERINGS,
+    ActivationGrid,
+    ActivationGrids,
+    ExactLayer,
+    Grid,
+    LayerContext,
+    Lowered,
+)
 from qlib.lower.ops.float_op import FloatOp
 from qlib.lower.weighted_qdq import Stored, weighted_qdq
 from qlib.quant.affine import (
@@ -52,14 +61,14 @@ class _QuantizedWeight(ExactLayer):
     weight_scale: Tensor
     weight_zero_point: Tensor
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        plan, weight = site.plan.weight, site.module.weight
+        plan, weight = context.plan.weight, context.module.weight
         assert plan is not None
         assert isinstance(weight, Tensor)
-        weight = swap_channels(site.module, weight.detach())
+        weight = swap_channels(context.module, weight.detach())
         self.spec = plan.spec
-        self.apply_weight, self.pad = ApplyWeight.of(site.module), padding_of(site.module)
+        self.apply_weight, self.pad = ApplyWeight.of(context.module), padding_of(context.module)
         params = plan.qparams(weight)
         self.register_buffer("weight_codes", quantize(weight, params).to(_smallest_dtype(self.spec)))
         self.register_buffer("weight_scale", params.scale)
@@ -79,7 +88,7 @@ class _QuantizedWeight(ExactLayer):
         """Derives what `forward` uses from the integers."""
         raise NotImplementedError
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize; padding that copies values is done on the codes."""
         codes = self.weight_codes
         if codes.dtype in (torch.int8, torch.uint8):
@@ -88,7 +97,7 @@ class _QuantizedWeight(ExactLayer):
             weight = Stored(dequantize(codes.float(), self.weight_params))
         return weighted_qdq(self.apply_weight, self.pad, weight, self._stored_bias(inputs[0]), inputs, output)
 
-    def _stored_bias(self, edge: Edge | None) -> Stored | None:
+    def _stored_bias(self, grid: ActivationGrid | None) -> Stored | None:
         """The bias as the file holds it."""
         bias: Tensor | None = getattr(getattr(self, "module", None), "bias", None)
         return None if bias is None else Stored(bias)
@@ -101,14 +110,14 @@ class FloatWeighted(_QuantizedWeight):
     weight: Tensor
     scale: Tensor | None
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        self.module = copy.deepcopy(site.module)
+    def __init__(self, context: LayerContext) -> None:
+        super().__init__(context)
+        self.module = copy.deepcopy(context.module)
         self.module.weight = None  # type: ignore[assignment]
         self.register_buffer("weight", None, persistent=False)
-        edge = site.inputs[0]
-        self.register_buffer("scale", edge.scale if edge is not None else None, persistent=False)
-        self.grid = Grid(site.output) if site.output is not None else None
+        grid = context.inputs[0]
+        self.register_buffer("scale", grid.scale if grid is not None else None, persistent=False)
+        self.grid = Grid(context.output) if context.output is not None else None
         self.prepare()
 
     def prepare(self) -> None:
@@ -123,7 +132,7 @@ class FloatWeighted(_QuantizedWeight):
 class _PlainWeighted(FloatOp):
     """A layer whose weight stays in float."""
 
-    def qdq(self, inputs: Edges, output: Edge | None) -> nn.Module:
+    def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The same."""
         if inputs[0] is None or self.dtype != torch.float32:
             return super().qdq(inputs, output)
@@ -148,13 +157,13 @@ class ExactWeighted(_QuantizedWeight):
     bias_codes: Tensor | None
     factor: Tensor
 
-    def __init__(self, site: Site) -> None:
-        super().__init__(site)
-        (edge,) = site.codes_in()
-        self.edge, self.plan, self.limit = edge, site.plan, site.accumulator_limit
-        self.grid = Grid(site.output) if site.output is not None else None
+    def __init__(self, context: LayerContext) -> None:
+        super().__init__(context)
+        (grid,) = context.codes_in()
+        self.source, self.plan, self.limit = grid, context.plan, context.accumulator_limit
+        self.grid = Grid(context.output) if context.output is not None else None
         self.ndim = self.weight_codes.ndim - 2
-        self.register_buffer("bias_codes", self._bias_codes(site.module))
+        self.register_buffer("bias_codes", self._bias_codes(context.module))
         for name in ("weights", "bias", "factor"):
             self.register_buffer(name, None, persistent=False)
         self.prepare()
@@ -164,11 +173,11 @@ class ExactWeighted(_QuantizedWeight):
         if bias is None:
             return None
         limit = 2 ** (self.plan.bits_bias - 1)
-        codes = torch.round(bias.detach() / (self.edge.scale * self.weight_scale)).double()
+        codes = torch.round(bias.detach() / (self.source.scale * self.weight_scale)).double()
         return codes.clamp(-limit, limit - 1).to(torch.int32)
 
     def prepare(self) -> None:
-        scale = self.edge.scale.to(self.weight_scale.device)
+        scale = self.source.scale.to(self.weight_scale.device)
         factor = scale * self.weight_scale
         if self.grid is not None:
             factor = requant_factor(scale, self.weight_scale, self.grid.scale.to(scale.device))
@@ -176,7 +185,7 @@ class ExactWeighted(_QuantizedWeight):
                 factor = approximate_factor(factor, self.plan.scale_approx_bits)
         self.factor = factor.view(-1, *[1] * self.ndim) if factor.ndim else factor
         weight = self.centered_weight()
-        total = float(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=False).max())
+        total = float(accumulator_bounds(weight, self.bias_codes, self.source, by_channel=False).max())
         self.saturation = self.limit if total >= self.limit else None
         cuts = () if total < EXACT_LIMIT else self._cuts(weight)
         self.cuts, self.in_double = cuts or (), cuts is None
@@ -189,7 +198,7 @@ class ExactWeighted(_QuantizedWeight):
         """Where to cut the input channels; None where float64 is needed, or cheaper."""
         if not self.apply_weight.splittable:
             return None
-        cuts = split_points(accumulator_bounds(weight, self.bias_codes, self.edge, by_channel=True))
+        cuts = split_points(accumulator_bounds(weight, self.bias_codes, self.source, by_channel=True))
         return None if cuts is None or len(cuts) >= _MAX_PARTS else tuple(cuts)
 
     def partial_sums(self, codes: Tensor) -> list[Tensor]:
@@ -209,13 +218,13 @@ class ExactWeighted(_QuantizedWeight):
             for start, end in zip(starts, ends, strict=True)
         ]
 
-    def _stored_bias(self, edge: Edge | None) -> Stored | None:
+    def _stored_bias(self, grid: ActivationGrid | None) -> Stored | None:
         """int32 codes of scale ``s_x * s_w``."""
         if self.bias_codes is None:
             return None
-        assert edge is not None
+        assert grid is not None
         zero_point = torch.zeros_like(self.weight_scale, dtype=torch.int32)
-        return Stored(self.bias_codes, edge.scale * self.weight_scale, zero_point)
+        return Stored(self.bias_codes, grid.scale * self.weight_scale, zero_point)
 
     def accumulate(self, codes: Tensor) -> Tensor:
         """``float32(acc)``, before requantization."""
@@ -235,8 +244,8 @@ class ExactWeighted(_QuantizedWeight):
 @LOWERINGS.register("conv")
 @LOWERINGS.register("conv_transpose")
 @LOWERINGS.register("linear")
-def lower_weighted(site: Site) -> Lowered:
+def lower_weighted(context: LayerContext) -> Lowered:
     """Exact where input and weight are integer; dequantized weight where only the weight is; float otherwise."""
-    if site.plan.weight is None:
-        return _PlainWeighted(site), site.output
-    return (ExactWeighted(site) if site.integer else FloatWeighted(site)), site.output
+    if context.plan.weight is None:
+        return _PlainWeighted(context), context.output
+    return (ExactWeighted(context) if context.integer else FloatWeighted(context)), context.output
