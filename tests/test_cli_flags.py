@@ -12,11 +12,11 @@ import pytest
 
 import qlib.app
 from qlib.cli import build_parser, main, parse
+from qlib.config.clips import WEIGHT_CLIPS
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.run_config import RunConfig, settings_of
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import needs_folder
-from qlib.config.layers.clips import WEIGHT_CLIPS
 from qlib.errors import ConfigError, ModelError, UsageError
 
 IN_RUN = Path("run-folder")

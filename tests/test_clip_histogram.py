@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from qlib.clip import CLIP_METHODS, ClipContext, choose
 from qlib.clip._search import expected_error
 from qlib.clip.kl import divergences
-from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
+from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
 from qlib.errors import StatsError
 from qlib.ptq.activation_ranges import clipped
 from qlib.quant.affine import qparams_from_range

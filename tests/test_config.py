@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qlib.config.clips import CLIP_NAMES, WEIGHT_CLIPS, ClipParameters
 from qlib.config.flags.groups import QuantArgs
-from qlib.config.layers.clips import CLIP_NAMES, WEIGHT_CLIPS, ClipParameters
 from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import LayerInfo, resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.layers.clips import CLIP_NAMES
+from qlib.config.clips import CLIP_NAMES
 from qlib.config.layers.settings import LayerSettings
 from qlib.errors import ConfigError, OutputError, StatsError
 from qlib.graph import capture, fold_batch_norm, kind_of

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.config.layers.settings import LayerSettings
 from qlib.errors import ConfigError, StatsError
 from qlib.graph import Graph, capture, fold_batch_norm

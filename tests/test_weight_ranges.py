@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlib.clip.weights import WEIGHT_METHODS, WeightContext, rounding_error
-from qlib.config.layers.clips import WEIGHT_CLIPS, ClipParameters
+from qlib.config.clips import WEIGHT_CLIPS, ClipParameters
 from qlib.graph import capture
 from qlib.graph.weights import swap_channels
 from qlib.lower import lower

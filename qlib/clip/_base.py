@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qlib.config.layers.clips import CLIP_DEFAULTS, ClipParameters
+from qlib.config.clips import CLIP_DEFAULTS, ClipParameters
 from qlib.errors import StatsError
 from qlib.quant.spec import QuantSpec
 from qlib.registry import Registry

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.clip import CLIP_METHODS, ClipContext
-from qlib.config.layers.clips import ClipParameters
+from qlib.config.clips import ClipParameters
 from qlib.errors import StatsError
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlib.config.layers.clips import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.config.values import FLAG, Interval, Value, choice, real, text, whole
 from qlib.errors import ConfigError, did_you_mean
 from qlib.graph.kinds import KINDS, LAYER_KINDS

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlib.config.clips import ClipParameters
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
-from qlib.config.layers.clips import ClipParameters
 from qlib.config.layers.settings import LayerSettings
 
 __all__ = [

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from qlib.config.clips import CLIP_PARAMETERS, ClipParameters
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
 from qlib.config.flags.groups import BITS_CHOICES, GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
-from qlib.config.layers.clips import CLIP_PARAMETERS, ClipParameters
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlib.config.clips import CLIP_PARAMETERS
 from qlib.config.flags.groups import QuantArgs
-from qlib.config.layers.clips import CLIP_PARAMETERS
 from qlib.config.layers.keys import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_FIELDS, Field, read_fields
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.errors import ConfigError, did_you_mean

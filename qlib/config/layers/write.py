@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from qlib.config.layers.clips import CLIP_PARAMETERS
+from qlib.config.clips import CLIP_PARAMETERS
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 
 __all__ = ["ptq_text"]
