@@ -74,7 +74,7 @@ def activation_site(method: TrainingQuantizer, bits: int, relu: bool, low: float
 
 
 def allowed_weight_bits(method: TrainingQuantizer) -> range:
-    return range(method.least_bits, 9)
+    return range(method.min_bits, 9)
 
 
 def random_weight(seed: int = 0) -> Tensor:
@@ -135,7 +135,7 @@ def test_weights_are_codes_times_scale(method: TrainingQuantizer, per_channel: b
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @every_method
 def test_a_weight_of_zeros_or_of_one_value_has_a_grid(method: TrainingQuantizer, bits: int) -> None:
-    if bits < method.least_bits:
+    if bits < method.min_bits:
         pytest.skip("not allowed")
     for value in (0.0, 0.25):
         weight = torch.full((3, 2, 1, 1), value, requires_grad=True)
@@ -174,7 +174,7 @@ def seen_by(quantizer: WeightQuantizer | ActivationQuantizer, x: Tensor) -> Tens
 
 def quantizers_of(method: TrainingQuantizer) -> Iterator[tuple[nn.Module, Tensor]]:
     weight = random_weight()
-    for bits in (method.least_bits, 4):
+    for bits in (method.min_bits, 4):
         yield method.weight(weight_site(method, weight, bits)), weight
     for relu in (False, True):
         yield method.activation(activation_site(method, 4, relu)), random_images()
@@ -556,7 +556,7 @@ def test_what_trains_is_what_is_deployed(method: TrainingQuantizer, acts: int) -
     if acts == 1 and method.planning["mode_activations"] != "asym_u":
         pytest.skip("one bit is unsigned")
     torch.manual_seed(0)
-    wts = method.least_bits if acts < 8 else 4
+    wts = method.min_bits if acts < 8 else 4
     model, images, labels = Tiny(), torch.randn(256, 3, 6, 6), torch.randint(10, (256,))
     model.train()(images)
     graph = capture(model.eval(), images[:2])

@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from qlib.app.images import images_in_memory
 from qlib.app.job import Job
-from qlib.app.search import Planner, measure, write_sensitivities
+from qlib.app.search import Planner, measure_sensitivity, write_sensitivities
 from qlib.config.layers.budget import Budget, parse_budget
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.config.layers.write import ptq_text
@@ -76,7 +76,7 @@ def choose_bits(
     """
     problem = _problem(job, graph, config, settings, planner)
     kinds = list(dict.fromkeys(group.what for group in problem.groups))
-    rows, _ = measure(job, graph, settings, planner, job.config.qe.bits_choices, kinds)
+    rows, _ = measure_sensitivity(job, graph, settings, planner, job.config.qe.bits_choices, kinds)
     write_sensitivities(job.file("sensitivity.csv"), rows)
     choice = _best(job, graph, problem, rows, settings, planner)
     chosen = _with_choice(settings, problem.groups, choice)
@@ -114,10 +114,10 @@ def _problem(
     else:
         costs, fixed = weight_bits(graph, groups)
     problem = _Problem(groups, costs, fixed, budget, weight_count(graph))
-    if problem.left < (least := smallest_cost(costs)):
+    if problem.left < (smallest := smallest_cost(costs)):
         allowed = ",".join(map(str, job.config.qe.bits_choices))
         raise UsageError(
-            f"--qe-budget {budget} cannot be met: the smallest feasible one is {problem.text(least)}, with"
+            f"--qe-budget {budget} cannot be met: the smallest feasible one is {problem.text(smallest)}, with"
             f" --qe-bits-choices {allowed} and what the other settings leave in float or give bits"
         )
     return problem
@@ -183,11 +183,11 @@ def _report(job: Job, problem: _Problem, rows: Sequence[Sensitivity], choice: Ch
 
 def _curve(problem: _Problem, errors: Sequence[Sequence[float]]) -> list[list[str | float]]:
     """Budgets from the smallest feasible one to that of most bits, and the best that each allows."""
-    least = smallest_cost(problem.costs)
-    most = cost_of(problem.costs, tuple(len(group.options) - 1 for group in problem.groups))
+    smallest = smallest_cost(problem.costs)
+    largest = cost_of(problem.costs, tuple(len(group.options) - 1 for group in problem.groups))
     table: list[list[str | float]] = []
     for step in range(_CURVE):
-        limit = least + (most - least) * step // (_CURVE - 1)
+        limit = smallest + (largest - smallest) * step // (_CURVE - 1)
         choice = allocate(problem.costs, errors, limit)
         assert choice is not None
         means = (problem.mean_bits(choice, WEIGHTS), problem.mean_bits(choice, ACTIVATIONS))

@@ -23,7 +23,7 @@ from qlib.report.plots import plot_sensitivity
 from qlib.search.lapq import NORMS, search_ranges
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity, Study
 
-__all__ = ["Planner", "analyse", "lapq", "measure", "with_bits", "write_sensitivities"]
+__all__ = ["Planner", "analyse", "lapq", "measure_sensitivity", "with_bits", "write_sensitivities"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def with_bits(
 
 def analyse(job: Job, graph: Graph, settings: Mapping[str, LayerSettings], planner: Planner) -> None:
     """Measures all layers at all bits of `--sense-bits`; logs a table, writes ``sensitivity.csv`` and a plot."""
-    rows, floating = measure(job, graph, settings, planner, job.config.sense_bits, (WEIGHTS, ACTIVATIONS))
+    rows, floating = measure_sensitivity(job, graph, settings, planner, job.config.sense_bits, (WEIGHTS, ACTIVATIONS))
     if not rows:
         raise UsageError("--sense finds nothing to measure: all layers are left in float; let some have bits")
     _log.info("%s", _table(rows))
@@ -67,7 +67,7 @@ def analyse(job: Job, graph: Graph, settings: Mapping[str, LayerSettings], plann
         _log.info("No plot: matplotlib is not installed; pip install 'qlib-compress[plot]'")
 
 
-def measure(
+def measure_sensitivity(
     job: Job,
     graph: Graph,
     settings: Mapping[str, LayerSettings],

@@ -18,8 +18,8 @@ from qlib.config.schedule.types import Schedule
 from qlib.errors import UsageError
 from qlib.graph import LAYOUT
 from qlib.lower import lower
-from qlib.train.best import Score, nonzero, ranked
-from qlib.train.loop import Diverged, Progress, Settings, Trainee, run_epoch
+from qlib.train.best import EpochScore, nonzero, ranked
+from qlib.train.loop import Diverged, Progress, StepSettings, Trainee, run_epoch
 from qlib.train.records import MetricsWriter
 from qlib.train.state import BEST, LAST, Checkpoints, TrainingState, is_training
 
@@ -55,7 +55,7 @@ class _Run:
         self.trainee = Trainee.of(self.args, setup.module, setup.weights, setup.policies)
         self.progress = Progress()
         self.state = TrainingState(
-            self.job.model, self.trainee.optimizer, self.trainee.policies, self.progress, list[Score]()
+            self.job.model, self.trainee.optimizer, self.trainee.policies, self.progress, list[EpochScore]()
         )
         self.metrics = MetricsWriter(job.run.folder)
         header = {"arch": self.job.spec.arch, "dataset": self.job.dataset_name, "num_classes": self.job.num_classes}
@@ -80,7 +80,7 @@ class _Run:
     def train(self) -> int:
         """All epochs that are left, and the test."""
         config = self.job.config
-        settings = Settings(
+        settings = StepSettings(
             config.batch_size,
             config.seed,
             config.print_freq,
@@ -128,7 +128,7 @@ class _Run:
         for policy in self.trainee.policies:
             policy.on_epoch_end(epoch, metrics)
         left, sparsity = nonzero(self.job.model)
-        score = Score(epoch, result.top1, result.top5, result.loss, sparsity, left)
+        score = EpochScore(epoch, result.top1, result.top5, result.loss, sparsity, left)
         self.state.best[:] = ranked([*self.state.best, score], self.args.best_by, max(self.args.num_best_scores, 1))
         for best in self.state.best:
             _log.info("%s", best)

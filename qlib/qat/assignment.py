@@ -80,7 +80,7 @@ class ScheduledQuantizer:
 
     def _resolved(self, rules: Sequence[Rule], folded: FoldedGraph) -> dict[str, LayerSettings]:
         given = {key: getattr(self.common, key) for key in ("bits_activations", "bits_weights", "bits_bias")}
-        given |= {**self.method.planning, "per_channel_wts": getattr(self.method, "per_channel_wts", False)}
+        given |= {**self.method.planning, "per_channel_wts": self.method.per_channel_wts}
         defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
         ours = {**self._other_outputs(folded.graph), **self._ends(folded.graph)}
         where = Path(self.spec.component.where).name
@@ -104,12 +104,12 @@ class ScheduledQuantizer:
         return found
 
     def _check_bits(self, settings: Mapping[str, LayerSettings]) -> None:
-        least, cls = self.method.least_bits, self.spec.component.cls
+        min_bits, cls = self.method.min_bits, self.spec.component.cls
         for name, each in settings.items():
-            if 0 < each.bits_weights < least:
+            if 0 < each.bits_weights < min_bits:
                 raise ConfigError(
                     f"{each.origin_of('bits_weights')}: bits_weights of {name!r} is {each.bits_weights}, but {cls}"
-                    f" needs {least} or more; BinaryConnectQuantizer and XNORQuantizer have weights of 1 bit"
+                    f" needs {min_bits} or more; BinaryConnectQuantizer and XNORQuantizer have weights of 1 bit"
                 )
 
     def _ends(self, graph: Graph) -> dict[str, dict[str, int]]:
@@ -139,7 +139,7 @@ class ScheduledQuantizer:
             return True
         while source.op not in ("placeholder", "get_attr", "call_module"):
             source = source.all_input_nodes[0]
-        return source.op == "placeholder" and not getattr(self.method, "quantize_inputs", True)
+        return source.op == "placeholder" and not self.method.quantize_inputs
 
     def quantizes(self, name: str) -> bool:
         """Whether it quantizes anything of a layer."""

@@ -48,8 +48,14 @@ class ActivationSite:
 class TrainingQuantizer(ABC):
     """A method: a frozen dataclass whose fields are the keys of its YAML component, without those common to all."""
 
-    least_bits: ClassVar[int] = 2
+    min_bits: ClassVar[int] = 2
     """The fewest bits of its weights."""
+
+    per_channel_wts: bool = False
+    """Whether each output channel of a weight has a scale of its own; a method that leaves it open has it as a key."""
+
+    quantize_inputs: bool = True
+    """Whether the model's own input is quantized."""
 
     only_relus: ClassVar[bool] = False
     """Whether, as in its paper, it quantizes what leaves a ReLU and no other output; `edges` in YAML overrules it."""

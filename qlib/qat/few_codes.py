@@ -24,7 +24,7 @@ __all__ = [
     "positive",
 ]
 
-_LEAST = 1e-8
+_MIN_SCALE = 1e-8
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def positive(scale: Tensor) -> Tensor:
     >>> positive(torch.tensor([-0.5, 0.5]))
     tensor([1.0000e-08, 5.0000e-01])
     """
-    return identity(scale, scale.detach().clamp(min=_LEAST))
+    return identity(scale, scale.detach().clamp(min=_MIN_SCALE))
 
 
 def along_outputs(scale: Tensor, weight: Tensor) -> Tensor:
@@ -122,12 +122,12 @@ class SignWeight(CodedWeight):
 
 class _ClipAndRound(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, top: Tensor, most: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, top: Tensor, qmax: int) -> Tensor:
         x = dense(x)
         ctx.save_for_backward(x, top)
-        scale, y = top / most, torch.empty_like(x)
+        scale, y = top / qmax, torch.empty_like(x)
         for part, out in chunks(x, y):
-            torch.div(part, scale, out=out).round_().clamp_(0, most).mul_(scale)
+            torch.div(part, scale, out=out).round_().clamp_(0, qmax).mul_(scale)
         return y
 
     @staticmethod
@@ -144,8 +144,8 @@ class _ClipAndRound(torch.autograd.Function):
         return of_x, of_top if ctx.needs_input_grad[1] else None, None
 
 
-def clip_and_round(x: Tensor, top: Tensor, most: int) -> Tensor:
-    """``round(clip(x, 0, top) / s) * s`` with ``s = top / most``, differentiable, in few passes over memory.
+def clip_and_round(x: Tensor, top: Tensor, qmax: int) -> Tensor:
+    """``round(clip(x, 0, top) / s) * s`` with ``s = top / qmax``, differentiable, in few passes over memory.
 
     The gradient of x is 1 for ``0 <= x < top``, 0 elsewhere; that of the top is 1 where ``x >= top``.
 
@@ -157,7 +157,7 @@ def clip_and_round(x: Tensor, top: Tensor, most: int) -> Tensor:
     >>> y.tolist(), x.grad.tolist(), top.grad.item()
     ([0.0, 1.0, 1.5], [0.0, 1.0, 0.0], 1.0)
     """
-    y: Tensor = _ClipAndRound.apply(x, top, most)
+    y: Tensor = _ClipAndRound.apply(x, top, qmax)
     return y
 
 

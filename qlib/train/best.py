@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Score", "nonzero", "ranked"]
+__all__ = ["EpochScore", "nonzero", "ranked"]
 
 
 @dataclass(frozen=True)
-class Score:
+class EpochScore:
     """The result of an epoch: validation's Top1, Top5 and loss, and how many weights are not zero."""
 
     epoch: int
@@ -25,7 +25,7 @@ class Score:
     def __str__(self) -> str:
         """The line that people grep for.
 
-        >>> print(Score(3, 92.1, 99.7, 0.33, 0.0, 270896))
+        >>> print(EpochScore(3, 92.1, 99.7, 0.33, 0.0, 270896))
         ==> Best [Top1: 92.100   Top5: 99.700   Sparsity:0.00   NNZ-Params: 270896 on epoch: 3]
         """
         return (
@@ -38,15 +38,15 @@ class Score:
         return asdict(self)
 
 
-def ranked(scores: Iterable[Score], best_by: str, count: int) -> list[Score]:
+def ranked(scores: Iterable[EpochScore], best_by: str, count: int) -> list[EpochScore]:
     """The `count` best scores, the best first: by Top1, Top5, then the later epoch; `sparsity` ranks by it before.
 
-    >>> scores = [Score(0, 90.0, 99.0, 0.3, 50.0, 10), Score(1, 92.0, 99.0, 0.3, 0.0, 20)]
+    >>> scores = [EpochScore(0, 90.0, 99.0, 0.3, 50.0, 10), EpochScore(1, 92.0, 99.0, 0.3, 0.0, 20)]
     >>> [ranked(scores, by, 1)[0].epoch for by in ("top1", "sparsity")]
     [1, 0]
     """
 
-    def key(score: Score) -> tuple[float, ...]:
+    def key(score: EpochScore) -> tuple[float, ...]:
         first = (-score.nonzero,) if best_by == "sparsity" else ()
         return (*first, score.top1, score.top5, score.epoch)
 

@@ -20,7 +20,7 @@ from qlib.progress import track
 from qlib.train.optimizers import make_optimizer
 from qlib.train.policy import Batch, Losses, Policy
 
-__all__ = ["Diverged", "Progress", "Running", "Settings", "Trainee", "run_epoch"]
+__all__ = ["Diverged", "Progress", "Running", "StepSettings", "Trainee", "run_epoch"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepSettings:
     """How a step is taken: what it depends on besides the trainee and the images."""
 
     batch_size: int
@@ -109,7 +109,7 @@ def run_epoch(
     trainee: Trainee,
     loader: Loader,
     progress: Progress,
-    settings: Settings,
+    settings: StepSettings,
     device: torch.device,
     after_step: Callable[[], None],
 ) -> None:
@@ -152,7 +152,7 @@ def run_epoch(
         after_step()
 
 
-def _forward(trainee: Trainee, batch: Batch, settings: Settings, running: Running) -> Losses:
+def _forward(trainee: Trainee, batch: Batch, settings: StepSettings, running: Running) -> Losses:
     """What is to be minimized on a batch, which is added to the sums."""
     for policy in trainee.policies:
         policy.on_minibatch_begin(batch)
@@ -166,7 +166,7 @@ def _forward(trainee: Trainee, batch: Batch, settings: Settings, running: Runnin
     return losses
 
 
-def _backward(trainee: Trainee, losses: Losses, settings: Settings, scaler: torch.amp.GradScaler) -> None:
+def _backward(trainee: Trainee, losses: Losses, settings: StepSettings, scaler: torch.amp.GradScaler) -> None:
     """Gradients, and a step of the optimizer against them."""
     optimizer = trainee.optimizer
     optimizer.zero_grad()
@@ -180,7 +180,7 @@ def _backward(trainee: Trainee, losses: Losses, settings: Settings, scaler: torc
     scaler.update()
 
 
-def _batches(loader: Loader, progress: Progress, settings: Settings, device: torch.device) -> Iterator[Batch]:
+def _batches(loader: Loader, progress: Progress, settings: StepSettings, device: torch.device) -> Iterator[Batch]:
     """The batches that are left of an epoch; one image alone, which batch-norms cannot take, is left out."""
     size = settings.batch_size
     done = progress.steps

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
 from qlib.files import move
-from qlib.train.best import Score
+from qlib.train.best import EpochScore
 from qlib.train.loop import Diverged, Progress, Running
 from qlib.train.policy import Policy
 
@@ -46,7 +46,7 @@ class TrainingState:
     optimizer: Optimizer
     policies: Sequence[Policy]
     progress: Progress
-    best: list[Score]
+    best: list[EpochScore]
 
     def save(self, path: Path, header: Mapping[str, Any], quantized: Mapping[str, Any] | None) -> None:
         """Writes the checkpoint, whole or not at all.
@@ -102,7 +102,7 @@ class TrainingState:
             ) from error
         self.progress.epoch, self.progress.steps = int(checkpoint["epoch"]) + 1, int(checkpoint["steps"])
         self.progress.running = Running(dict(checkpoint["running"]["sums"]), int(checkpoint["running"]["images"]))
-        self.best[:] = [Score(**each) for each in checkpoint["best"]]
+        self.best[:] = [EpochScore(**each) for each in checkpoint["best"]]
 
 
 class Checkpoints:

@@ -30,7 +30,7 @@ class BinaryConnect(TrainingQuantizer):
     """
 
     stochastic: bool = False
-    least_bits: ClassVar[int] = 1
+    min_bits: ClassVar[int] = 1
 
     @property
     def planning(self) -> Mapping[str, object]:

@@ -23,7 +23,7 @@ class BinaryNet(TrainingQuantizer):
     References: Hubara et al., "Binarized neural networks", 2016, sections 2.1 and 2.3.
     """
 
-    least_bits: ClassVar[int] = 1
+    min_bits: ClassVar[int] = 1
 
     @property
     def planning(self) -> Mapping[str, object]:

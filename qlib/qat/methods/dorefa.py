@@ -35,7 +35,7 @@ class Dorefa(TrainingQuantizer):
     """
 
     bits_gradients: int | None = key(None, whole(2, 16, null=None))
-    least_bits: ClassVar[int] = 1
+    min_bits: ClassVar[int] = 1
     only_relus: ClassVar[bool] = True
 
     @property
@@ -83,7 +83,7 @@ class DorefaWeight(CodedWeight):
     def __init__(self, bits: int, unit: Tensor, *, stochastic: bool) -> None:
         self.odd = bits < 8
         super().__init__(bits + self.odd, stochastic=stochastic)
-        self.most = 2**bits - 1 if self.odd else self.spec.qmax
+        self.qmax = 2**bits - 1 if self.odd else self.spec.qmax
         self.gap = 1 + self.odd
         self.register_buffer("unit", positive(unit))
 
@@ -92,12 +92,12 @@ class DorefaWeight(CodedWeight):
         return squashed * (self.unit / positive(squashed.abs().max()))
 
     def scale_of(self, weight: Tensor) -> Tensor:
-        return self.unit / self.most
+        return self.unit / self.qmax
 
     def codes(self, scaled: Tensor, weight: Tensor) -> Tensor:
-        most = self.most
-        codes = 2 * torch.round((scaled + most) / 2) - most if self.odd else scaled.round()
-        return codes.clamp_(-most, most)
+        qmax = self.qmax
+        codes = 2 * torch.round((scaled + qmax) / 2) - qmax if self.odd else scaled.round()
+        return codes.clamp_(-qmax, qmax)
 
 
 class MeanSignWeight(SignWeight):
@@ -138,19 +138,19 @@ class DorefaGradient(nn.Module):
 
 class _RoundedGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, most: int) -> Tensor:
-        ctx.most = most
+    def forward(ctx: Any, x: Tensor, qmax: int) -> Tensor:
+        ctx.qmax = qmax
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        most, grad = ctx.most, dense(grads[0])
+        qmax, grad = ctx.qmax, dense(grads[0])
         rounded, noise = torch.empty_like(grad), _uniform_noise(grad)
         for part, shift, out in image_chunks(grad, noise, rounded):
             largest = part.abs().amax(1, keepdim=True)
-            step = (2 / most) * largest.clamp(min=torch.finfo(grad.dtype).tiny)
-            torch.div(part, step, out=out).add_(shift, alpha=2**-16).add_(most / 2).round_().clamp_(0, most)
-            out.sub_(most / 2).mul_(step)
+            step = (2 / qmax) * largest.clamp(min=torch.finfo(grad.dtype).tiny)
+            torch.div(part, step, out=out).add_(shift, alpha=2**-16).add_(qmax / 2).round_().clamp_(0, qmax)
+            out.sub_(qmax / 2).mul_(step)
         return rounded, None
 
 

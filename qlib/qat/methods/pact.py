@@ -38,7 +38,7 @@ class Pact(TrainingQuantizer):
 
     act_clip_init_val: float = key(8.0, POSITIVE)
     act_clip_decay: float | None = key(None, FROM_0.or_null("or null for none"))
-    least_bits: ClassVar[int] = 1
+    min_bits: ClassVar[int] = 1
     only_relus: ClassVar[bool] = True
 
     @property

@@ -31,7 +31,7 @@ class Wrpn(TrainingQuantizer):
     """
 
     widen: int = key(1, whole(1, 8, null=1))
-    least_bits: ClassVar[int] = 1
+    min_bits: ClassVar[int] = 1
     only_relus: ClassVar[bool] = True
 
     @property

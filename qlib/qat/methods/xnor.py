@@ -30,7 +30,7 @@ class Xnor(TrainingQuantizer):
     section 3.
     """
 
-    least_bits: ClassVar[int] = 1
+    min_bits: ClassVar[int] = 1
 
     @property
     def planning(self) -> Mapping[str, object]:
