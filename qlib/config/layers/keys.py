@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 from qlib.config import values
@@ -20,7 +20,7 @@ __all__ = [
     "QUANTIZER_FIELDS",
     "SCALES",
 ]
-__all__ += ["Field", "modes", "read_fields", "setting", "unknown_key", "whole"]
+__all__ += ["Field", "modes", "read_elsewhere", "read_fields", "setting", "unknown_key", "whole"]
 
 SCALES = ("float", "pow2")
 """What `scale` may be: any number, or powers of two."""
@@ -38,14 +38,16 @@ Settings: TypeAlias = dict[str, object]
 """`LayerSettings` field -> value."""
 
 
-@dataclass(frozen=True)
-class Field:
-    """One key: `read` gives the settings it stands for, and appends a sentence to the problems for each mistake.
+Field: TypeAlias = Callable[[str, Node, list[str]], Settings]
+"""Reads one key: (key, node, problems) -> the settings that it stands for.
 
-    Law: `read(node, problems)` appends to `problems` exactly when the value is not allowed.
-    """
+Law: it appends a sentence to the problems exactly when the value is not allowed.
+"""
 
-    read: Callable[[str, Node, list[str]], Settings]
+
+def read_elsewhere(key: str, node: Node, problems: list[str]) -> Settings:
+    """A key that is allowed, but read by another function."""
+    return {}
 
 
 def setting(value: Value, *targets: str) -> Field:
@@ -59,7 +61,7 @@ def setting(value: Value, *targets: str) -> Field:
             return {}
         return dict.fromkeys(targets, found)
 
-    return Field(read)
+    return read
 
 
 def whole(low: int, high: int, null: int | None, zero: bool = False) -> Value:
@@ -100,7 +102,7 @@ _PATH = values.text("the path of a statistics file").or_null("or null")
 def modes(key: str, node: Node, problems: list[str]) -> Settings:
     """`mode`: one name, or a mapping of one for activations and one for weights."""
     if node.mapping is None:
-        return _BOTH_MODES.read(key, node, problems)
+        return _BOTH_MODES(key, node, problems)
     return read_fields(node, _MODE_PARTS, problems)[0]
 
 
@@ -134,7 +136,7 @@ def read_fields(node: Node, fields: Mapping[str, Field], problems: list[str]) ->
     for key, field in fields.items():
         if key not in node.mapping:
             continue
-        found = field.read(key, node.mapping[key], problems)
+        found = field(key, node.mapping[key], problems)
         settings.update(found)
         places.update(dict.fromkeys(found, node.where_key(key)))
     return settings, places
@@ -165,7 +167,7 @@ _COMMON = {
     "bits_activations": setting(_bits, "bits_activations"),
     "bits_weights": setting(_bits, "bits_weights"),
     "bits_bias": setting(whole(2, 32, null=32), "bits_bias"),
-    "mode": Field(modes),
+    "mode": modes,
     "clip_acts": setting(_clip, "clip_acts"),
     **_CLIP_PARAMETERS,
     "clip_wts": setting(_clip_wts, "clip_wts"),
@@ -183,7 +185,7 @@ LAYER_FIELDS: Mapping[str, Field] = {
     "fake": setting(FLAG, "fake"),
     "make_identity": setting(FLAG, "make_identity"),
     "quantize_inputs": setting(FLAG, "quantize_inputs"),
-    "input_overrides": Field(_inputs),
+    "input_overrides": _inputs,
 }
 """The keys of one override."""
 

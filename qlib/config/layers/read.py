@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qlib.config.clips import CLIP_PARAMETERS
 from qlib.config.flags.groups import QuantArgs
-from qlib.config.layers.keys import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_FIELDS, Field, read_fields
+from qlib.config.layers.keys import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_FIELDS, read_elsewhere, read_fields
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
@@ -25,8 +25,7 @@ _SECTIONS = (
     "policies",
     "corrections",
 )
-_ELSEWHERE = Field(lambda key, node, problems: {})
-_ARGUMENTS = {**QUANTIZER_FIELDS, "class": _ELSEWHERE, "overrides": _ELSEWHERE}
+_ARGUMENTS = {**QUANTIZER_FIELDS, "class": read_elsewhere, "overrides": read_elsewhere}
 
 
 def ptq_config_from_flags(qe: QuantArgs, given: frozenset[str] = frozenset()) -> PtqConfig:

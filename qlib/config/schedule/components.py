@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlib.config.layers.keys import Field, Settings, read_fields
+from qlib.config.layers.keys import Field, Settings, read_elsewhere, read_fields
 from qlib.config.layers.settings import Rule, pattern_problem
 from qlib.config.schedule.keys import (
     ABSENT_EXTENSIONS,
@@ -21,7 +21,7 @@ from qlib.config.schedule.types import Component
 from qlib.errors import did_you_mean
 from qlib.yaml_tree import Node
 
-__all__ = ["Declared", "KIND_OF", "READ_ELSEWHERE", "read_components"]
+__all__ = ["Declared", "KIND_OF", "read_components"]
 
 KIND_OF = {
     "quantizers": "quantizer",
@@ -31,9 +31,6 @@ KIND_OF = {
     "regularizers": "regularizer",
 }
 """Section -> what one of its components is called, which is also the key by which a policy names it."""
-
-READ_ELSEWHERE = Field(lambda key, node, problems: {})
-"""A key that is allowed, but read by another function."""
 
 _NAME_OF = {"pruners": "pruning", "regularizers": "regularization"}
 
@@ -106,7 +103,7 @@ def _read_quantizer(
 ) -> tuple[Settings, tuple[Rule, ...]]:
     older = {key: arguments.fields[name] for key, name in BITS.items()}
     tables = {"overrides": override_keys(arguments.fields), "bits_overrides": older}
-    keys = {**arguments.fields, **dict.fromkeys((*tables, "class"), READ_ELSEWHERE)}
+    keys = {**arguments.fields, **dict.fromkeys((*tables, "class"), read_elsewhere)}
     settings, _ = read_fields(node, keys, problems)
     given = {key: each for key, each in (node.mapping or {}).items() if key in tables}
     if len(given) == len(tables):
@@ -130,7 +127,7 @@ def _read_other(
     cls: str, arguments: ClassFields, node: Node, where: str, problems: list[str]
 ) -> tuple[Settings, tuple[Rule, ...]]:
     """A learning-rate scheduler or an extension."""
-    settings, places = read_fields(node, {**arguments.fields, "class": READ_ELSEWHERE}, problems)
+    settings, places = read_fields(node, {**arguments.fields, "class": read_elsewhere}, problems)
     problems += _combination_problems(cls, arguments, node, where)
     milestones, gammas = settings.get("milestones"), settings.get("gammas")
     if isinstance(milestones, tuple) and isinstance(gammas, tuple) and len(milestones) != len(gammas):

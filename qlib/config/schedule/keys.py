@@ -83,7 +83,7 @@ def _matches(key: str, node: Node, problems: list[str]) -> Settings:
 
 def table(**read: Value | Field) -> dict[str, Field]:
     """Keys with their readers; each sets what is named like it, unless it is a field already."""
-    return {key: each if isinstance(each, Field) else setting(each, key) for key, each in read.items()}
+    return {key: setting(each, key) if isinstance(each, Value) else each for key, each in read.items()}
 
 
 POSITIVE = number(Interval(0, open_low=True))
@@ -115,7 +115,7 @@ def keys_of(cls: type) -> dict[str, Field]:
     found: dict[str, Field] = {}
     for each in fields(cls):
         name = "mode" if each.name in ("mode_activations", "mode_weights") else each.name
-        found[name] = Field(modes) if name == "mode" else setting(each.metadata.get("value", FLAG), name)
+        found[name] = modes if name == "mode" else setting(each.metadata.get("value", FLAG), name)
     return found
 
 
@@ -160,7 +160,7 @@ EXTENSION_CLASSES: Mapping[str, ClassFields] = {
                 match_wt=FROM_0,
                 match_kind=one_of("attention", "feature"),
             ),
-            "match": Field(_matches),
+            "match": _matches,
         },
         (("teacher",),),
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qlib.config.layers.keys import Settings, read_fields
-from qlib.config.schedule.components import KIND_OF, READ_ELSEWHERE, Declared, read_components
+from qlib.config.layers.keys import Settings, read_elsewhere, read_fields
+from qlib.config.schedule.components import KIND_OF, Declared, read_components
 from qlib.config.schedule.keys import LR_POLICY_ARGS, POLICY_FIELDS, Classes
 from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, did_you_mean
@@ -16,7 +16,7 @@ __all__ = ["load_schedule"]
 
 _SECTIONS = ("version", *KIND_OF, "policies")
 _KINDS = tuple(KIND_OF.values())
-_POLICY_KEYS = {**dict.fromkeys(_KINDS, READ_ELSEWHERE), **POLICY_FIELDS}
+_POLICY_KEYS = {**dict.fromkeys(_KINDS, read_elsewhere), **POLICY_FIELDS}
 _SPAN = ("starting_epoch", "ending_epoch", "frequency")
 
 
@@ -137,7 +137,7 @@ def _epoch_problems(node: Node, when: Settings, epochs: int) -> Iterator[str]:
 def _find(kind: str, node: Node, declared: Sequence[Declared], problems: list[str]) -> Component | None:
     """The component that a policy names."""
     if node.mapping is not None:
-        read_fields(node, {"instance_name": READ_ELSEWHERE, "args": READ_ELSEWHERE}, problems)
+        read_fields(node, {"instance_name": read_elsewhere, "args": read_elsewhere}, problems)
     name = _name_of(node)
     if name is None:
         example = node.value if isinstance(node.value, str) else "NAME"
