@@ -16,7 +16,7 @@ from qlib.config.clips import WEIGHT_CLIPS
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.run_config import RunConfig, settings_of
 from qlib.config.flags.table import FLAGS
-from qlib.config.flags.verb import needs_folder
+from qlib.config.flags.verb import Verb, asked, needs_folder, verb_of
 from qlib.errors import ConfigError, ModelError, UsageError
 
 IN_RUN = Path("run-folder")
@@ -585,6 +585,35 @@ WARNINGS = [
 @pytest.mark.parametrize(("words", "expected"), [row[1:] for row in WARNINGS], ids=[row[0] for row in WARNINGS])
 def test_flags_without_effect_are_named(words: str, expected: list[str]) -> None:
     assert startup_warnings(parse([*words.split(), "images"])) == expected
+
+
+VERBS = [
+    ("-e", Verb.EVALUATE),
+    ("--qe", Verb.QUANTIZE),
+    ("--qe-calibration 0.1 -e", Verb.CALIBRATE),
+    ("--qe-calibration 0.1 --qe", Verb.QUANTIZE),
+    ("--sense quant --qe", Verb.SENSE),
+    ("--check --qe --compress s.yaml", Verb.CHECK),
+    ("--summary model --check", Verb.SUMMARY),
+    ("--export-onnx", Verb.EXPORT),
+    ("--resume-from m.pth.tar --verify", Verb.EXPORT),
+    ("--epochs 90", Verb.TRAIN),
+    ("--compress s.yaml", Verb.TRAIN),
+    ("--compress s.yaml -e", Verb.EVALUATE),
+    ("--compress s.yaml --export-onnx", Verb.EXPORT),
+    ("--resume-from m.pth.tar", Verb.NOTHING),
+]
+
+
+@pytest.mark.parametrize(("words", "verb"), VERBS)
+def test_what_a_command_line_does(words: str, verb: Verb) -> None:
+    config = parse([*words.split(), "images"])
+    assert verb_of(config) is verb
+    assert asked(config)[:1] == ((verb,) if verb is not Verb.NOTHING else ())
+
+
+def test_each_verb_is_named_by_a_flag() -> None:
+    assert {verb.flag for verb in Verb} - {flag.name for flag in FLAGS} == {""}
 
 
 def test_a_row_names_flags_that_exist() -> None:
