@@ -68,7 +68,7 @@ def track(
         description: begins each line, such as `Test`.
         print_freq: steps between two lines.
         fields: the numbers to show, called only when they are shown: once each `print_freq` steps.
-        images_done: images that an earlier, broken run has done.
+        images_done: images that an earlier, interrupted run has done.
         unit: what is counted, where it is not images.
     """
     steps, done_before = -(-total_images // batch_size), -(-images_done // batch_size)

@@ -96,6 +96,10 @@ def test_what_the_run_leaves(proved: Run) -> None:
     assert "100.00% of multiply-accumulates in integers" in proved.lines
 
 
+def test_messages_of_the_exporter_are_not_in_the_log(proved: Run) -> None:
+    assert not re.search("constant folding|initializer|unused nodes", proved.log)
+
+
 def test_metadata(proved: Run) -> None:
     model = onnx.load(proved.folder / f"{MINE}_digits_cnn_int8.onnx")
     found = {each.key: each.value for each in model.metadata_props}

@@ -15,6 +15,7 @@ from runs import run
 
 from qlib import files
 from qlib.checkpoint.write import write_checkpoint
+from qlib.correct._stream import Buffer
 from qlib.errors import OutputError
 from qlib.files import append_csv, reserve, scratch_folder, write_csv, write_text, write_together, write_whole
 from qlib.quant.plan import LayerPlan, Plan
@@ -103,6 +104,14 @@ def test_a_full_disk_is_a_sentence_and_changes_nothing(tmp_path: Path, name: str
     WRITERS[name](path)
     assert path.stat().st_size > 100
     assert names(tmp_path) == ({"file", "file.data"} if name == "onnx" else {"file"})
+
+
+def test_activations_for_which_the_disk_has_no_room_are_a_sentence(tmp_path: Path) -> None:
+    with Buffer(tmp_path, limit=0) as buffer:
+        with room_for(100), pytest.raises(OutputError, match=r"cannot write activations '.*1\.bin' \(File too large\)"):
+            buffer.keep(TENSORS["weight"])
+        assert torch.equal(buffer.keep(TENSORS["weight"]), TENSORS["weight"])
+    assert names(tmp_path) == set()
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
