@@ -30,6 +30,7 @@ from qlib.lower.fake import FakeWeight, lower_fake
 from qlib.quant.affine import qparams_from_range, range_of_grid
 from qlib.quant.plan import LayerPlan, Plan, WeightPlan
 from qlib.quant.spec import QuantSpec
+from qlib.tensor_file import read_tensors, write_tensors
 
 
 def images_of(images: Tensor, folder: Path, batch: int = 4) -> CalibrationImages:
@@ -277,6 +278,12 @@ def test_corrected_weights_are_read_back_and_belong_to_one_model(tmp_path: Path)
     assert torch.equal(lower(other, fresh)(images), lower(graph, fresh)(images))
     with pytest.raises(ConfigError, match=r"w\.safetensors are of another model; quantize this one again"):
         load_weights(file, other, "beef")
+    tensors, texts = read_tensors(file)
+    misfits = {"fc.weight": tensors["fc.weight"][:1]}, {"relu.bias": torch.zeros(1)}
+    for wrong in ({"fc.bias": tensors["fc.bias"]}, *({**tensors, **each} for each in misfits)):
+        write_tensors(file, wrong, "weights", texts)
+        with pytest.raises(ConfigError, match=r"w\.safetensors do not fit the model; quantize it again"):
+            load_weights(file, other, "c0ffee")
     file.write_bytes(b"")
     with pytest.raises(ConfigError, match=r"cannot be read: .*; keep it beside the plan"):
         load_weights(file, other, "c0ffee")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+from torch import nn
 
 from qlib.errors import ConfigError
 from qlib.graph import Graph
@@ -18,18 +21,14 @@ def save_weights(path: Path, graph: Graph, fingerprint: str) -> None:
 
     `fingerprint` is that of the model before any correction. Raises OutputError when the file cannot be written.
     """
-    state = {
-        f"{name_of(node)}.{key}": value.clone()
-        for node, module in layers(graph)
-        for key, value in module.named_parameters()
-    }
+    state = {name: value.clone() for name, value in _parameters(graph)}
     write_tensors(path, state, "weights", {"qlib": fingerprint})
 
 
 def load_weights(path: Path, graph: Graph, fingerprint: str) -> None:
     """Puts the parameters of such a file into the folded graph of the same model.
 
-    Raises ConfigError where the file cannot be read, or is of another model.
+    Raises ConfigError where the file cannot be read, is of another model, or lacks weights.
     """
     try:
         state, texts = read_tensors(path)
@@ -38,7 +37,16 @@ def load_weights(path: Path, graph: Graph, fingerprint: str) -> None:
     if texts.get("qlib") != fingerprint:
         raise ConfigError(f"the weights in {path} are of another model; quantize this one again with --quantize-eval")
     for node, module in layers(graph):
-        if f"{name_of(node)}.bias" in state:
+        if f"{name_of(node)}.bias" in state and hasattr(module, "bias"):
             give_bias(module)
-        for key, value in module.named_parameters():
-            value.data.copy_(state[f"{name_of(node)}.{key}"])
+    wanted = dict(_parameters(graph))
+    if {name: value.shape for name, value in wanted.items()} != {name: value.shape for name, value in state.items()}:
+        raise ConfigError(f"the weights in {path} do not fit the model; quantize it again with --quantize-eval")
+    for name, value in wanted.items():
+        value.data.copy_(state[name])
+
+
+def _parameters(graph: Graph) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of each layer under its own name, also where layers share a module."""
+    for node, module in layers(graph):
+        yield from ((f"{name_of(node)}.{key}", value) for key, value in module.named_parameters())

@@ -117,7 +117,7 @@ def restore_quantized(
     Raises CheckpointError when the checkpoint is not of this architecture.
     """
     for node, module in layers(graph):  # corrections may have given a layer a bias
-        if bias_names(node, header.plan) & checkpoint["state_dict"].keys():
+        if hasattr(module, "bias") and bias_names(node, header.plan) & checkpoint["state_dict"].keys():
             give_bias(module)
     lowered = lower(graph, header.plan)
     load_state(lowered, checkpoint["state_dict"], source)
