@@ -28,8 +28,8 @@ from qlib.quant.spec import QuantSpec
 from qlib.search.lapq import search_ranges
 from qlib.search.least_error import least_error, mean_error
 from qlib.search.objective import Objective
-from qlib.search.ranges import Coordinate, coordinates_of, moved_plan, with_explicit_weights
-from qlib.search.replay import FLOAT, OUTPUT, WEIGHT, Point, Replay, rounded, rounded_weight
+from qlib.search.ranges import Coordinate, coordinates_of, scaled_plan, with_explicit_weights
+from qlib.search.replay import FLOAT, OUTPUT, WEIGHT, QuantState, Replay, rounded, rounded_weight
 from qlib.search.score import Scorer
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
@@ -68,7 +68,7 @@ def graph_and_plan(bits: int = 4, **settings: Any) -> tuple[Graph, Plan]:
     return graph, plan_post_train_linear(graph, every, ModelStats(collector.result()), folded)
 
 
-def logits(replay: Replay, point: Point, cut: int, images: Tensor = IMAGES) -> Tensor:
+def logits(replay: Replay, point: QuantState, cut: int, images: Tensor = IMAGES) -> Tensor:
     state = replay.run(replay.start(images), 0, cut, point)
     before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
     result = replay.logits(replay.run(state, cut, replay.end, point))
@@ -78,7 +78,7 @@ def logits(replay: Replay, point: Point, cut: int, images: Tensor = IMAGES) -> T
 
 def test_a_graph_can_be_replayed_from_every_step() -> None:
     graph, plan = graph_and_plan()
-    replay, point = Replay(graph), Point.of(graph, plan)
+    replay, point = Replay(graph), QuantState.of(graph, plan)
     with torch.inference_mode():
         expected = graph(IMAGES)
     assert torch.equal(logits(replay, FLOAT, 0), expected)
@@ -95,7 +95,7 @@ def test_a_replayed_plan_computes_what_the_exact_lowering_does(per_channel: bool
     replay, step = Replay(graph), plan.layers["fc"].output
     assert step is not None
     exact = lower(graph, plan)(IMAGES)
-    found = logits(replay, Point.of(graph, plan), 0)
+    found = logits(replay, QuantState.of(graph, plan), 0)
     assert float((found - exact).abs().max()) <= 1.01 * float(step.qparams().scale)  # a rounding tie, if at all
 
 
@@ -150,13 +150,13 @@ def test_unmoved_ranges_are_the_plan_and_moved_ones_follow() -> None:
     graph, plan = graph_and_plan()
     explicit = with_explicit_weights(graph, plan)
     coordinates = coordinates_of(graph, explicit, both_ends=True)
-    assert moved_plan(explicit, coordinates, np.zeros(len(coordinates))) == explicit
+    assert scaled_plan(explicit, coordinates, np.zeros(len(coordinates))) == explicit
     image = coordinates.index(Coordinate((("conv1", 0),), "min"))
     values = np.zeros(len(coordinates))
     values[image] = -4.0
     before, after = (
         explicit.layers["conv1"].inputs[0],
-        moved_plan(explicit, coordinates, values).layers["conv1"].inputs[0],
+        scaled_plan(explicit, coordinates, values).layers["conv1"].inputs[0],
     )
     assert before is not None
     assert before.min is not None
@@ -173,7 +173,7 @@ def test_the_objective_depends_on_the_values_alone(moves: list[tuple[int, float]
     for index, value in moves:
         values[index % len(coordinates)] = value
         score = objective(values)
-        assert score == scorer.score(Point.of(GRAPH, moved_plan(EXPLICIT, coordinates, values))).divergence
+        assert score == scorer.score(QuantState.of(GRAPH, scaled_plan(EXPLICIT, coordinates, values))).divergence
 
 
 GRAPH, PLAN = graph_and_plan()
@@ -181,7 +181,7 @@ EXPLICIT = with_explicit_weights(GRAPH, PLAN)
 
 
 def score(plan: Plan) -> float:
-    return Scorer(GRAPH, BATCHES).score(Point.of(GRAPH, plan)).divergence
+    return Scorer(GRAPH, BATCHES).score(QuantState.of(GRAPH, plan)).divergence
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_there_must_be_something_to_search() -> None:
 @pytest.mark.parametrize("method", ["powell", "nelder-mead", "cobyla"])
 def test_ranges_of_least_error_are_no_worse_for_their_tensor(p: float, method: str) -> None:
     coordinates = coordinates_of(GRAPH, EXPLICIT, both_ends=False)
-    moved = moved_plan(EXPLICIT, coordinates, least_error(GRAPH, EXPLICIT, coordinates, BATCHES, p, method))
+    moved = scaled_plan(EXPLICIT, coordinates, least_error(GRAPH, EXPLICIT, coordinates, BATCHES, p, method))
     better = 0
     for name in ("conv1", "conv2", "up", "fc"):
         module, before, after = GRAPH.get_submodule(name), EXPLICIT.layers[name].weight, moved.layers[name].weight

@@ -22,7 +22,7 @@ from qlib.graph.ir import layers, name_of
 from qlib.graph.kinds import layer_kind
 from qlib.search.allocate import Choice, Costs, allocate, best_uniform, cost_of, error_of, smallest_cost
 from qlib.search.bit_groups import Group, bit_operations, errors_of, groups_of, weight_bits, weight_count
-from qlib.search.replay import Point
+from qlib.search.replay import QuantState
 from qlib.search.score import Score, Scorer
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity
 
@@ -144,7 +144,7 @@ def _best(
     for what, choice in found.items():
         if choice is not None:
             plan = planner(_with_choice(settings, problem.groups, choice))
-            scores[what] = scorer.score(Point.of(graph, plan)), choice
+            scores[what] = scorer.score(QuantState.of(graph, plan)), choice
             score = scores[what][0]
             _log.info(
                 "Bits by %s: %s    Divergence %.5f    Loss %.5f    Top1 %.3f (calibration images)",

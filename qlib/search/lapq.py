@@ -27,7 +27,7 @@ from qlib.quant.plan import Plan
 from qlib.search.least_error import least_error
 from qlib.search.minimize import Vector, minimize, options_for
 from qlib.search.objective import Objective
-from qlib.search.ranges import coordinates_of, moved_plan, with_explicit_weights
+from qlib.search.ranges import coordinates_of, scaled_plan, with_explicit_weights
 
 __all__ = ["NORMS", "search_ranges", "starting_clips"]
 
@@ -80,7 +80,7 @@ def search_ranges(
         "LAPQ: divergence %.6f -> %.6f after %d evaluations, %d of them different, in %.1f s",
         *(first, objective.best_score, objective.calls, len(objective.scores), time.monotonic() - began),
     )
-    return moved_plan(explicit, coordinates, objective.best) if objective.best.any() else plan
+    return scaled_plan(explicit, coordinates, objective.best) if objective.best.any() else plan
 
 
 def _search(objective: Objective, start: Vector, args: LapqArgs, seed: int) -> None:

@@ -13,7 +13,7 @@ from qlib.graph.ir import layers, name_of
 from qlib.lower.base import ActivationGrid
 from qlib.quant.plan import Plan, TensorPlan, WeightPlan
 from qlib.search.minimize import Vector, minimize
-from qlib.search.ranges import Coordinate, factor, moved
+from qlib.search.ranges import Coordinate, factor, scaled
 from qlib.search.replay import WEIGHT, Replay, Slot, grid_of, rounded, rounded_weight
 
 __all__ = ["least_error", "mean_error"]
@@ -67,8 +67,8 @@ def least_error(
         ) -> float:
             low, high = factor(float(ends[0])), factor(float(ends[-1]))
             if isinstance(grid, WeightPlan):
-                return mean_error(value, rounded_weight(modules[slot[0]], moved(grid, low, high)), p)
-            return mean_error(value, rounded(value, ActivationGrid.of(moved(grid, low, high).qparams())), p)
+                return mean_error(value, rounded_weight(modules[slot[0]], scaled(grid, low, high)), p)
+            return mean_error(value, rounded(value, ActivationGrid.of(scaled(grid, low, high).qparams())), p)
 
         start = np.zeros(len(indices))
         result = minimize(error, start, method, {})

@@ -13,8 +13,8 @@ from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
 from qlib.quant.plan import Plan
 from qlib.search.minimize import Vector
-from qlib.search.ranges import Coordinate, ends_of, factor, moved
-from qlib.search.replay import Point, Replay, Slot, State, grid_of
+from qlib.search.ranges import Coordinate, ends_of, factor, scaled
+from qlib.search.replay import QuantState, Replay, Slot, State, grid_of
 from qlib.search.sensitivity import divergence
 
 __all__ = ["Objective"]
@@ -42,7 +42,7 @@ class Objective:
         self.samples = sum(len(images) for images, _ in batches)
         self.starts = [self.replay.start(images) for images, _ in batches]
         self.reference = [self.replay.logits(self.replay.run(state, 0, self.replay.end)) for state in self.starts]
-        self.point, self.at = Point.of(graph, plan), np.ones(len(coordinates))
+        self.point, self.at = QuantState.of(graph, plan), np.ones(len(coordinates))
         self.states: list[State] = self.starts
         self.position, self.state_at = 0, self.at
         self.scores: dict[bytes, float] = {}
@@ -83,5 +83,5 @@ class Objective:
         wanted: set[Slot] = {slot for i in changed for slot in self.coordinates[i].slots}
         for slot, (low, high) in ends_of(self.coordinates, values).items():
             if slot in wanted:
-                grid = moved(grid_of(self.plan.layers[slot[0]], slot), low, high)
+                grid = scaled(grid_of(self.plan.layers[slot[0]], slot), low, high)
                 self.point = self.point.with_slot(slot, grid, self.modules[slot[0]])

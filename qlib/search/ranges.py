@@ -19,7 +19,7 @@ from qlib.quant.affine import range_of_weight
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.search.replay import OUTPUT, WEIGHT, Slot, grid_of, slots
 
-__all__ = ["Coordinate", "coordinates_of", "factor", "moved", "moved_plan", "with_explicit_weights"]
+__all__ = ["Coordinate", "coordinates_of", "factor", "scaled", "scaled_plan", "with_explicit_weights"]
 
 _NARROWEST, _WIDEST = -20.0, 8.0
 _RESOLUTION = 8
@@ -44,11 +44,11 @@ def factor(value: float) -> float:
     return float(2.0 ** (round(clipped * _RESOLUTION) / _RESOLUTION / 4))
 
 
-def moved(grid: _Grid, low: float, high: float) -> _Grid:
+def scaled(grid: _Grid, low: float, high: float) -> _Grid:
     """The grid with the ends of its range multiplied; the same object where both factors are 1.
 
     >>> from qlib.quant.spec import QuantSpec
-    >>> narrower = moved(TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-1.0, max=6.0), 1.0, 0.5)
+    >>> narrower = scaled(TensorPlan(QuantSpec.of_mode("asym_u", 8), min=-1.0, max=6.0), 1.0, 0.5)
     >>> narrower.clip, narrower.min, narrower.max
     ('lapq', -1.0, 3.0)
     """
@@ -147,18 +147,18 @@ def ends_of(coordinates: Sequence[Coordinate], values: NDArray[np.float64]) -> M
     return found
 
 
-def moved_plan(plan: Plan, coordinates: Sequence[Coordinate], values: NDArray[np.float64]) -> Plan:
-    """The plan with its ranges moved by the values of the coordinates."""
+def scaled_plan(plan: Plan, coordinates: Sequence[Coordinate], values: NDArray[np.float64]) -> Plan:
+    """The plan with its ranges scaled by the values of the coordinates."""
     changed = dict(plan.layers)
     for (name, index), (low, high) in ends_of(coordinates, values).items():
         layer = changed[name]
         if index == WEIGHT and layer.weight is not None:
-            changed[name] = replace(layer, weight=moved(layer.weight, low, high))
+            changed[name] = replace(layer, weight=scaled(layer.weight, low, high))
         elif index == OUTPUT and layer.output is not None:
-            changed[name] = replace(layer, output=moved(layer.output, low, high))
+            changed[name] = replace(layer, output=scaled(layer.output, low, high))
         else:
             inputs = [
-                moved(grid, low, high) if i == index and grid is not None else grid
+                scaled(grid, low, high) if i == index and grid is not None else grid
                 for i, grid in enumerate(layer.inputs)
             ]
             changed[name] = replace(layer, inputs=tuple(inputs))

@@ -1,4 +1,4 @@
-"""Running a graph from any step on: a search then repeats only what comes after the layer that it changed.
+"""Partial forward passes: a search repeats only what comes after the layer that it changed.
 
 A folded graph becomes a list of steps: computing a node, rounding an input of a layer, rounding its output. The state
 before a step holds just the values that are still needed (a tensor or two in most networks), and `run` goes from the
@@ -27,7 +27,7 @@ __all__ = [
     "FLOAT",
     "OUTPUT",
     "WEIGHT",
-    "Point",
+    "QuantState",
     "Replay",
     "Slot",
     "State",
@@ -44,7 +44,7 @@ WEIGHT = -2
 """The slot of a layer's weight."""
 
 Slot: TypeAlias = tuple[str, int]
-"""What can be rounded: layer name, and input number, `OUTPUT` or `WEIGHT`."""
+"""The position of a quantizer: layer name, and input number, `OUTPUT` or `WEIGHT`."""
 
 _Key: TypeAlias = "fx.Node | tuple[fx.Node, int]"
 State: TypeAlias = dict[_Key, Any]
@@ -76,15 +76,15 @@ def rounded_weight(module: nn.Module, plan: WeightPlan) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Point:
-    """What is rounded, and to which grid; all else is float."""
+class QuantState:
+    """The state of quantization: which weights and activations are rounded, and to which grid; all else is float."""
 
     weights: Mapping[str, Tensor] = field(default_factory=dict)
-    edges: Mapping[Slot, ActivationGrid] = field(default_factory=dict)
+    grids: Mapping[Slot, ActivationGrid] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, graph: Graph, plan: Plan) -> Point:
-        """The point of a whole plan, whose ranges are fixed."""
+    def of(cls, graph: Graph, plan: Plan) -> QuantState:
+        """The state under a whole plan, whose ranges are fixed."""
         point = cls()
         for node, module in layers(graph):
             layer = plan.layers[name_of(node)]
@@ -92,14 +92,14 @@ class Point:
                 point = point.with_slot(slot, grid_of(layer, slot), module)
         return point
 
-    def with_slot(self, slot: Slot, grid: TensorPlan | WeightPlan, module: nn.Module) -> Point:
-        """This point with one grid set or replaced; `module` is that of the layer."""
+    def with_slot(self, slot: Slot, grid: TensorPlan | WeightPlan, module: nn.Module) -> QuantState:
+        """With one grid set or replaced; `module` is that of the layer."""
         if isinstance(grid, WeightPlan):
             return replace(self, weights={**self.weights, slot[0]: rounded_weight(module, grid)})
-        return replace(self, edges={**self.edges, slot: ActivationGrid.of(grid.qparams())})
+        return replace(self, grids={**self.grids, slot: ActivationGrid.of(grid.qparams())})
 
 
-FLOAT = Point()
+FLOAT = QuantState()
 """Nothing is rounded."""
 
 
@@ -165,7 +165,7 @@ class Replay:
         return result
 
     @torch.inference_mode()
-    def run(self, state: State, begin: int, end: int, point: Point = FLOAT) -> State:
+    def run(self, state: State, begin: int, end: int, point: QuantState = FLOAT) -> State:
         """The state before step `end`, from that before step `begin`, which stays as it is."""
         values = dict(state)
         for i in range(begin, end):
@@ -175,9 +175,9 @@ class Replay:
                 values.pop(key, None)
         return values
 
-    def _value(self, step: _Step, values: State, point: Point) -> Any:
+    def _value(self, step: _Step, values: State, point: QuantState) -> Any:
         if step.slot is not None:
-            edge, value = point.edges.get(step.slot), values[step.reads[0]]
+            edge, value = point.grids.get(step.slot), values[step.reads[0]]
             return value if edge is None else rounded(value, edge)
         node = step.node
         if node.op == "placeholder":

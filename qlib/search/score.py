@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlib.graph import Graph
 from qlib.metrics import Meter
-from qlib.search.replay import Point, Replay
+from qlib.search.replay import QuantState, Replay
 from qlib.search.sensitivity import divergence
 
 __all__ = ["Score", "Scorer"]
@@ -30,13 +30,13 @@ class Scorer:
 
     def __init__(self, graph: Graph, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.replay, self.batches = Replay(graph), batches
-        self.reference = [self._logits(images, Point()) for images, _ in batches]
+        self.reference = [self._logits(images, QuantState()) for images, _ in batches]
 
-    def _logits(self, images: Tensor, point: Point) -> Tensor:
+    def _logits(self, images: Tensor, point: QuantState) -> Tensor:
         return self.replay.logits(self.replay.run(self.replay.start(images), 0, self.replay.end, point))
 
     @torch.inference_mode()
-    def score(self, point: Point) -> Score:
+    def score(self, point: QuantState) -> Score:
         """The score of the model that rounds as `point` says."""
         meter, total = Meter(), 0.0
         for (images, labels), reference in zip(self.batches, self.reference, strict=True):

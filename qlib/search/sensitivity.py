@@ -18,7 +18,7 @@ from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
 from qlib.metrics import Meter
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
-from qlib.search.replay import FLOAT, WEIGHT, Point, Replay, Slot, State, grid_of, slots
+from qlib.search.replay import FLOAT, WEIGHT, QuantState, Replay, Slot, State, grid_of, slots
 
 __all__ = ["ACTIVATIONS", "WEIGHTS", "Sensitivity", "Study", "sqnr"]
 
@@ -73,7 +73,7 @@ class _Variant:
     meter: Meter = field(default_factory=Meter)
 
     @property
-    def point(self) -> Point:
+    def point(self) -> QuantState:
         """Made anew each time: the rounded weights of all variants would be many times the model."""
         point = FLOAT
         for slot, grid in self.grids.items():
