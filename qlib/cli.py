@@ -30,7 +30,7 @@ _Texts = Mapping[str, Sequence[str]]  #: canonical flag -> the words that the us
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and answers its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Runs a command line and returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
     words, program = sys.argv[1:] if argv is None else list(argv), _program()
     try:
         config = parse(words)
@@ -145,6 +145,11 @@ def _give_back(texts: _Texts, needed: bool) -> tuple[_Texts, str | None]:
 
     It is the last word that is a folder, paths with a slash before plain words; without one, the last word of all if
     it looks like a path. A plain word is taken only where a folder is `needed`, as a layer may be called so too.
+
+    >>> _give_back({"--qe-no-clip-layers": ["conv1", "no/images"]}, needed=True)
+    ({'--qe-no-clip-layers': ['conv1']}, 'no/images')
+    >>> _give_back({"--qe-no-clip-layers": ["conv1", "fc"]}, needed=True)
+    ({'--qe-no-clip-layers': ['conv1', 'fc']}, None)
     """
     lists = {flag.name for flag in FLAGS if flag.kind.many == "words"}
     words = [(flag, i) for flag, given in texts.items() if flag in lists for i, word in enumerate(given) if word]

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlib.errors import did_you_mean
 
-__all__ = ["FLAG", "Interval", "Value", "choice", "real", "text", "whole"]
+__all__ = ["FLAG", "Interval", "Value", "among", "choice", "real", "text", "whole"]
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,25 @@ def choice(allowed: Iterable[str] | Mapping[str, str], *, any_case: bool = True)
     return Value(read, ", ".join(names), names=names)
 
 
-def text(words: str) -> Value:
-    """Some text, not empty."""
+def among(*numbers: int) -> Value:
+    """One of some whole numbers.
+
+    >>> among(16, 32).allowed, among(16, 32).accepts(16), among(16, 32).accepts(16.0)
+    ('16, 32', True, False)
+    """
+
+    def read(raw: object) -> object:
+        _require(type(raw) is int and raw in numbers)
+        return raw
+
+    return Value(read, ", ".join(map(str, numbers)), int)
+
+
+def text(words: str, *, empty: bool = False) -> Value:
+    """Some text, not empty unless that is allowed."""
 
     def read(raw: object) -> str:
-        _require(isinstance(raw, str) and bool(raw))
+        _require(isinstance(raw, str) and bool(raw or empty))
         return str(raw)
 
     return Value(read, words)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS
-from qlib.config.values import FLAG, Interval, Value, choice, real, text, whole
+from qlib.config.values import FLAG, Interval, Value, among, choice, real, text, whole
 from qlib.errors import ConfigError, did_you_mean
 from qlib.graph.kinds import KINDS, LAYER_KINDS
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
@@ -19,18 +19,6 @@ __all__ = ["HEADER", "SCALARS", "VERSION", "plan_from_node"]
 
 HEADER = "qlib_plan"
 VERSION = 1
-
-
-def _is_text(raw: object) -> str:
-    if not isinstance(raw, str):
-        raise ValueError
-    return raw
-
-
-def _is_float_size(raw: object) -> int:
-    if type(raw) is not int or raw not in (16, 32, 64):
-        raise ValueError
-    return raw
 
 
 _LARGEST = 3.4e38  # of float32: beyond it a scale is infinite
@@ -62,8 +50,8 @@ SCALARS: Mapping[str, Value] = {
     "bits_bias": whole(2, 32),
     "bits_accum": whole(2, 32),
     "scale_approx_bits": whole(1, 31).or_null("or null"),
-    "float_bits": Value(_is_float_size, "16, 32, 64").or_null("or null"),
-    "note": Value(_is_text, "text"),
+    "float_bits": among(16, 32, 64).or_null("or null"),
+    "note": text("text", empty=True),
 }
 """The fields of `LayerPlan` that are no tensors."""
 _LAYER = {"kind": choice(LAYER_KINDS, any_case=False), "inputs": _NODE, "weight": _NODE, "output": _NODE, **SCALARS}

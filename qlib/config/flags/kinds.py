@@ -22,7 +22,7 @@ _SCHEDULES = Path(__file__).resolve().parents[2] / "schedules"  #: in a checkout
 
 @dataclass(frozen=True)
 class Kind:
-    """How a flag's text becomes a value. `read` answers ValueError to a text that is not `allowed`.
+    """How a flag's text becomes a value. `read` raises ValueError for a text that is not `allowed`.
 
     `many`: the flag takes several words (`words`), or may be repeated with one each (`repeat`).
     `without`: what the flag alone, without a value, stands for.

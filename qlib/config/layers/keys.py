@@ -82,13 +82,6 @@ def _clip_parameter(parameter: ClipParameter) -> Value:
     return values.real(parameter.interval, words).or_null(f"or null{default}", parameter.default)
 
 
-def _float_size(raw: object) -> int | None:
-    """16, 32 or 64, or null. Raises ValueError for anything else."""
-    if raw is not None and (type(raw) is not int or raw not in (16, 32, 64)):
-        raise ValueError
-    return raw
-
-
 def _true(raw: object) -> bool:
     """True. Raises ValueError for anything else."""
     if raw is not True:
@@ -96,6 +89,7 @@ def _true(raw: object) -> bool:
     return True
 
 
+_FLOAT_SIZE = replace(values.among(16, 32, 64).or_null("or null"), allowed="16, 32, 64 or null")
 _PATH = values.text("the path of a statistics file").or_null("or null")
 
 
@@ -176,7 +170,7 @@ _COMMON = {
     "per_channel_wts": setting(FLAG, "per_channel_wts"),
     "scale_approx_mult_bits": setting(whole(1, 31, null=None), "scale_approx_mult_bits"),
     "fp16": setting(replace(FLAG, read=lambda raw: 16 if FLAG.read(raw) else None), "fpq"),
-    "fpq_module": setting(Value(_float_size, "16, 32, 64 or null"), "fpq"),
+    "fpq_module": setting(_FLOAT_SIZE, "fpq"),
     "inputs_quant_auto_fallback": setting(FLAG, "inputs_quant_auto_fallback"),
 }
 
