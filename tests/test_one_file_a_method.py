@@ -1,4 +1,7 @@
-"""The promise: a new method is one new file. Each of `one_file/` is put into a copy of the package, and is there."""
+"""The promise: a new method is one new file, a new layer kind one file and one row of the table of kinds.
+
+Each of `one_file/` is put into a copy of the package, and is there.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ PLACES = {
     "sawb.py": "qat/methods",
     "stochastic.py": "correct",
     "winsorize.py": "correct",
+    "sigmoid.py": "lower/ops",
 }
 EXAMPLES = Path(__file__).with_name("one_file")
+ROW = '    LayerKind("sigmoid", (nn.Sigmoid,), _BYTES, onnx=("Sigmoid",)),\n'
 DIGITS = ("-a", "digits_cnn", "--pretrained", "--cpu")
 
 SCHEDULE = """\
@@ -53,6 +58,36 @@ stats = TensorStats(count=1000, samples=1, min=0.0, max=10.0, histogram=seen)
 print(*(plan_tensor(stats, config.defaults.with_settings({"clip_octav_steps": n}, {}), False).max for n in (1, 9)))
 """
 
+KINDS = """
+import torch
+from torch import nn
+from qlib.config.layers.settings import LayerSettings
+from qlib.graph import fold, kind_of
+from qlib.lower import lower
+from qlib.lower.fake import lower_fake
+from qlib.lower.qdq import lower_qdq
+from qlib.ptq.planner import layer_infos, plan_post_train_linear
+from qlib.quant.plan_file import plan_from_text, plan_text
+from qlib.report.tables import arithmetic_lines
+from qlib.stats.collect import Collector
+from qlib.stats.tensor_stats import ModelStats
+torch.manual_seed(0)
+images = torch.randn(4, 3, 8, 8)
+graph = fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 2)), images).graph
+collector = Collector(graph)
+collector.update(images)
+for bits in (8, 12):
+    settings = LayerSettings(mode_activations="asym_u", bits_activations=bits)
+    each = {info.name: settings for info in layer_infos(graph)}
+    plan = plan_post_train_linear(graph, each, ModelStats(collector.result()))
+    assert plan_from_text(plan_text(plan), "plan") == plan
+    exact = lower(graph, plan)
+    print(plan.layers["1"].kind, type(exact.get_submodule("1")).__name__)
+    print(*arithmetic_lines(graph, plan), sep="; ")
+    for other in (lower_fake(graph, plan), lower_qdq(exact), graph):
+        print(float((other(images) - exact(images)).detach().abs().max()) < 0.05)
+"""
+
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,6 +96,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "qlib", folder / "qlib", ignore=shutil.ignore_patterns("__pycache__"))
     for name, place in PLACES.items():
         shutil.copy(EXAMPLES / name, folder / "qlib" / place)
+    kinds = folder / "qlib/graph/kinds.py"
+    before, move, after = kinds.read_text().partition('    LayerKind("move"')
+    kinds.write_text(before + ROW + move + after)
     return folder
 
 
@@ -119,3 +157,15 @@ def test_a_schedule_trains_with_it(package: Path) -> None:
     run = answer(package, *DIGITS, "--epochs", "1", "--lr", "0.01", "--compress", "s.yaml", "--etrs", "0.2")
     assert re.search(r"SAWBQuantizer quantizes [1-9]\d* layers from epoch 0 on", run), run
     assert "--- test" in run
+
+
+def test_a_layer_kind_is_planned_lowered_and_reported(package: Path) -> None:
+    in_integers, all_of_it, *close, in_float, most_of_it, a, b, c = answer(package, "-c", KINDS).splitlines()
+    assert in_integers == "sigmoid ExactSigmoid"
+    assert all_of_it == "100.0 % of the multiply-accumulates are computed in integers: 3 of 3 layers"
+    assert in_float == "sigmoid FloatOp"
+    assert most_of_it == (
+        "100.0 % of the multiply-accumulates are computed in integers: 2 of 3 layers;   in float: computed in float"
+        " between integer tensors: the integer form is that of at most 8 bits: 1 layer (1)"
+    )
+    assert [*close, a, b, c] == ["True"] * 6
