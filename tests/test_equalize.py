@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import SwinTransformer, VisionTransformer
@@ -97,6 +98,16 @@ BLOCKS = {
 }
 
 
+def within_six_deviations(graph: Graph, norms: Mapping[str, NormStatistics]) -> bool:
+    """Whether no value reaches beyond what equalization counts on before a ReLU6: mean + 6 standard deviations."""
+    seen: dict[str, Tensor] = {}
+    for name in norms:
+        graph.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.update({name: args[2]}))
+    with torch.no_grad():
+        graph(IMAGES)
+    return all(bool((seen[name].amax((0, 2, 3)) <= norm.bound(6.0)).all()) for name, norm in norms.items())
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.sampled_from(sorted(BLOCKS)), min_size=2, max_size=5), st.integers(0, 99))
 def test_equalization_keeps_the_output(names: list[str], seed: int) -> None:
@@ -106,6 +117,7 @@ def test_equalization_keeps_the_output(names: list[str], seed: int) -> None:
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             module.weight.data *= torch.logspace(-1, 1, 4).view(-1, 1, 1, 1)
     graph, norms = folded(model)
+    assume(within_six_deviations(graph, norms))
     with torch.no_grad():
         before = graph(IMAGES)
     lines = equalize(graph, norms)

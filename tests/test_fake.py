@@ -62,7 +62,7 @@ def test_gradients_are_those_of_the_straight_through_formula(bounds: tuple[float
     assert bool(((of_scale - plain_scale).abs() <= slack + 1e-2).all())
 
 
-def test_spared_elements_stay_as_they_are() -> None:
+def test_dropped_elements_stay_as_they_are() -> None:
     x = torch.tensor([0.3, 0.3], requires_grad=True)
     scale = torch.tensor(1.0, requires_grad=True)
     y = fake_quantize(x, scale, 0.0, 15.0, torch.tensor([True, False]))

@@ -154,7 +154,7 @@ def test_a_broken_reconstruction_goes_on_where_it_stood(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         optimize(part, *args)  # type: ignore[arg-type]
 
-    options = Options(5, learn_steps=True, drop=0.5)
+    options = Options(5, learn_scales=True, drop=0.5)
     whole, plan, images = planned("digits_cnn", 4, 4)
     expected = reconstruct(whole, plan, block_units(whole), images_of(images, tmp_path), options)
     graph, plan, images = planned("digits_cnn", 4, 4)

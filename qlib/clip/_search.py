@@ -1,7 +1,7 @@
 """What `mse`, `lp` and `auto` share: the expected quantization error on a histogram, and the range that has the least.
 
 Values are taken as spread evenly inside each bin, over which the error is integrated exactly. It therefore holds for
-steps wider than a bin (few bits) as for narrower ones (many bits), and for what lies beyond the range.
+scales wider than a bin (few bits) as for narrower ones (many bits), and for what lies beyond the range.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["best_range", "expected_error"]
 Array = npt.NDArray[np.float64]
 
 _SINGLE, _PAIR = 96, 20  # how many shares of an end are tried, of one end or of each of two
-_LEAST_SHARE = 1 / 64
+_MIN_SHARE = 1 / 64
 _ZOOMS, _ZOOM = 2, 9
 _COARSE_BINS = 512
 
@@ -38,10 +38,10 @@ def expected_error(histogram: Histogram, lows: Array, highs: Array, context: Cli
     """The mean of ``|x - Q(x)|^p`` over the histogram, for each range ``[lows[i], highs[i]]``.
 
     With the distance d to the nearest value of the grid, the integral of ``d^p`` up to x is, inside the range,
-    ``step^(p+1) * (n * 2 (1/2)^(p+1) + sgn(r) |r|^(p+1)) / (p+1)`` for ``x / step = n + r``, n the nearest integer; and
-    it grows by ``(x - end)^(p+1) / (p+1)`` beyond an end.
+    ``s^(p+1) * (n * 2 (1/2)^(p+1) + sgn(r) |r|^(p+1)) / (p+1)`` for ``x / s = n + r`` with the scale s and the nearest
+    integer n; and it grows by ``(x - end)^(p+1) / (p+1)`` beyond an end.
 
-    Evenly spread values between steps of 1 have the mean squared error 1/12:
+    Evenly spread values on a grid of scale 1 have the mean squared error 1/12:
 
     >>> flat = Histogram(0.0, 1.0, (1,) * 255)
     >>> context = ClipContext(QuantSpec.of_mode("asym_u", 8))
@@ -51,16 +51,16 @@ def expected_error(histogram: Histogram, lows: Array, highs: Array, context: Cli
     total = sum(histogram.counts) + histogram.zeros
     if not total:
         return np.zeros(len(lows))
-    step, lowest, highest = (each[:, None] for each in _values_of_grids(lows, highs, context.spec))
+    scale, lowest, highest = (each[:, None] for each in _values_of_grids(lows, highs, context.spec))
     edges = histogram.edges()[None, :]
     inside = np.clip(edges, lowest, highest)
     beyond = edges - inside
-    inside /= step
+    inside /= scale
     whole = np.round(inside)
     inside -= whole
     integral = _signed_power(inside, p + 1)
     integral += whole * (2 * 0.5 ** (p + 1))
-    integral *= step ** (p + 1)
+    integral *= scale ** (p + 1)
     integral += _signed_power(beyond, p + 1)
     error: Array = np.diff(integral, axis=1) @ np.array(histogram.counts, dtype=np.float64)
     return np.maximum(error, 0.0) / ((p + 1) * histogram.width * total)
@@ -89,7 +89,7 @@ def best_range(stats: TensorStats, context: ClipContext, p: float) -> tuple[floa
         high = max(-low, high)
         low = -high
     pairs = bool(low and high) and not context.spec.symmetric
-    shares = np.geomspace(_LEAST_SHARE, 1.0, _PAIR if pairs else _SINGLE)
+    shares = np.geomspace(_MIN_SHARE, 1.0, _PAIR if pairs else _SINGLE)
     ratio = float(shares[1] / shares[0])
 
     def best(low_shares: Array, high_shares: Array, on: Histogram) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def divergences(counts: Index, starts: Index, ends: Index, levels: int) -> npt.N
     empty but for what was added has no counterpart in Q: the divergence is infinite.
 
     With the sums S_l and non-empty bins N_l of level l, ``sum P log Q = sum_l P_l log(S_l / (N_l sum S))``: prefix sums
-    of the histogram answer for all windows at once.
+    of the histogram serve all windows at once.
 
     Two levels for four bins, nothing outside: ``P = (1, 3, 2, 2) / 8``, ``Q = (2, 2, 2, 2) / 8``.
 

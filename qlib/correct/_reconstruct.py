@@ -1,4 +1,4 @@
-"""Reconstruction: the rounding of weights, and the steps of activations, that change a part's output least.
+"""Reconstruction: the rounding of weights, and the scales of activations, that change a part's output least.
 
 Part after part: ``min |f(x) - f_q(x_q)|^2``, where f is the float part on the float model's activations, and f_q the
 quantized part on what the quantized parts before it give.
@@ -33,29 +33,29 @@ __all__ = ["Options", "reconstruct"]
 _log = logging.getLogger(__name__)
 
 _BETA = (20.0, 2.0)
-"""Exponent of the push to 0 or 1, at its beginning and at its end: first only roundings near a half are free."""
+"""Exponent of the rounding regularizer, at its beginning and at its end: first only roundings near a half are free."""
 
 
 @dataclass(frozen=True)
 class Options:
     """How a part is optimized, in `iterations` steps of one batch each.
 
-    `learn_steps`: the steps of activations are learned as well. `drop`: share of the activations that are left as they
-    are, and of the part's inputs that are the float model's, drawn anew in each step. After a share `warmup` of the
-    steps, undecided roundings are pushed to 0 or 1, with weight `push`.
+    `learn_scales`: the scales of activations are learned as well. `drop`: share of the activations that are left as
+    they are, and of the part's inputs that are the float model's, drawn anew in each step. After a share `warmup` of
+    the steps a rounding regularizer of weight `regularizer` brings undecided roundings to 0 or 1.
     """
 
     iterations: int
-    learn_steps: bool
+    learn_scales: bool
     drop: float = 0.0
     rounding_rate: float = 1e-2
-    step_rate: float = 1e-3
-    push: float = 1e-2
+    scale_rate: float = 1e-3
+    regularizer: float = 1e-2
     warmup: float = 0.2
 
 
 def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: CalibrationImages, options: Options) -> Plan:
-    """Sets the weights of `graph` to the codes chosen, part after part; answers the plan with their grids.
+    """Sets the weights of `graph` to the codes chosen, part after part; returns the plan with their grids.
 
     The parts that are done are kept in a file of `images.folder`; the same call in another run goes on from there.
     """
@@ -74,7 +74,7 @@ def reconstruct(graph: Graph, plan: Plan, units: Sequence[Unit], images: Calibra
                     stream.advance(node)
                 continue
             unit = starts[node]
-            torch.manual_seed(images.seed + units.index(unit))  # so that a broken run ends in the same weights
+            torch.manual_seed(images.seed + units.index(unit))  # so that an interrupted run ends in the same weights
             inputs = [list(zip(floats[source], fakes[source], strict=True)) for source in unit.inputs]
             for each in unit.nodes:
                 floats.advance(each)
@@ -100,18 +100,18 @@ def _optimize(
     options: Options,
     steps: Iterator[dict[str, float]],
 ) -> None:
-    """Learns the part's roundings and steps. `inputs` holds, for each input and batch, the float and the fake one.
+    """Learns the part's roundings and scales. `inputs` holds, for each input and batch, the float and the fake one.
 
     A layer that others share (`shared` holds its module's id) keeps the nearest codes: no use of it can choose alone.
     """
     part_layers = [layer for layer in part.modules() if isinstance(layer, FakeLayer)]
     roundings = _soften([layer for layer in part_layers if id(layer.module) not in shared])
-    grids = [m for m in part.modules() if isinstance(m, FakeQuantize)] if options.learn_steps else []
+    grids = [m for m in part.modules() if isinstance(m, FakeQuantize)] if options.learn_scales else []
     drop = RandomMask(options.drop) if options.drop else None
     for grid in (m for m in part.modules() if isinstance(m, FakeQuantize)):
-        grid.spare = drop
+        grid.drop = drop
     rates: list[dict[str, object]] = [{"params": [r.v for r in roundings], "lr": options.rounding_rate}]
-    rates += [{"params": [grid.scale], "lr": options.step_rate * float(grid.scale)} for grid in grids]
+    rates += [{"params": [grid.scale], "lr": options.scale_rate * float(grid.scale)} for grid in grids]
     if not roundings and not grids:  # nothing here is rounded
         return
     for grid in grids:
@@ -125,7 +125,7 @@ def _optimize(
         batch = order.pop()
         mixed = [_mix(*values[batch], drop) for values in inputs]
         error = (part(*mixed) - targets[batch]).square().sum() / len(targets[batch]) / max(size, 1e-12)
-        loss = error + options.push * _undecided(roundings, step / options.iterations, options.warmup)
+        loss = error + options.regularizer * _undecided(roundings, step / options.iterations, options.warmup)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -163,12 +163,12 @@ def _harden(part_layers: Sequence[FakeLayer], part: nn.Module) -> None:
             weight.data = layer.weight(weight).detach()
             layer.weight = layer.weight.rounding
     for grid in (m for m in part.modules() if isinstance(m, FakeQuantize)):
-        grid.spare = None
+        grid.drop = None
         grid.scale.requires_grad_(False).clamp_(min=torch.finfo(torch.float32).tiny)
 
 
 def _undecided(roundings: Sequence[SoftRounding], done: float, warmup: float) -> Tensor:
-    """The push, for a share `done` of all steps: the exponent falls from 20 to 2 along a cosine."""
+    """The rounding regularizer, for a share `done` of all steps: the exponent falls from 20 to 2 along a cosine."""
     if done < warmup or not roundings:
         return torch.zeros(())
     beta = _BETA[1] + (_BETA[0] - _BETA[1]) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
@@ -239,7 +239,7 @@ class _Partial:
     state: dict[str, Tensor]
 
     def load(self) -> list[str]:
-        """The names of the parts that are done, whose weights and steps are put into the model."""
+        """The names of the parts that are done, whose weights and scales are put into the model."""
         try:
             state, header = read_tensors(self.path)
         except OSError:

@@ -1,4 +1,4 @@
-"""Layer after layer: what the float model and the rounded model compute before the layer's grid."""
+"""Layer after layer: what the float model and the fake-quantized model compute before the layer's grid."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["ChannelMoments", "Outputs", "channel_moments", "layer_outputs"]
 
 @dataclass(frozen=True)
 class Outputs:
-    """A layer of the rounded model, and its outputs in float, one for each batch: its own, and the float model's."""
+    """A fake-quantized layer, and its outputs before its grid, one for each batch: its own, and the float model's."""
 
     name: str
     layer: FakeLayer
-    rounded: Sequence[Tensor]
+    fake: Sequence[Tensor]
     exact: Sequence[Tensor]
 
 
@@ -56,8 +56,8 @@ def layer_outputs(graph: Graph, fake: fx.GraphModule, images: CalibrationImages,
             floats.advance(node)
             if isinstance(layer, FakeLayer) and node.name in single:
                 with torch.no_grad():
-                    rounded = [layer.before_rounding(x) for x in fakes[node.all_input_nodes[0]]]
-                yield Outputs(name_of(node), layer, rounded, floats[node])
+                    outputs = [layer.before_rounding(x) for x in fakes[node.all_input_nodes[0]]]
+                yield Outputs(name_of(node), layer, outputs, floats[node])
             fakes.advance(node)
 
 

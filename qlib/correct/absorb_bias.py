@@ -13,7 +13,7 @@ from qlib.graph import Graph, NormStatistics
 from qlib.graph.ir import name_of
 from qlib.graph.weights import give_bias, grouped
 
-__all__ = ["absorb_bias", "excess"]
+__all__ = ["absorb_bias", "absorbed_bias"]
 
 _DEVIATIONS = 3.0
 
@@ -49,7 +49,7 @@ def absorb_bias(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> lis
         norm = norms.get(name_of(pair.first))
         if norm is None:
             continue
-        shift = excess(norm, below_6=pair.relu6(graph))
+        shift = absorbed_bias(norm, below_6=pair.relu6(graph))
         count = int((shift > 0).sum())
         if not count:
             continue
@@ -61,10 +61,10 @@ def absorb_bias(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> lis
     return lines
 
 
-def excess(norm: NormStatistics, *, below_6: bool = False) -> Tensor:
+def absorbed_bias(norm: NormStatistics, *, below_6: bool = False) -> Tensor:
     """``c = max(0, mean - 3 * std)``; with `below_6`, 0 where ``mean + 6 * std`` is above 6.
 
-    >>> excess(NormStatistics(torch.tensor([5.0, 1.0]), torch.tensor([1.0, 1.0])))
+    >>> absorbed_bias(NormStatistics(torch.tensor([5.0, 1.0]), torch.tensor([1.0, 1.0])))
     tensor([2., 0.])
     """
     shift = norm.bound(-_DEVIATIONS).clamp(min=0.0)

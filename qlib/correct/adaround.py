@@ -18,8 +18,8 @@ def adaround(graph: Graph, plan: Plan, images: CalibrationImages, iterations: in
     """Learns, layer after layer, whether each weight is rounded up or down; the weights of `graph` are set to that.
 
     ``min |f(W x) - f(W~ x_q)|^2`` over the roundings W~, with the layer's activation f, for the inputs x_q that the
-    layers before it give once they are rounded.
+    fake-quantized layers before it give.
 
     References: Nagel et al., "Up or down? Adaptive rounding for post-training quantization", 2020, equation 25.
     """
-    return reconstruct(graph, plan, layer_units(graph), images, Options(iterations or ITERATIONS, learn_steps=False))
+    return reconstruct(graph, plan, layer_units(graph), images, Options(iterations or ITERATIONS, learn_scales=False))

@@ -25,9 +25,9 @@ __all__ = ["analytic_bias_correction", "bias_correction"]
 def bias_correction(graph: Graph, plan: Plan, images: CalibrationImages, reference: Graph | None = None) -> list[str]:
     """Corrects the biases of `graph`, in place, by what the calibration images show; log lines.
 
-    Layer after layer, with those before it rounded and corrected: ``b - (E[y_q] - E[y])`` for each output channel,
-    where y_q is the rounded layer's output before its grid, and y that of `reference`, which is `graph` as it is
-    unless given (after a reconstruction, whose weights are rounded already, the float graph from before it). A layer
+    Layer after layer, with those before it fake-quantized and corrected: ``b - (E[y_q] - E[y])`` for each output
+    channel, where y_q is the fake-quantized layer's output before its grid, and y that of `reference`, which is `graph`
+    as it is unless given (after a rounding, which has changed the weights, the float graph from before it). A layer
     without bias gets one.
 
     References: Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019, app. D.
@@ -40,7 +40,7 @@ def bias_correction(graph: Graph, plan: Plan, images: CalibrationImages, referen
             continue
         module = each.layer.module
         exact = channel_moments(module, each.exact)
-        shift = channel_moments(module, each.rounded).mean - exact.mean
+        shift = channel_moments(module, each.fake).mean - exact.mean
         bias = give_bias(module)
         bias.copy_(bias.double() - shift)
         shifts[each.name] = _relative(shift, exact.std)
@@ -53,7 +53,7 @@ def bias_correction(graph: Graph, plan: Plan, images: CalibrationImages, referen
 def analytic_bias_correction(graph: Graph, plan: Plan, norms: Mapping[str, NormStatistics]) -> list[str]:
     """Corrects the biases of `graph`, in place, without images; log lines.
 
-    ``b - (W~ - W) E[x]`` for the rounded weight W~. E[x] follows from the batch-norm before: a normal distribution of
+    ``b - (W~ - W) E[x]`` for the quantized weight W~. E[x] follows from the batch-norm before: a normal distribution of
     mean beta and deviation gamma, cut by the activation, ``E[relu(x)] = gamma * phi(-beta / gamma) + beta * (1 -
     Phi(-beta / gamma))``. Layers whose input is not known, as the first one's, stay as they are.
 

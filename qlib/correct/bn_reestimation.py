@@ -18,7 +18,7 @@ from qlib.lower.fake import FakeLayer, FakeWeight, lower_fake
 from qlib.quant.affine import QParams
 from qlib.quant.plan import Plan
 
-__all__ = ["bn_reestimation", "gain_and_bias"]
+__all__ = ["bn_reestimation", "factor_and_bias"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +34,16 @@ _LIMITS = (0.5, 2.0)
 )
 @torch.no_grad()
 def bn_reestimation(graph: Graph, plan: Plan, images: CalibrationImages, reference: Graph | None = None) -> Plan:
-    """Matches mean and deviation of each rounded channel to the float one's; changes `graph`, answers the new plan.
+    """Matches mean and deviation of each quantized channel to the float one's; changes `graph`, returns the new plan.
 
-    Layer after layer, with those before it rounded and corrected, as a batch-norm that was not folded would do if its
-    statistics were taken anew on the rounded model. The factor ``g = std(y) / std(y_q)`` goes into the channel's weight
-    and its range alike, so that the codes stay; the bias takes the rest. A weight with one range for all channels, or
-    with steps of powers of two, gets no factor: there only the means are matched. `reference` as in `bias_correction`.
+    Layer after layer, with those before it fake-quantized and corrected, as a batch-norm that was not folded would do
+    if its statistics were taken anew on the fake-quantized model. The factor ``g = std(y) / std(y_q)`` goes into the
+    channel's weight and its range alike, so that the codes stay; the bias takes the rest. A weight with one range for
+    all channels, or with scales of powers of two, gets no factor: there only the means are matched. `reference` as in
+    `bias_correction`.
 
     References: Sun et al., "Hybrid 8-bit floating point training and inference", 2019, whose batch-norms are tuned
-    on the rounded model; Nagel et al., "Overcoming oscillations in quantization-aware training", 2022.
+    on the quantized model; Nagel et al., "Overcoming oscillations in quantization-aware training", 2022.
     """
     names = set()
     for node in single_layers(graph):
@@ -57,38 +58,38 @@ def bn_reestimation(graph: Graph, plan: Plan, images: CalibrationImages, referen
         if each.name not in names or weight is None:
             continue
         module = each.layer.module
-        exact, rounded = channel_moments(module, each.exact), channel_moments(module, each.rounded)
+        exact, fake_moments = channel_moments(module, each.exact), channel_moments(module, each.fake)
         bias = give_bias(module)
         free = weight.per_channel and not weight.spec.pow2
-        std = rounded.std if free else exact.std
-        gain, new = gain_and_bias((exact.mean, exact.std), (rounded.mean, std), bias.double())
+        std = fake_moments.std if free else exact.std
+        factor, new = factor_and_bias((exact.mean, exact.std), (fake_moments.mean, std), bias.double())
         bias.copy_(new)
-        _multiply(each.layer, gain)
+        _multiply(each.layer, factor)
     return write_back(graph, fake, plan)
 
 
-def gain_and_bias(exact: tuple[Tensor, Tensor], rounded: tuple[Tensor, Tensor], bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The gain ``g = std / std_q``, within 1/2 and 2, and the bias ``mean - g * (mean_q - b)``.
+def factor_and_bias(exact: tuple[Tensor, Tensor], fake: tuple[Tensor, Tensor], bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor ``g = std / std_q``, within 1/2 and 2, and the bias ``mean - g * (mean_q - b)``.
 
-    >>> gain, bias = gain_and_bias((torch.tensor(1.0), torch.tensor(3.0)), (torch.tensor(2.0), torch.tensor(2.0)),
+    >>> factor, bias = factor_and_bias((torch.tensor(1.0), torch.tensor(3.0)), (torch.tensor(2.0), torch.tensor(2.0)),
     ...     torch.tensor(1.0))
-    >>> gain.item(), bias.item()
+    >>> factor.item(), bias.item()
     (1.5, -0.5)
     """
-    (mean, std), (mean_q, std_q) = exact, rounded
-    gain = torch.where((std > 0) & (std_q > 0), std / std_q, 1.0).clamp(*_LIMITS)
-    return gain, mean - gain * (mean_q - bias)
+    (mean, std), (mean_q, std_q) = exact, fake
+    factor = torch.where((std > 0) & (std_q > 0), std / std_q, 1.0).clamp(*_LIMITS)
+    return factor, mean - factor * (mean_q - bias)
 
 
-def _multiply(layer: FakeLayer, gain: Tensor) -> None:
+def _multiply(layer: FakeLayer, factor: Tensor) -> None:
     """Multiplies the weight and its grid: the codes stay."""
     rounding, module = layer.weight, layer.module
     assert isinstance(rounding, FakeWeight)
-    if bool((gain == 1).all()):
+    if bool((factor == 1).all()):
         return
     assert isinstance(module.weight, Tensor)
     params = rounding.params
-    scale = (params.scale.double() * gain).float()
+    scale = (params.scale.double() * factor).float()
     rows = swap_channels(module, module.weight)
     exact = (scale.double() / params.scale.double()).view(-1, *[1] * (rows.ndim - 1))
     module.weight.copy_(swap_channels(module, rows.double() * exact))

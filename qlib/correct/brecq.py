@@ -1,4 +1,4 @@
-"""BRECQ: the weights and activation steps of a whole block are chosen so that the block's output changes least."""
+"""BRECQ: the weights and activation scales of a whole block are chosen so that the block's output changes least."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ITERATIONS = 500
 
 @CORRECTIONS.register("brecq", order=12, choice="rounding", images=True, iterates=True)
 def brecq(graph: Graph, plan: Plan, images: CalibrationImages, iterations: int | None = None) -> Plan:
-    """Learns the roundings of all weights of a block together, and the steps of its activations.
+    """Learns the roundings of all weights of a block together, and the scales of its activations.
 
     A block is what stands between two places where one tensor alone passes on: a residual block, or a plain layer.
     With squared error in place of the paper's error weighted by squared gradients, and AdaRound's rounding.
 
     References: Li et al., "BRECQ: pushing the limit of post-training quantization by block reconstruction", 2021.
     """
-    return reconstruct(graph, plan, block_units(graph), images, Options(iterations or ITERATIONS, learn_steps=True))
+    return reconstruct(graph, plan, block_units(graph), images, Options(iterations or ITERATIONS, learn_scales=True))

@@ -17,7 +17,7 @@ from qlib.graph.weights import grouped, swap_channels
 
 __all__ = ["equalize", "equalizing_factors"]
 
-_MOST_ROUNDS = 200
+_MAX_ROUNDS = 200
 _VANISHING = 2.0**-16
 _CONVERGED = 1e-4
 _DEVIATIONS = 6.0
@@ -66,7 +66,7 @@ def equalize(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> list[s
     weights = {node: _Weights(graph.get_submodule(str(node.target))) for p in pairs for node in (p.first, p.second)}
     before = [_imbalance(weights[pair.first].per_output()) for pair in pairs]
     limits = [_limit(graph, pair, norms) for pair in pairs]
-    for _ in range(_MOST_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         moved = [_equalize_pair(pair, weights, norms, limit) for pair, limit in zip(pairs, limits, strict=True)]
         if max(moved, default=0.0) < _CONVERGED:
             break
@@ -82,9 +82,9 @@ def equalize(graph: Graph, norms: MutableMapping[str, NormStatistics]) -> list[s
 
 @dataclass(frozen=True)
 class Limit:
-    """How far values may reach: to `most`; a channel that reaches `free` or more keeps its scale."""
+    """How far values may reach: to `high`; a channel that reaches `free` or more keeps its scale."""
 
-    most: float
+    high: float
     free: float = math.inf
 
 
@@ -94,11 +94,11 @@ def _limit(graph: Graph, pair: Pair, norms: Mapping[str, NormStatistics]) -> Lim
         return None
     if pair.relu6(graph):
         return Limit(6.0, 6.0)
-    most = float(_reach(pair, norm).max())
-    return Limit(most) if most > 0 else None
+    high = float(_range_of(pair, norm).max())
+    return Limit(high) if high > 0 else None
 
 
-def _reach(pair: Pair, norm: NormStatistics) -> Tensor:
+def _range_of(pair: Pair, norm: NormStatistics) -> Tensor:
     """How far from 0 each channel goes; above it only, where a ReLU follows."""
     high = norm.bound(_DEVIATIONS).clamp(min=0.0)
     return high if pair.activated else torch.maximum(high, -norm.bound(-_DEVIATIONS))
@@ -113,8 +113,8 @@ def _equalize_pair(
     channels = pair.channels.to(r1.device)
     read = channels >= 0
     r2 = torch.zeros_like(r1).scatter_reduce_(0, channels[read], second.per_input()[read], "amax")
-    reach = None if limit is None else _reach(pair, norms[name_of(pair.first)]).to(r1.device)
-    factors = equalizing_factors(r1, r2, reach, limit)
+    ranges = None if limit is None else _range_of(pair, norms[name_of(pair.first)]).to(r1.device)
+    factors = equalizing_factors(r1, r2, ranges, limit)
     first.scale_outputs(1 / factors)
     second.scale_inputs(pair.per_input(factors, 1.0))
     for name in pair.names:
@@ -123,10 +123,10 @@ def _equalize_pair(
     return float(factors.log().abs().max())
 
 
-def equalizing_factors(r1: Tensor, r2: Tensor, reach: Tensor | None = None, limit: Limit | None = None) -> Tensor:
+def equalizing_factors(r1: Tensor, r2: Tensor, ranges: Tensor | None = None, limit: Limit | None = None) -> Tensor:
     """``s = sqrt(r1 * r2) / r2``; 1 for channels without weights, or with such that round to 0 on any grid.
 
-    Where `reach` and `limit` are given, ``s >= reach / limit``.
+    Where `ranges` and `limit` are given, ``s >= ranges / limit``.
 
     >>> equalizing_factors(torch.tensor([8.0, 0.5, 0.0]), torch.tensor([0.5, 8.0, 1.0]))
     tensor([4.0000, 0.2500, 1.0000])
@@ -136,9 +136,9 @@ def equalizing_factors(r1: Tensor, r2: Tensor, reach: Tensor | None = None, limi
     """
     alive = (r1 > r1.max() * _VANISHING) & (r2 > 0)
     factors = torch.where(alive, (r1 / r2).sqrt(), 1.0)
-    if reach is None or limit is None:
+    if ranges is None or limit is None:
         return factors
-    return torch.where(reach < limit.free, torch.maximum(factors, reach / limit.most), 1.0)
+    return torch.where(ranges < limit.free, torch.maximum(factors, ranges / limit.high), 1.0)
 
 
 class _Weights:

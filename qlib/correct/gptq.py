@@ -24,8 +24,8 @@ DAMPING = 0.01
 def gptq(graph: Graph, plan: Plan, images: CalibrationImages) -> Plan:
     """Rounds the weights of convolutions and linear layers, layer after layer; those of `graph` are set to that.
 
-    ``min |W x_q - W~ x_q|^2`` for the inputs x_q that the rounded layers before it give. Transposed convolutions are
-    rounded to nearest.
+    ``min |W x_q - W~ x_q|^2`` for the inputs x_q that the fake-quantized layers before it give. Transposed convolutions
+    are rounded to nearest.
 
     References: Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers",
     2023, section 3; Frantar and Alistarh, "Optimal brain compression", 2022.

@@ -21,5 +21,5 @@ def qdrop(graph: Graph, plan: Plan, images: CalibrationImages, iterations: int |
     References: Wei et al., "QDrop: randomly dropping quantization for extremely low-bit post-training quantization",
     2022, section 4.
     """
-    options = Options(iterations or ITERATIONS, learn_steps=True, drop=0.5)
+    options = Options(iterations or ITERATIONS, learn_scales=True, drop=0.5)
     return reconstruct(graph, plan, block_units(graph), images, options)

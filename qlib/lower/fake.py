@@ -22,30 +22,30 @@ __all__ = ["FakeLayer", "FakeQuantize", "FakeWeight", "fake_quantize", "lower_fa
 
 
 class _RoundToGrid(torch.autograd.Function):
-    """`fake_quantize` for a scale of each channel, or with elements to spare: of weights, which are small."""
+    """`fake_quantize` for a scale of each channel, or with a drop mask: of weights, which are small."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, spared: Tensor | None
+        ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, dropped: Tensor | None
     ) -> Tensor:
         scaled = x / scale
         codes = scaled.round().clamp_(low, high)  # type: ignore[arg-type]
-        ctx.save_for_backward(scaled, codes, scale, spared)
+        ctx.save_for_backward(scaled, codes, scale, dropped)
         y = codes * scale
-        return y if spared is None else torch.where(spared, x, y)
+        return y if dropped is None else torch.where(dropped, x, y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        scaled, codes, scale, spared = ctx.saved_tensors
+        scaled, codes, scale, dropped = ctx.saved_tensors
         error = codes - scaled
         beyond = error.abs() > 0.5
-        if spared is not None:
-            beyond &= ~spared
+        if dropped is not None:
+            beyond &= ~dropped
         of_scale = None
         if ctx.needs_input_grad[1]:
             slope = torch.where(beyond, codes, error)
-            slope = slope if spared is None else slope.masked_fill_(spared, 0.0)
+            slope = slope if dropped is None else slope.masked_fill_(dropped, 0.0)
             of_scale = slope.mul_(grad).sum_to_size(scale.shape)
         return grad.masked_fill(beyond, 0.0), of_scale, None, None, None
 
@@ -89,13 +89,13 @@ class _RoundTensor(torch.autograd.Function):
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, spared: Tensor | None = None
+    x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, dropped: Tensor | None = None
 ) -> Tensor:
     """``clamp(round(x / s), low, high) * s`` with bounds of the centered codes, differentiable in x, s and the bounds.
 
     The gradient of x passes straight through the rounding and is 0 beyond the bounds; that of s is
     ``round(x / s) - x / s`` inside, the bound beyond; that of a bound is s beyond it.
-    Where the mask `spared` is set, x stays as it is.
+    Where the mask `dropped` is set, x stays as it is.
 
     References: Esser et al., "Learned step size quantization", 2020, section 2.1.
 
@@ -108,25 +108,25 @@ def fake_quantize(
     one = scale.numel() == 1 and not any(isinstance(bound, Tensor) and bound.numel() > 1 for bound in (low, high))
     y: Tensor = (
         _RoundTensor.apply(x, scale, low, high)
-        if one and spared is None
-        else _RoundToGrid.apply(x, scale, low, high, spared)
+        if one and dropped is None
+        else _RoundToGrid.apply(x, scale, low, high, dropped)
     )
     return y
 
 
 class FakeQuantize(nn.Module):
-    """Rounds to an activation grid, but for the elements that `spare`, if there is one, chooses."""
+    """Rounds to an activation grid, but for the elements in the mask that `drop`, if there is one, makes (QDrop)."""
 
     def __init__(self, grid: ActivationGrid) -> None:
         super().__init__()
         self.low, self.high = grid.low, grid.high
-        self.spare: Callable[[Tensor], Tensor] | None = None
+        self.drop: Callable[[Tensor], Tensor] | None = None
         self.spec, self.zero_point = grid.params.spec, grid.params.zero_point
         self.scale = nn.Parameter(grid.scale.clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        spared = None if self.spare is None else self.spare(x)
-        return fake_quantize(x, self.scale, self.low, self.high, spared)
+        dropped = None if self.drop is None else self.drop(x)
+        return fake_quantize(x, self.scale, self.low, self.high, dropped)
 
     @property
     def params(self) -> QParams:
