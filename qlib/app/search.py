@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from qlib.app.images import SEARCH_BATCH, images_in_memory
 from qlib.app.job import Job
+from qlib.config.flags.groups import NORMS
 from qlib.config.layers.settings import LayerSettings
 from qlib.errors import UsageError
 from qlib.files import write_csv
@@ -20,7 +21,7 @@ from qlib.graph import Graph
 from qlib.progress import track
 from qlib.quant.plan import Plan
 from qlib.report.plots import plot_sensitivity
-from qlib.search.lapq import NORMS, search_ranges
+from qlib.search.lapq import search_ranges
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity, Study
 
 __all__ = ["Planner", "analyse", "lapq", "measure_sensitivity", "with_bits", "write_sensitivities"]

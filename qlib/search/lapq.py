@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from qlib.config.flags.groups import LapqArgs
+from qlib.config.flags.groups import NORMS, LapqArgs
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import UsageError
 from qlib.graph import Graph
@@ -29,15 +29,12 @@ from qlib.search.minimize import Vector, minimize, options_for
 from qlib.search.objective import Objective
 from qlib.search.ranges import coordinates_of, scaled_plan, with_explicit_weights
 
-__all__ = ["NORMS", "search_ranges", "starting_clips"]
+__all__ = ["search_ranges", "starting_clips"]
 
 _log = logging.getLogger(__name__)
 
 _ITERATIONS = 2
 _HOP = 1.0
-
-NORMS = {"l1": 1.0, "l2": 2.0, "l3": 3.0}
-"""Starts that need no statistics: the ranges of least ``mean |error|^p`` of each tensor."""
 
 
 def starting_clips(

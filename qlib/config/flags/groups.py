@@ -16,6 +16,7 @@ __all__ = [
     "BITS_CHOICES",
     "GROUPS",
     "IMPLICIT_CALIBRATION",
+    "NORMS",
     "OPTIMIZERS",
     "KdArgs",
     "LapqArgs",
@@ -122,6 +123,10 @@ class PtqArgs:
     def of_plan(self) -> bool:
         """Whether any correction comes after the plan."""
         return not all(CORRECTION_FLAGS[name].of_float for name in self.asked)
+
+
+NORMS: Mapping[str, float] = {"l1": 1.0, "l2": 2.0, "l3": 3.0}
+"""Starts of LAPQ that need no statistics: the ranges of least ``mean |error|^p`` of each tensor."""
 
 
 @dataclass(frozen=True)

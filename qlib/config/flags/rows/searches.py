@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
+from qlib.config.flags.groups import NORMS
 from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, whole
 
 __all__ = ["GROUPS"]
 
 _SEARCHES = ("powell", "nelder-mead", "cobyla")
 _LAPQ = Need(("--qe-lapq",))
-_STARTS_IN_NORM = tuple(f"--lapq-init-mode l{power}" for power in (1, 2, 3))
+_STARTS_IN_NORM = tuple(f"--lapq-init-mode {norm}" for norm in NORMS)
 
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "Mixed precision (with --quantize-eval)": (
@@ -45,7 +46,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ),
             Flag(
                 "--lapq-init-mode",
-                choice(("none", "avg", "laplace", "gauss", "l1", "l2", "l3")),
+                choice(("none", "avg", "laplace", "gauss", *NORMS)),
                 "where the search starts: clipping by statistics, or least mean |y - y_q|^p of each tensor"
                 " (default: the ranges of the plan or l2, whichever is better)",
             ),
