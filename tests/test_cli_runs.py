@@ -316,7 +316,7 @@ def test_a_model_and_images_of_the_users_own(tmp_path: Path) -> None:
     assert run.metrics("quantized")["changed"] == "0.0"
     table = [line.split() for line in run.lines[run.lines.index("==> Confusion:") + 1 :][:4]]
     assert table == [["0", "0", "0", "0"], ["0", "3", "0", "0"], ["0", "0", "4", "0"], ["0", "1", "0", "4"]]
-    again = good(f"{data} --resume-from {run.folder / 'quantized_checkpoint.pth.tar'}", tmp_path)
+    again = good(f"-a {arch} {data} --resume-from {run.folder / 'quantized_checkpoint.pth.tar'}", tmp_path)
     assert again.score() == run.score()
 
 
