@@ -36,7 +36,7 @@ from qlib.quant.spec import MODES, QuantSpec
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
 IN = TensorPlan(QuantSpec.of_mode("asym_u", 8), "avg", -1.0, 1e-05)
-OUT = TensorPlan(QuantSpec.of_mode("sym_restr", 4), "n_std", -1 / 3, 2.5e20, n_stds=2.5)
+OUT = TensorPlan(QuantSpec.of_mode("sym_restr", 4), "n_std", -1 / 3, 2.5e20, (("clip_n_stds", 2.5),))
 PLAN = Plan(
     {
         "conv1": LayerPlan("conv", (IN,), WeightPlan(QuantSpec.of_mode("sym", 8, 0)), OUT, 16, 24, 12),
@@ -51,7 +51,7 @@ DYNAMIC = Plan(
     {
         "fc": LayerPlan(
             "linear",
-            (TensorPlan(QuantSpec.of_mode("sym", 8), "n_std", n_stds=2.0),),
+            (TensorPlan(QuantSpec.of_mode("sym", 8), "n_std", clip_parameters=(("clip_n_stds", 2.0),)),),
             WeightPlan(QuantSpec.of_mode("sym", 8)),
         ),
         "matmul": LayerPlan(
@@ -102,11 +102,11 @@ def test_text_is_for_people() -> None:
 
 numbers = st.floats(-1e38, 1e38)
 tensors = st.builds(
-    lambda spec, clip, ends, n_stds: TensorPlan(spec, clip, min(ends), max(ends), n_stds),
+    lambda spec, clip, ends, parameters: TensorPlan(spec, clip, min(ends), max(ends), parameters),
     st.builds(QuantSpec.of_mode, st.sampled_from(MODES), st.integers(2, 16), pow2=st.booleans()),
     st.sampled_from(CLIP_NAMES),
     st.tuples(numbers, numbers),
-    st.none() | st.floats(1e-3, 1e3),
+    st.just(()) | st.tuples(st.tuples(st.just("clip_n_stds"), st.floats(1e-3, 1e3))),
 )
 
 

@@ -33,6 +33,9 @@ ClipMethod: TypeAlias = Callable[[TensorStats, ClipContext], tuple[float, float]
 """(statistics, context) -> (lo, hi), lo <= hi: the range of values that the codes cover; beyond it they saturate."""
 
 CLIP_METHODS: Registry[ClipMethod] = Registry("clip method", "qlib.clip")
+"""Facts of a registration: `order`, in which `auto` prefers methods; `histogram`: it needs one; `spread`: it needs std
+or b; `parameters`: key in YAML -> fields of `config.clips.ClipParameter`.
+"""
 
 
 def need(stats: TensorStats, field: str) -> float:

@@ -12,7 +12,7 @@ _ALPHA = {1: 1.24, 2: 1.71, 3: 2.15, 4: 2.55, 5: 2.93, 6: 3.28, 7: 3.61, 8: 3.92
 _ALPHA_HALF = {1: 1.71, 2: 2.15, 3: 2.55, 4: 2.93, 5: 3.28, 6: 3.61, 7: 3.92, 8: 4.2}
 
 
-@CLIP_METHODS.register("gauss", order=3)
+@CLIP_METHODS.register("gauss", order=3, spread=True)
 def gauss(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range of least expected error if the values follow a normal distribution of deviation std.
 

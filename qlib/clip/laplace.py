@@ -10,7 +10,7 @@ _ALPHA = {0: 1.05, 1: 1.86, 2: 2.83, 3: 3.89, 4: 5.03, 5: 6.2, 6: 7.41, 7: 8.64,
 _ALPHA_HALF = {0: 1.86, 1: 2.83, 2: 3.89, 3: 5.02, 4: 6.2, 5: 7.41, 6: 8.64, 7: 9.89, 8: 11.16}
 
 
-@CLIP_METHODS.register("laplace", order=4)
+@CLIP_METHODS.register("laplace", order=4, spread=True)
 def laplace(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """The range of least expected error if the values follow a Laplace distribution of scale b = E|x - mean|.
 

@@ -9,6 +9,7 @@ from qlib.stats.tensor_stats import TensorStats
 @CLIP_METHODS.register(
     "n_std",
     order=2,
+    spread=True,
     parameters={"clip_n_stds": {"low": 0, "open": True, "help": "standard deviations kept by n_std"}},
 )
 def n_std(stats: TensorStats, context: ClipContext) -> tuple[float, float]:

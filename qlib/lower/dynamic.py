@@ -68,9 +68,9 @@ def quantize_each(name: str, x: Tensor, plan: TensorPlan) -> tuple[Tensor, Tenso
     flat = x.flatten(1)
     mean = flat.mean(1, keepdim=True)
     columns = [flat.amin(1), flat.amax(1), mean[:, 0]]
-    if plan.clip in ("n_std", "gauss", "laplace"):
+    if CLIP_METHODS.facts(plan.clip).get("spread"):
         columns += [flat.std(1, correction=0), (flat - mean).abs().mean(1)]
-    context = ClipContext(plan.spec, clip_parameters=ClipParameters({"clip_n_stds": plan.n_stds}))
+    context = ClipContext(plan.spec, clip_parameters=ClipParameters(dict(plan.clip_parameters)))
     ranges = []
     for low, high, average, *spread in torch.stack(columns, 1).tolist():
         std, b = spread or (None, None)

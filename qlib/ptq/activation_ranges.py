@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from qlib.clip import CLIP_METHODS, ClipContext, choose
+from qlib.config.clips import HISTOGRAM_CLIPS
 from qlib.config.layers.settings import LayerSettings
 from qlib.quant.plan import TensorPlan
 from qlib.stats.tensor_stats import TensorStats
@@ -23,8 +24,13 @@ def plan_tensor(stats: TensorStats, settings: LayerSettings, half_range: bool) -
         clip, (low, high) = choose(stats, context)
     else:
         low, high = CLIP_METHODS[clip](stats, context)
-    n_stds = settings.clip_parameters.get("clip_n_stds") if clip == "n_std" else None
-    return TensorPlan(spec, clip, low, high, n_stds)
+    return TensorPlan(spec, clip, low, high, _of_plan(clip, settings))
+
+
+def _of_plan(clip: str, settings: LayerSettings) -> tuple[tuple[str, float], ...]:
+    """The parameters of a clip method that a plan holds: of one that can be applied again, to each image."""
+    read = settings.clip_parameters.read_by(clip) if clip not in HISTOGRAM_CLIPS else {}
+    return tuple((key, value) for key, value in read.items() if value is not None)
 
 
 def request_of(settings: LayerSettings) -> tuple[object, ...]:
@@ -47,8 +53,8 @@ def request_of(settings: LayerSettings) -> tuple[object, ...]:
 
 def dynamic_plan(settings: LayerSettings) -> TensorPlan:
     """The plan of a tensor whose range is that of each image."""
-    n_stds = settings.clip_parameters.get("clip_n_stds")
-    return TensorPlan(settings.spec_activations, settings.clip_acts, n_stds=n_stds)
+    clip = settings.clip_acts
+    return TensorPlan(settings.spec_activations, clip, clip_parameters=_of_plan(clip, settings))
 
 
 def constant_plan(value: Tensor, settings: LayerSettings) -> TensorPlan:

@@ -19,14 +19,15 @@ class TensorPlan:
     """Quantization of one activation tensor: its format and the range it covers; `clip` tells how that was chosen.
 
     Law: scale and zero point follow from these fields alone, so that an edit of any of them stays consistent.
-    In a dynamic plan the range is None: it is taken from each image.
+    In a dynamic plan the range is None: it is taken from each image, by `clip` with `clip_parameters`, by their keys in
+    YAML.
     """
 
     spec: QuantSpec
     clip: str = "none"
     min: float | None = None
     max: float | None = None
-    n_stds: float | None = None
+    clip_parameters: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.spec.axis is None

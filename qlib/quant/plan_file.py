@@ -98,7 +98,8 @@ def _tensor(what: str, tensor: TensorPlan | None) -> str:
     """One tensor on one line, with the scale and zero point that its range gives."""
     if tensor is None:
         return "null"
-    numbers = {key: getattr(tensor, key) for key in ("min", "max", "n_stds")}
+    numbers = {"min": tensor.min, "max": tensor.max}
+    numbers |= {key.removeprefix("clip_"): value for key, value in tensor.clip_parameters}
     fields: dict[str, object] = {"bits": tensor.spec.bits, "mode": tensor.spec.mode, "clip": tensor.clip}
     fields |= {key: float(value) for key, value in numbers.items() if value is not None}
     fields |= {"pow2": True} if tensor.spec.pow2 else {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS
+from qlib.config.clips import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, ClipParameters
 from qlib.config.values import FLAG, Interval, Value, among, choice, real, text, whole
 from qlib.errors import ConfigError, did_you_mean
 from qlib.graph.kinds import KINDS, LAYER_KINDS
@@ -23,10 +23,15 @@ VERSION = 1
 
 _LARGEST = 3.4e38  # of float32: beyond it a scale is infinite
 _NUMBER = real(Interval(-_LARGEST, _LARGEST), f"a number such as 0.5 or 1.0e-5, within +-{_LARGEST:g}")
-_POSITIVE = real(Interval(0, _LARGEST, open_low=True), "a number above 0")
 _BITS, _MODE = whole(2, 16), choice(MODES, any_case=False)
 _NODE = Value(lambda raw: raw, "")
 
+_CLIP_NUMBERS = {
+    key.removeprefix("clip_"): key
+    for key, each in CLIP_PARAMETERS.items()
+    if each.method in CLIP_NAMES and each.method not in HISTOGRAM_CLIPS
+}
+"""The parameters of clip methods that a dynamic plan can have, by their names in its tensors -> their keys."""
 _CLIP = choice((*CLIP_NAMES, "lapq", "learned"), any_case=False)
 _TENSOR = {
     "bits": whole(1, 16),
@@ -34,7 +39,7 @@ _TENSOR = {
     "clip": _CLIP,
     "min": _NUMBER,
     "max": _NUMBER,
-    "n_stds": _POSITIVE,
+    **{name: real(CLIP_PARAMETERS[key].interval) for name, key in _CLIP_NUMBERS.items()},
     "pow2": FLAG,
 }
 _WEIGHT = {
@@ -141,9 +146,10 @@ class _Reader:
         for key in ("min", "max"):
             if self.dynamic and key in values:
                 self._problem(node.where_key(key), f"{what}: a dynamic plan has no ranges; remove {key}")
-        for key in ("min", "max", "n_stds"):
+        for key in ("min", "max"):
             if key in values:
                 values[key] = float(values[key])
+        parameters = {key: float(values.pop(name)) for name, key in _CLIP_NUMBERS.items() if name in values}
         if values.get("min", -math.inf) > values.get("max", math.inf):
             self._problem(
                 node.where_key("min"), f"min {values['min']} of {what} is above max {values['max']}; swap them"
@@ -152,9 +158,11 @@ class _Reader:
             others = ", ".join(name for name in CLIP_NAMES if name not in HISTOGRAM_CLIPS)
             sentence = f"clip {values['clip']} of {what} needs histograms, and a dynamic plan has none; use {others}"
             self._problem(node.where_key("clip"), sentence)
-        if self.dynamic and values.get("clip") == "n_std" and "n_stds" not in values:
-            self._problem(node.where, f"{what}: clip n_std needs n_stds, a number above 0")
-        return TensorPlan(spec, **values)
+        clip = str(values.get("clip"))
+        for key in ClipParameters(parameters).lacks(clip) if self.dynamic else ():
+            needed = f"{key.removeprefix('clip_')}, a number {CLIP_PARAMETERS[key].interval}"
+            self._problem(node.where, f"{what}: clip {clip} needs {needed}")
+        return TensorPlan(spec, **values, clip_parameters=tuple(parameters.items()))
 
     def _spec(self, node: Node, values: dict[str, Any], what: str) -> QuantSpec:
         """Takes out of `values` the keys that spell the format."""

@@ -59,7 +59,7 @@ def scaled(grid: _Grid, low: float, high: float) -> _Grid:
         assert isinstance(grid.max, tuple)
         lows, highs = tuple(low * each for each in grid.min), tuple(high * each for each in grid.max)
         return replace(grid, clip="lapq", min=lows, max=highs)
-    return replace(grid, clip="lapq", min=low * grid.min, max=high * grid.max, n_stds=None)
+    return replace(grid, clip="lapq", min=low * grid.min, max=high * grid.max, clip_parameters=())
 
 
 def with_explicit_weights(graph: Graph, plan: Plan) -> Plan:
