@@ -14,6 +14,7 @@ import qlib.app
 from qlib.cli import build_parser, main, parse
 from qlib.config.clips import WEIGHT_CLIPS
 from qlib.config.flags.checks import startup_warnings
+from qlib.config.flags.corrections import ROUNDINGS
 from qlib.config.flags.run_config import RunConfig, settings_of
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import Verb, asked, needs_folder, verb_of
@@ -282,8 +283,7 @@ WRONG = [
     ("--ptq-images 0", "--ptq-images '0' is not allowed: it must be a whole number, 1 or more"),
     (
         "--ptq-rounding brec",
-        "--ptq-rounding 'brec' is not allowed: it must be one of nearest, gptq, adaround, brecq, qdrop; "
-        "did you mean brecq?",
+        f"--ptq-rounding 'brec' is not allowed: it must be one of {', '.join(ROUNDINGS)}; did you mean brecq?",
     ),
     ("--qe --qe-budget 3", f"--qe-budget '3' is not allowed: it must be {BUDGET}"),
     ("--qe --qe-budget 0MB", f"--qe-budget '0MB' is not allowed: it must be {BUDGET}"),

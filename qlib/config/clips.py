@@ -80,7 +80,8 @@ class ClipParameters(FrozenMapping[float]):
     """
 
     def __init__(self, given: Mapping[str, float | None] | None = None) -> None:
-        values = {key: parameter.default for key, parameter in CLIP_PARAMETERS.items()} | dict(given or {})
+        defaults = {key: each.default for key, each in CLIP_PARAMETERS.items() if each.default is not None}
+        values = {key: float(default) for key, default in defaults.items()} | dict(given or {})
         super().__init__({key: value for key, value in values.items() if value is not None})
 
     def __or__(self, changes: Mapping[str, float | None]) -> ClipParameters:

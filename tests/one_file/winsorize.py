@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qlib.correct._base import CORRECTIONS
 from qlib.correct._pairs import single_layers
@@ -22,6 +23,7 @@ def winsorize(graph: Graph, share: float) -> list[str]:
     lines = []
     for node in single_layers(graph):
         weight = graph.get_submodule(str(node.target)).weight
+        assert isinstance(weight, Tensor)
         top = share * weight.abs().max()
         lines.append(f"Winsorized {name_of(node)}: {int((weight.abs() > top).sum())} weights")
         weight.clamp_(-top, top)
