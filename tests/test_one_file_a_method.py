@@ -119,10 +119,24 @@ def test_every_example_has_a_place() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} - {"conftest.py"} == set(PLACES)
 
 
+def test_contributing_quotes_them() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert ROW.strip() in text
+    sections = re.findall(r"^### (.+)$([^#]+)", text, re.MULTILINE)
+    assert len(sections) == 4
+    for title, section in sections:
+        files = re.findall(r"`qlib/([\w/]+)/(\w+\.py)`", title)
+        assert all(PLACES[name] == place for place, name in files)
+        code = "".join((EXAMPLES / name).read_text() for _, name in files)
+        quoted = re.findall(r"```python\n(.+?)```", section, re.DOTALL)
+        assert quoted
+        assert [each for each in quoted if each not in code] == []
+
+
 def test_help_offers_them(package: Path) -> None:
     text = " ".join(answer(package, "--help").split())
     assert "lp,auto,octav}" in text
-    assert "--qe-clip-octav-steps F Newton steps of octav (default: 10)" in text
+    assert "--qe-clip-octav-steps F Newton steps of octav (default: 10.0)" in text
     assert "{nearest,gptq,adaround,brecq,qdrop,stochastic}" in text
     assert "--ptq-winsorize SHARE clamp the weights" in text
 

@@ -33,4 +33,4 @@ def octav(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     for _ in range(int(context.clip_parameters["clip_octav_steps"])):
         above = np.where(centers > clip, counts, 0)
         clip = float(centers @ above / max(rounding * (counts - above).sum() + above.sum(), 1e-30))
-    return max(-clip, min(stats.min, 0.0)), min(clip, max(stats.max, 0.0))
+    return min(max(-clip, stats.min), stats.max), max(min(clip, stats.max), stats.min)
