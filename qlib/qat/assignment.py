@@ -30,7 +30,7 @@ __all__ = ["CommonArguments", "ScheduledQuantizer", "planned_settings", "quantiz
 
 @dataclass(frozen=True)
 class CommonArguments:
-    """The keys that every quantizer of a schedule has; none may be null but for what then stands for its default.
+    """The keys that every quantizer of a schedule has.
 
     `edges`: which tensors have `bits_activations`: the outputs of all layers, those of ReLUs alone, or the inputs of
     layers with weights, each on a grid of its own; None is the method's own choice. `bits_first_last`: bits of the
