@@ -606,7 +606,7 @@ class TestCache:
         of_both = [step(self.policy(job), job.model, each)[1].others["Distill Loss"] for each in (batch, changed)]
         policy = self.policy(job)
         policy.on_epoch_begin(0)
-        assert torch.equal(policy._answers(batch), policy._answers(changed))
+        assert torch.equal(policy._teacher_logits(batch), policy._teacher_logits(changed))
         assert of_both[0] != of_both[1]
 
     def test_another_teacher_has_another_file(self, folder: Path) -> None:
