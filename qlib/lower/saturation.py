@@ -62,8 +62,8 @@ class SaturatingWeighted(nn.Module):
         self.window = _window(exact)
         self.pairs = Pairs.of(exact.weight_codes, _top(exact), self.window)
         outs = [pairs.out for pairs in self.pairs]
-        most = int(torch.bincount(torch.cat(outs)).max()) if outs else 0
-        self.dtype = torch.float32 if most * MAX_EXCESS < EXACT_LIMIT else torch.float64
+        largest = int(torch.bincount(torch.cat(outs)).max()) if outs else 0
+        self.dtype = torch.float32 if largest * MAX_EXCESS < EXACT_LIMIT else torch.float64
 
     @property
     def rate(self) -> SaturationRate:

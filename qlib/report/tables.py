@@ -87,10 +87,11 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def plan_table(graph: Graph, plan: Plan) -> str:
-    """One line a layer of a plan: name, kind, output shape, weight and output grids."""
-    rows = []
+    """One line a layer of a plan: name, kind, output shape, weight and output grids, and why it computes in float."""
+    rows, reasons = [], float_reasons(graph, plan)
     for node, module in layers(graph):
-        layer = plan.layers[name_of(node)]
+        name = name_of(node)
+        layer = plan.layers[name]
         weight = layer.weight
         grid = (
             ""
@@ -98,7 +99,14 @@ def plan_table(graph: Graph, plan: Plan) -> str:
             else f"{weight.spec.bits} {weight.spec.mode}{' per channel' if weight.per_channel else ''}"
         )
         rows.append(
-            [name_of(node), kind_of(module), _shape(node.meta.get("shape", ())), grid, _grid(layer.output), layer.note]
+            [
+                name_of(node),
+                kind_of(module),
+                _shape(node.meta.get("shape", ())),
+                grid,
+                _grid(layer.output),
+                reasons[name_of(node)],
+            ]
         )
     headers = ["Name", "Kind", "Output", "Weight", "Activation", "Note"]
     return tabulate(rows, headers, tablefmt="psql", disable_numparse=True)

@@ -67,10 +67,10 @@ def allocate(costs: Costs, errors: Sequence[Sequence[float]], budget: int) -> Ch
 
 def best_uniform(costs: Costs, errors: Sequence[Sequence[float]], budget: int) -> Choice | None:
     """Of the choices that take the i-th option (or the only one) everywhere, the best within the budget."""
-    most = max(map(len, costs.single), default=0)
+    count = max(map(len, costs.single), default=0)
     within = []
-    for i in range(most):
-        if all(len(options) in (1, most) for options in costs.single):
+    for i in range(count):
+        if all(len(options) in (1, count) for options in costs.single):
             choice = tuple(min(i, len(options) - 1) for options in costs.single)
             within += [choice] * (cost_of(costs, choice) <= budget)
     return min(within, key=lambda choice: error_of(errors, choice), default=None)

@@ -51,17 +51,17 @@ State: TypeAlias = dict[_Key, Any]
 """The values that the steps to come need."""
 
 
-def rounded(x: Tensor, edge: ActivationGrid) -> Tensor:
+def rounded(x: Tensor, grid: ActivationGrid) -> Tensor:
     """``clamp(round(x / s), low, high) * s``, on a copy.
 
     >>> from qlib.quant.affine import qparams_from_range
     >>> from qlib.quant.spec import QuantSpec
-    >>> edge = ActivationGrid.of(qparams_from_range(-1.875, 1.875, QuantSpec.of_mode("sym", 4)))
-    >>> rounded(torch.tensor([0.26, 9.0]), edge)
+    >>> grid = ActivationGrid.of(qparams_from_range(-1.875, 1.875, QuantSpec.of_mode("sym", 4)))
+    >>> rounded(torch.tensor([0.26, 9.0]), grid)
     tensor([0.2500, 1.7500])
     """
-    scale = edge.scale.to(x.device)  # dividing by a CPU scalar multiplies by its reciprocal on CUDA
-    return torch.div(x, scale).round_().clamp_(edge.low, edge.high).mul_(scale)
+    scale = grid.scale.to(x.device)  # dividing by a CPU scalar multiplies by its reciprocal on CUDA
+    return torch.div(x, scale).round_().clamp_(grid.low, grid.high).mul_(scale)
 
 
 def rounded_weight(module: nn.Module, plan: WeightPlan) -> Tensor:
@@ -177,8 +177,8 @@ class Replay:
 
     def _value(self, step: _Step, values: State, point: QuantState) -> Any:
         if step.slot is not None:
-            edge, value = point.grids.get(step.slot), values[step.reads[0]]
-            return value if edge is None else rounded(value, edge)
+            grid, value = point.grids.get(step.slot), values[step.reads[0]]
+            return value if grid is None else rounded(value, grid)
         node = step.node
         if node.op == "placeholder":
             return values[node]

@@ -157,15 +157,16 @@ class Histogram:
         """
         assert low <= 0 <= high, "the ranges of activation functions hold 0"
         exponent = self.exponent
-        least = bin_index(low, exponent)
+        lowest = bin_index(low, exponent)
         # The end of a bin belongs to the next one, which would reach beyond `high`.
-        most = max(math.ceil(math.ldexp(high, -exponent)) - 1, least) if high < math.inf else max(self._last, least)
-        first, last = (min(max(end, least), most) for end in (self.first, self._last))
+        end = math.ceil(math.ldexp(high, -exponent)) - 1 if high < math.inf else self._last
+        highest = max(end, lowest)
+        first, last = (min(max(each, lowest), highest) for each in (self.first, self._last))
         counts: Counts = np.zeros(last - first + 1, dtype=np.int64)
         index = np.clip(self.first + np.arange(len(self.counts)), first, last) - first
         np.add.at(counts, index, np.array(self.counts, dtype=np.int64))
         clipped = Histogram.from_bins(first, exponent, counts, self.zeros)
-        below = sum(self.counts[: max(least - self.first, 0)])
+        below = sum(self.counts[: max(lowest - self.first, 0)])
         if low < 0 or not below:
             return clipped
         return replace(clipped, counts=(clipped.counts[0] - below, *clipped.counts[1:]), zeros=self.zeros + below)

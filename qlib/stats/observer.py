@@ -65,7 +65,7 @@ class Observer(fx.Interpreter):
             origin, cut = (pivot, self.zero) if self.shifted[index] else (None, pivot)
             self.sums[index] = _sums_of(flat.view(-1), origin, cut, self.scratch[: flat.numel()])
             if self.keep_values and n not in self.relus:
-                self.values[index] = _sample(flat.view(-1), least_rows=64).clone()
+                self.values[index] = _sample(flat.view(-1), min_rows=64).clone()
         return value
 
     def _range(self, node: fx.Node, flat: Tensor) -> Tensor:
@@ -120,10 +120,10 @@ def _sums_of(x: Tensor, origin: Tensor | None, cut: Tensor, scratch: Tensor) -> 
     return torch.stack([y.sum(), torch.dot(y, y), deviation.abs_().mean(), sign])
 
 
-def _sample(x: Tensor, least_rows: int = 256) -> Tensor:
+def _sample(x: Tensor, min_rows: int = 256) -> Tensor:
     """All of a small tensor; of a large one 127 values in every 1,021: an eighth, of every place and channel.
 
     1,021 is prime, so that the blocks do not fall on the same channels again and again.
     """
     rows = len(x) // _PERIOD
-    return x if rows < least_rows else x[: rows * _PERIOD].view(rows, _PERIOD)[:, :_BLOCK]
+    return x if rows < min_rows else x[: rows * _PERIOD].view(rows, _PERIOD)[:, :_BLOCK]
