@@ -198,6 +198,7 @@ BROKEN = {
     "version": ("version: 1", "version: 2", "1: version of qlib_plan is 2; allowed: 1"),
     "dynamic with ranges": ("dynamic: false", "dynamic: true", "6: input 0 .*: a dynamic plan has no ranges; remove"),
     "tag": ("kind: conv", "kind: !!python/name:os.system ''", "4: the tag .* is not allowed"),
+    "half a surrogate pair": ("kind: conv", "kind: \ud800", r"4: not valid YAML: '\\ud800' is no character"),
 }  # fmt: skip
 
 
