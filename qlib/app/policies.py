@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -56,21 +57,29 @@ class Setup:
         return replace(self, policies=(*self.policies, *(policy for policy in policies if policy is not None)))
 
 
+_Add: TypeAlias = Callable[[Setup], Setup]
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of a schedule: the classes that may stand in it, and what `add`s its policies to a run."""
 
     classes: Mapping[str, ClassFields]
-    add: Callable[[Setup], Setup]
+    add: _Add
 
 
 SECTIONS: Registry[Section] = Registry("section of a schedule")
 """Name -> section. In this order their policies act, and stand in checkpoints."""
 
 
-def _section(name: str, classes: Mapping[str, ClassFields]) -> Callable[[Callable[[Setup], Setup]], None]:
-    """Registers what adds the policies of a section."""
-    return lambda add: SECTIONS.add(name, Section(classes, add))
+def _section(name: str, classes: Mapping[str, ClassFields]) -> Callable[[_Add], _Add]:
+    """Registers the function that adds the policies of a section."""
+
+    def register(add: _Add) -> _Add:
+        SECTIONS.add(name, Section(classes, add))
+        return add
+
+    return register
 
 
 def read_schedule(path: str | Path, epochs: int) -> Schedule:

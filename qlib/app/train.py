@@ -54,9 +54,7 @@ class _Run:
         self.job, self.images, self.convert = setup.job, setup.images, setup.convert
         self.trainee = Trainee.of(self.args, setup.module, setup.weights, setup.policies)
         self.progress = Progress()
-        self.state = TrainingState(
-            self.job.model, self.trainee.optimizer, self.trainee.policies, self.progress, list[EpochScore]()
-        )
+        self.state = TrainingState(self.job.model, self.trainee, self.progress, [])
         self.metrics = MetricsWriter(job.run.folder)
         header = {"arch": self.job.spec.arch, "dataset": self.job.dataset_name, "num_classes": self.job.num_classes}
         self.checkpoints = Checkpoints(self.state, self.job.file, header, self.args.save_every)

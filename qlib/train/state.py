@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
 from qlib.files import move
 from qlib.train.best import EpochScore
-from qlib.train.loop import Diverged, Progress, Running
-from qlib.train.policy import Policy
+from qlib.train.loop import Diverged, Progress, Running, Trainee
 
 __all__ = ["BEST", "LAST", "Checkpoints", "TrainingState", "is_training"]
 
@@ -43,8 +41,7 @@ class TrainingState:
     """Everything that changes while a run trains. Random numbers do not: they follow from seed, epoch and step."""
 
     weights: nn.Module
-    optimizer: Optimizer
-    policies: Sequence[Policy]
+    trainee: Trainee
     progress: Progress
     best: list[EpochScore]
 
@@ -63,9 +60,9 @@ class TrainingState:
             "steps": progress.steps,
             "running": {"sums": progress.running.sums, "images": progress.running.images},
             "state_dict": dict(self.weights.state_dict()),
-            "optimizer_state_dict": self.optimizer.state_dict(),
-            "optimizer_type": type(self.optimizer).__name__,
-            "policies": [policy.state_dict() for policy in self.policies],
+            "optimizer_state_dict": self.trainee.optimizer.state_dict(),
+            "optimizer_type": type(self.trainee.optimizer).__name__,
+            "policies": [policy.state_dict() for policy in self.trainee.policies],
             "best": [score.plain() for score in self.best],
             "quantized": quantized,
         }
@@ -78,22 +75,23 @@ class TrainingState:
         """
         if checkpoint.get("version") != _VERSION:
             raise CheckpointError(f"{source} is of version {checkpoint.get('version')}, not {_VERSION}; train it again")
-        kind = type(self.optimizer).__name__
+        optimizer, policies = self.trainee.optimizer, self.trainee.policies
+        kind = type(optimizer).__name__
         if checkpoint["optimizer_type"] != kind:
             raise CheckpointError(
                 f"{source} was trained with {checkpoint['optimizer_type']}, not {kind}; give the same --optimizer, or"
                 " --reset-optimizer to begin a new run with its weights"
             )
-        if len(checkpoint["policies"]) != len(self.policies):
+        if len(checkpoint["policies"]) != len(policies):
             raise CheckpointError(
                 f"{source} was trained under a schedule of {len(checkpoint['policies'])} policies, not"
-                f" {len(self.policies)}; give the same --compress and --kd flags, or --reset-optimizer to begin a new"
+                f" {len(policies)}; give the same --compress and --kd flags, or --reset-optimizer to begin a new"
                 " run with its weights"
             )
         try:
-            for policy, saved in zip(self.policies, checkpoint["policies"], strict=True):
+            for policy, saved in zip(policies, checkpoint["policies"], strict=True):
                 policy.load_state_dict(saved)
-            self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(
