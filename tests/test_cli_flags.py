@@ -438,6 +438,7 @@ def test_a_folder_in_the_second_list_is_found() -> None:
 
 NO_IMAGES = ["--summary model", "--check", "-e -a my.py:net", "-e --resume-from m.pth.tar", "--export-onnx"]
 NO_IMAGES += ["--export-onnx m.onnx --engine onnxruntime", "--resume-from m.pth.tar --export-encodings ort"]
+NO_IMAGES += ["--epochs 3 --export-onnx"]  # which trains nothing, and says so
 
 
 @pytest.mark.parametrize("words", NO_IMAGES)
