@@ -1,4 +1,4 @@
-"""Layers of a student that learn to answer as layers of its teacher do: found by name, listened to for one step."""
+"""Feature matching for distillation: layers of a student learn the outputs of layers of its teacher."""
 
 from __future__ import annotations
 

@@ -148,9 +148,9 @@ class _RoundedGradient(torch.autograd.Function):
         rounded, noise = torch.empty_like(grad), _uniform_noise(grad)
         for part, shift, out in image_chunks(grad, noise, rounded):
             largest = part.abs().amax(1, keepdim=True)
-            step = (2 / qmax) * largest.clamp(min=torch.finfo(grad.dtype).tiny)
-            torch.div(part, step, out=out).add_(shift, alpha=2**-16).add_(qmax / 2).round_().clamp_(0, qmax)
-            out.sub_(qmax / 2).mul_(step)
+            scale = (2 / qmax) * largest.clamp(min=torch.finfo(grad.dtype).tiny)
+            torch.div(part, scale, out=out).add_(shift, alpha=2**-16).add_(qmax / 2).round_().clamp_(0, qmax)
+            out.sub_(qmax / 2).mul_(scale)
         return rounded, None
 
 

@@ -79,8 +79,8 @@ class LsqPlusActivation(ActivationQuantizer):
 
     def _lowest(self, scale: Tensor, offset: Tensor) -> Tensor:
         """The lowest centered code: 0 must be one, so that padding and biases are exact."""
-        steps = offset / scale
-        return identity(steps, steps.detach().round().clamp(-self.spec.qmax, 0))
+        scaled = offset / scale
+        return identity(scaled, scaled.detach().round().clamp(-self.spec.qmax, 0))
 
     @property
     def params(self) -> QParams:
