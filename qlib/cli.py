@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from qlib.config.flags.checks import check_combination
 from qlib.config.flags.flag import Flag
 from qlib.config.flags.kinds import SWITCH, split_names
-from qlib.config.flags.run_config import RunConfig, config_of, read_run_config, settings_of
+from qlib.config.flags.run_config import RunConfig, config_from_names, read_run_config, settings_by_name
 from qlib.config.flags.table import FLAGS, GROUPS
 from qlib.config.flags.verb import needs_folder
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
@@ -131,7 +131,7 @@ def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfi
     values = {flag.target: _value(flag, texts[flag.name]) for flag in FLAGS if flag.name in texts}
     values["evaluate"] = bool(values.get("evaluate") or values.get("quantize_eval"))
     data = Path(folder).expanduser() if folder is not None else None
-    return config_of({**values, "data": data, "given": given})
+    return config_from_names({**values, "data": data, "given": given})
 
 
 def _value(flag: Flag, texts: Sequence[str]) -> object:
@@ -213,7 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _help(flag: Flag) -> str:
     if flag.help is None:
         return argparse.SUPPRESS
-    default = settings_of(RunConfig())[flag.target]
+    default = settings_by_name(RunConfig())[flag.target]
     default = ",".join(map(str, default)) if isinstance(default, tuple) else default
     shown = default is not None and default is not False and default != "" and "(default" not in flag.help
     return (f"{flag.help} (default: {default})" if shown else flag.help).replace("%", "%%")

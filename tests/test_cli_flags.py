@@ -15,7 +15,7 @@ from qlib.cli import build_parser, main, parse
 from qlib.config.clips import WEIGHT_CLIPS
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.corrections import ROUNDINGS
-from qlib.config.flags.run_config import RunConfig, settings_of
+from qlib.config.flags.run_config import RunConfig, settings_by_name
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import Verb, asked, needs_folder, verb_of
 from qlib.errors import ConfigError, ModelError, UsageError
@@ -61,7 +61,7 @@ def _folder_with_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _get(config: RunConfig, name: str) -> object:
-    return settings_of(config)[name]
+    return settings_by_name(config)[name]
 
 
 def _parse(words: str) -> RunConfig:

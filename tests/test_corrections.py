@@ -8,7 +8,7 @@ import pytest
 
 from qlib.config.flags.corrections import BIAS_CORRECTIONS, CORRECTION_FLAGS, ROUNDINGS, Switches
 from qlib.config.flags.groups import PtqArgs
-from qlib.config.flags.run_config import RunConfig, config_of, settings_of
+from qlib.config.flags.run_config import RunConfig, config_from_names, settings_by_name
 from qlib.config.flags.table import FLAGS
 from qlib.config.layers.keys import CORRECTION_FIELDS
 from qlib.correct._base import CORRECTIONS
@@ -48,5 +48,5 @@ def test_data_free_corrects_biases_by_itself() -> None:
 @pytest.mark.parametrize("bias_correction", BIAS_CORRECTIONS)
 def test_settings_by_name_give_the_config_back(rounding: str, bias_correction: str) -> None:
     args = PtqArgs(Switches({"equalize": True, "smooth": 0.5}), False, rounding, bias_correction)
-    assert config_of(settings_of(RunConfig(ptq=args))) == RunConfig(ptq=args)
+    assert config_from_names(settings_by_name(RunConfig(ptq=args))) == RunConfig(ptq=args)
     assert args.of_plan == (rounding != "nearest" or bias_correction != "none")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from qlib.config.clips import CLIP_PARAMETERS, WEIGHT_CLIPS
 from qlib.config.flags.corrections import CORRECTION_FLAGS, CorrectionFlag
 from qlib.config.flags.flag import Flag
-from qlib.config.flags.run_config import RunConfig, settings_of
+from qlib.config.flags.run_config import RunConfig, settings_by_name
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import asked, nothing_to_do
 from qlib.errors import UsageError
@@ -140,7 +140,7 @@ def _reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
 def _is_on(config: RunConfig, words: str) -> bool:
     """Whether a flag was given, and not as what a switch is without it; or, with a value, whether it has that."""
     name, _, text = words.partition(" ")
-    value = settings_of(config)[_BY_NAME[name].target]
+    value = settings_by_name(config)[_BY_NAME[name].target]
     if text:
         return str(value) == text
     return name in config.given and value is not None and value is not False and value != ()

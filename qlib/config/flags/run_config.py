@@ -15,7 +15,7 @@ from qlib.config.flags.groups import BITS_CHOICES, GROUPS, KdArgs, LapqArgs, Ptq
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import Node, load_yaml
 
-__all__ = ["RunConfig", "config_of", "read_run_config", "settings_of"]
+__all__ = ["RunConfig", "config_from_names", "read_run_config", "settings_by_name"]
 
 _MAPPINGS: Mapping[str, tuple[Mapping[str, object], type]] = {
     "clip_parameters": ({key: each.default for key, each in CLIP_PARAMETERS.items()}, ClipParameters),
@@ -109,18 +109,18 @@ class RunConfig:
         ['data: null', 'arch: vgg11']
         """
         tree: dict[str, Any] = {}
-        for name, value in settings_of(self).items():
+        for name, value in settings_by_name(self).items():
             group, _, key = name.rpartition(".")
             (tree.setdefault(group, {}) if group else tree)[key] = _plain(value)
         body = yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True)
         return f"# repeat this run: compress.py --run-config THIS_FILE\n{body}"
 
 
-def settings_of(config: RunConfig) -> dict[str, object]:
+def settings_by_name(config: RunConfig) -> dict[str, object]:
     """All settings by name, in the order of the fields: `arch`, `qe.mode`, and `qe.clip_p` for a clip parameter.
 
-    >>> settings = settings_of(RunConfig())
-    >>> settings["qe.clip_percentile"], settings["qe.clip_n_stds"], config_of(settings) == RunConfig()
+    >>> settings = settings_by_name(RunConfig())
+    >>> settings["qe.clip_percentile"], settings["qe.clip_n_stds"], config_from_names(settings) == RunConfig()
     (99.99, None, True)
     """
     found: dict[str, object] = {}
@@ -140,7 +140,7 @@ def _of_group(group: str, args: Any) -> Mapping[str, object]:
     return found
 
 
-def config_of(settings: Mapping[str, Any]) -> RunConfig:
+def config_from_names(settings: Mapping[str, Any]) -> RunConfig:
     """The config of some settings by name; the others have their defaults."""
     top = {name: value for name, value in settings.items() if "." not in name}
     for group, kind in GROUPS.items():
@@ -172,7 +172,7 @@ def read_run_config(path: Path) -> dict[str, Any]:
     settings = {key: node for key, node in top.items() if key not in GROUPS}
     for group in GROUPS:
         settings |= {f"{group}.{key}": node for key, node in (_entries(top[group]) if group in top else {}).items()}
-    allowed = settings_of(RunConfig())
+    allowed = settings_by_name(RunConfig())
     unknown = {key: node for key, node in settings.items() if key not in allowed}
     if unknown:
         raise ConfigError(
