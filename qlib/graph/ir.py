@@ -1,4 +1,4 @@
-"""How to read a captured graph: names, kinds, and where a tensor's values come from.
+"""How to read a captured graph: names, layers, and where a tensor's values come from.
 
 A `Graph` is a torch.fx GraphModule in which every node that changes values calls a module; the other nodes move
 values (view, transpose, chunk, ...), read constants, or compute shapes.

@@ -30,7 +30,7 @@ def lower_exact(graph: Graph, plan: Plan) -> fx.GraphModule:
     """A module that computes `plan` on `graph` in integer arithmetic; takes and returns float tensors.
 
     Its layers keep their names; its state holds integer weights. Activations between layers are centered codes in
-    float32 (see `lower.ops.base`), so that it runs at about the speed of the float model on any device.
+    float32 (see `lower.base`), so that it runs at about the speed of the float model on any device.
     """
     assert not plan.dynamic
     builder = _Builder(graph, plan)
