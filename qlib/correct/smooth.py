@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from qlib.correct._base import CORRECTIONS, CalibrationImages
+from qlib.correct._base import BATCH, CORRECTIONS, CalibrationImages
 from qlib.correct._pairs import passes, single_layers
 from qlib.graph import Graph
 from qlib.graph.channels import Origin, input_origins
@@ -120,7 +120,7 @@ def _maxima(graph: Graph, nodes: list[fx.Node], images: CalibrationImages) -> di
 
     handles = [hook(str(node.target)) for node in nodes]
     for batch in track(
-        images.batches(), total_images=images.count, batch_size=32, description="Smoothing", print_freq=10, count=len
+        images.batches(), total_images=images.count, batch_size=BATCH, description="Smoothing", print_freq=10, count=len
     ):
         graph(batch)
     for handle in handles:
