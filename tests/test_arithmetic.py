@@ -53,9 +53,6 @@ def plan_of(folded: FoldedGraph, settings: Mapping[str, Any], layers: Mapping[st
     return plan_post_train_linear(folded.graph, each, ModelStats(collector.result()), folded.folded)
 
 
-BETWEEN = "computed in float between integer tensors"
-
-
 @pytest.mark.parametrize(
     ("settings", "layers", "lines"),
     [
@@ -65,7 +62,7 @@ BETWEEN = "computed in float between integer tensors"
             [
                 "100.0 % of the multiply-accumulates are computed in integers: 7 of 9 layers",
                 "  not counted, as their multiply-accumulates are unknown: 1 layer (einsum)",
-                f"  in float: {BETWEEN}: no integer form: 2 layers (einsum, mean)",
+                "  in float: no integer form: 2 layers (einsum, mean)",
             ],
             id="8 bits",
         ),
@@ -75,8 +72,8 @@ BETWEEN = "computed in float between integer tensors"
             [
                 "99.6 % of the multiply-accumulates are computed in integers: 5 of 9 layers",
                 "  not counted, as their multiply-accumulates are unknown: 1 layer (einsum)",
-                f"  in float: {BETWEEN}: the integer form is that of at most 8 bits: 1 layer (add)",
-                f"  in float: {BETWEEN}: no integer form: 2 layers (einsum, mean)",
+                "  in float: the integer form is that of at most 8 bits: 1 layer (add)",
+                "  in float: no integer form: 2 layers (einsum, mean)",
                 "  in float: activations: bits 0 (--flag): 1 layer (fc) with 0.4 %",
             ],
             id="12 bits, the last layer in float",

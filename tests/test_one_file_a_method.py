@@ -179,7 +179,7 @@ def test_a_layer_kind_is_planned_lowered_and_reported(package: Path) -> None:
     assert all_of_it == "100.0 % of the multiply-accumulates are computed in integers: 3 of 3 layers"
     assert in_float == "sigmoid FloatOp"
     assert most_of_it == (
-        "100.0 % of the multiply-accumulates are computed in integers: 2 of 3 layers;   in float: computed in float"
-        " between integer tensors: the integer form is that of at most 8 bits: 1 layer (1)"
+        "100.0 % of the multiply-accumulates are computed in integers: 2 of 3 layers;   in float: the integer"
+        " form is that of at most 8 bits: 1 layer (1)"
     )
     assert [*close, a, b, c] == ["True"] * 6

@@ -14,12 +14,13 @@ from torchvision.ops import StochasticDepth
 
 from qlib.graph import ops
 
-__all__ = ["DROPOUTS", "KINDS", "LAYER_KINDS", "LayerKind", "kind_of", "layer_kind"]
+__all__ = ["DROPOUTS", "IN_FLOAT", "KINDS", "LAYER_KINDS", "LayerKind", "kind_of", "layer_kind"]
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
 """Modules that change values at random while a model trains, and not in evaluation."""
 
-_BETWEEN = "computed in float between integer tensors"
+IN_FLOAT = "computed in float between integer tensors"
+"""Of a layer, in the notes of a plan; what follows a colon says why."""
 
 
 def _any(module: nn.Module) -> bool:
@@ -83,18 +84,18 @@ class LayerKind:
         'computed in float between integer tensors: the integer form is that of at most 8 bits'
         """
         if self.weighted and not quantized_weight:
-            return _BETWEEN if self.accumulates else "its weight is float"
+            return IN_FLOAT if self.accumulates else "its weight is float"
         if self.keeps_grid:
             return "its input is float" if inputs[0] is None else ""
         if not self.integer_bits:
-            return f"{_BETWEEN}: no integer form"
+            return f"{IN_FLOAT}: no integer form"
         if self.weighted and not self.accumulates:
             return ""
         if None in inputs or output is None:
             return "an input is float" if None in inputs else "its output is float"
         widest = max(output, *(bits for bits in inputs if bits is not None))
         if widest > self.integer_bits or not self.integer_if(module):
-            return f"{_BETWEEN}: the integer form is that of at most {self.integer_bits} bits{self.and_if}"
+            return f"{IN_FLOAT}: the integer form is that of at most {self.integer_bits} bits{self.and_if}"
         return ""
 
 

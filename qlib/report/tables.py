@@ -10,7 +10,7 @@ from qlib.config.layers.settings import LayerSettings
 from qlib.graph import Graph, kind_of
 from qlib.graph.cost import layer_macs
 from qlib.graph.ir import layers, name_of
-from qlib.graph.kinds import layer_kind
+from qlib.graph.kinds import IN_FLOAT, layer_kind
 from qlib.quant.arithmetic import float_reasons
 from qlib.quant.plan import Plan, TensorPlan
 
@@ -139,7 +139,8 @@ def arithmetic_lines(graph: Graph, plan: Plan) -> Iterator[str]:
         yield f"  not counted, as their multiply-accumulates are unknown: {_listed(unknown)}"
     for reason, names in floats.items():
         part = sum(known[name] for name in names)
-        yield f"  in float: {reason}: {_listed(names)}" + f" with {_percent(part, sum(known.values()))}" * (part > 0)
+        share_of_it = f" with {_percent(part, sum(known.values()))}" if part else ""
+        yield f"  in float: {reason.removeprefix(f'{IN_FLOAT}: ')}: {_listed(names)}{share_of_it}"
 
 
 def _percent(part: int, whole: int) -> str:
