@@ -12,13 +12,13 @@ import pytest
 
 import qlib.app
 from qlib.cli import build_parser, main, parse
-from qlib.config.clips import WEIGHT_CLIPS
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.corrections import ROUNDINGS
 from qlib.config.flags.run_config import RunConfig, settings_by_name
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import Verb, asked, needs_folder, verb_of
 from qlib.errors import ConfigError, ModelError, UsageError
+from qlib.quant.clip_names import WEIGHT_CLIPS
 
 IN_RUN = Path("run-folder")
 

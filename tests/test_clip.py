@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlib.clip import CLIP_METHODS, ClipContext, gauss, laplace
-from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
 from qlib.errors import StatsError
+from qlib.quant.clip_names import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
 from qlib.quant.spec import QuantSpec
 from qlib.stats.tensor_stats import TensorStats
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from qlib.clip import CLIP_METHODS, ClipContext, choose
 from qlib.clip._search import expected_error
 from qlib.clip.kl import divergences
-from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
 from qlib.errors import StatsError
 from qlib.ptq.activation_ranges import clipped
 from qlib.quant.affine import qparams_from_range
+from qlib.quant.clip_names import CLIP_NAMES, HISTOGRAM_CLIPS, ClipParameters
 from qlib.quant.spec import MODES, QuantSpec
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import TensorStats

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from qlib.config.clips import CLIP_NAMES, WEIGHT_CLIPS, ClipParameters
 from qlib.config.flags.groups import QuantArgs
 from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import LayerInfo, resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError
+from qlib.quant.clip_names import CLIP_NAMES, WEIGHT_CLIPS, ClipParameters
 from qlib.yaml_tree import Node, load_yaml
 
 SCHEDULES = Path(__file__).resolve().parents[1] / "schedules"

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qlib.config.clips import CLIP_NAMES
 from qlib.config.layers.settings import LayerSettings
 from qlib.errors import ConfigError, OutputError, StatsError
 from qlib.graph import capture, fold_batch_norm, kind_of
@@ -22,6 +21,7 @@ from qlib.graph.ir import layer_inputs, layers, name_of
 from qlib.graph.kinds import LAYER_KINDS
 from qlib.lower.base import LOWERINGS
 from qlib.ptq.planner import plan_post_train_linear
+from qlib.quant.clip_names import CLIP_NAMES
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.plan_file import (
     check_plan,

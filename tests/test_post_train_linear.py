@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlib.config.clips import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.config.layers.settings import LayerSettings
 from qlib.errors import ConfigError, StatsError
 from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.lower import lower
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
+from qlib.quant.clip_names import CLIP_NAMES, HISTOGRAM_CLIPS
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import QuantSpec
 from qlib.stats.collect import Collector

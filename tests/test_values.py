@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qlib.config.flags import kinds
 from qlib.config.layers.keys import whole as whole_of_yaml
-from qlib.config.values import FLAG, Interval, Value, choice, real, text, whole
 from qlib.errors import UsageError
+from qlib.values import FLAG, Interval, Value, choice, real, text, whole
 
 BOUNDS = st.integers(-20, 20)
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlib.clip.weights import WEIGHT_METHODS, WeightContext, rounding_error
-from qlib.config.clips import WEIGHT_CLIPS, ClipParameters
 from qlib.graph import capture
 from qlib.graph.weights import swap_channels
 from qlib.lower import lower
 from qlib.ptq.weight_ranges import plan_weight
 from qlib.quant.affine import qparams_from_range
+from qlib.quant.clip_names import WEIGHT_CLIPS, ClipParameters
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import MODES, QuantSpec
 

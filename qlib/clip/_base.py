@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from qlib.config.clips import CLIP_DEFAULTS, ClipParameters
 from qlib.errors import StatsError
+from qlib.quant.clip_names import CLIP_DEFAULTS, ClipParameters
 from qlib.quant.spec import QuantSpec
 from qlib.registry import Registry
 from qlib.stats.histogram import Histogram

@@ -26,7 +26,7 @@ def lp(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
 
     References: Nahshan et al., "Loss aware post-training quantization", 2019, section 4.1.
 
-    >>> from qlib.config.clips import ClipParameters
+    >>> from qlib.quant.clip_names import ClipParameters
     >>> from qlib.quant.spec import QuantSpec
     >>> from qlib.stats.histogram import Histogram
     >>> seen = Histogram(0.0, 0.25, (250, 250, 250, 249, *[0] * 35, 1))

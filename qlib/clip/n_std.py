@@ -15,7 +15,7 @@ from qlib.stats.tensor_stats import TensorStats
 def n_std(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """mean -+ clip_n_stds * std, held inside [min, max].
 
-    >>> from qlib.config.clips import ClipParameters
+    >>> from qlib.quant.clip_names import ClipParameters
     >>> stats = TensorStats(count=8, samples=2, min=-1.0, max=9.0, mean=1.0, std=1.5)
     >>> from qlib.quant.spec import QuantSpec
     >>> context = ClipContext(QuantSpec.of_mode("asym_u", 8), clip_parameters=ClipParameters({"clip_n_stds": 2.0}))

@@ -27,7 +27,7 @@ from qlib.stats.tensor_stats import TensorStats
 def percentile(stats: TensorStats, context: ClipContext) -> tuple[float, float]:
     """From percentile 100 - P to percentile P, both of the histogram; for a symmetric range, percentile P of |x|.
 
-    >>> from qlib.config.clips import ClipParameters
+    >>> from qlib.quant.clip_names import ClipParameters
     >>> seen = Histogram(0.0, 1.0, (60, 20, 10, 5, 3, 2))
     >>> stats = TensorStats(count=100, samples=1, min=0.0, max=6.0, histogram=seen)
     >>> from qlib.quant.spec import QuantSpec

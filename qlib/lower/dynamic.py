@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.clip import CLIP_METHODS, ClipContext
-from qlib.config.clips import ClipParameters
 from qlib.errors import StatsError
 from qlib.graph import Graph
 from qlib.graph.ir import layers, name_of
@@ -23,6 +22,7 @@ from qlib.lower.base import LOWERINGS, ActivationGrid, LayerContext
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.quant.affine import QParams, qparams_from_range
 from qlib.quant.arithmetic import dynamic_float_reason
+from qlib.quant.clip_names import ClipParameters
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan
 from qlib.stats.tensor_stats import TensorStats
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from qlib.clip import CLIP_METHODS, ClipContext, choose
-from qlib.config.clips import HISTOGRAM_CLIPS
 from qlib.config.layers.settings import LayerSettings
+from qlib.quant.clip_names import HISTOGRAM_CLIPS
 from qlib.quant.plan import TensorPlan
 from qlib.stats.tensor_stats import TensorStats
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from qlib.clip.weights import WEIGHT_METHODS, WeightContext, choose
-from qlib.config.clips import ClipParameters
+from qlib.quant.clip_names import ClipParameters
 from qlib.quant.plan import WeightPlan
 
 __all__ = ["plan_weight"]

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qlib.config.clips import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, ClipParameters
-from qlib.config.values import FLAG, Interval, Value, among, choice, real, text, whole
 from qlib.errors import ConfigError, did_you_mean
 from qlib.graph.kinds import KINDS, LAYER_KINDS
+from qlib.quant.clip_names import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, ClipParameters
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.quant.spec import MODES, QuantSpec
+from qlib.values import FLAG, Interval, Value, among, choice, real, text, whole
 from qlib.yaml_tree import Node
 
 __all__ = ["HEADER", "SCALARS", "VERSION", "plan_from_node"]

@@ -22,12 +22,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qlib.config.values import whole
 from qlib.errors import ConfigError, StatsError, did_you_mean
 from qlib.files import write_text
 from qlib.stats.histogram import Histogram
 from qlib.stats.histogram_file import content_hash, histogram_bytes, histogram_path, read_histograms, write_histograms
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
+from qlib.values import whole
 from qlib.yaml_tree import Node, load_yaml
 
 __all__ = ["check_fingerprint", "read_stats", "write_stats"]

@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from qlib.config.clips import CLIP_DEFAULTS, ClipParameters
 from qlib.quant.affine import dequantize, qparams_from_range, quantize
+from qlib.quant.clip_names import CLIP_DEFAULTS, ClipParameters
 from qlib.quant.spec import QuantSpec
 from qlib.registry import Registry
 

@@ -13,7 +13,7 @@ from qlib.clip.weights._base import WEIGHT_METHODS, Ranges, WeightContext
 def percentile(rows: Tensor, context: WeightContext) -> Ranges:
     """Percentiles 100 - P and P of each row; for a symmetric grid, percentile P of the magnitudes.
 
-    >>> from qlib.config.clips import ClipParameters
+    >>> from qlib.quant.clip_names import ClipParameters
     >>> from qlib.quant.spec import QuantSpec
     >>> context = WeightContext(QuantSpec.of_mode("asym_u", 8), ClipParameters({"clip_percentile": 95.0}))
     >>> low, high = percentile(torch.arange(101.0)[None], context)

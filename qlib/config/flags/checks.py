@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from qlib.config.clips import CLIP_PARAMETERS, WEIGHT_CLIPS
 from qlib.config.flags.corrections import CORRECTION_FLAGS, CorrectionFlag
 from qlib.config.flags.flag import Flag
 from qlib.config.flags.run_config import RunConfig, settings_by_name
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import asked, nothing_to_do
 from qlib.errors import UsageError
+from qlib.quant.clip_names import CLIP_PARAMETERS, WEIGHT_CLIPS
 
 __all__ = ["check_combination", "searches", "startup_warnings"]
 

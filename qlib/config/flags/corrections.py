@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qlib.config.flags.names import flag_of
-from qlib.config.frozen import FrozenMapping
-from qlib.config.values import Interval
 from qlib.registry import registered
+from qlib.values import FrozenMapping, Interval
 
 __all__ = ["BIAS_CORRECTIONS", "CORRECTION_FLAGS", "ROUNDINGS", "CorrectionFlag", "Number", "Switches"]
 

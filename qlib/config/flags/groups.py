@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qlib.config.clips import ClipParameters
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
 from qlib.config.layers.settings import LayerSettings
+from qlib.quant.clip_names import ClipParameters
 
 __all__ = [
     "BEST_BY",

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlib.config import values
+from qlib import values
 from qlib.config.layers.budget import parse_budget
-from qlib.config.values import FLAG, Interval, Value
 from qlib.errors import UsageError, did_you_mean
+from qlib.values import FLAG, Interval, Value
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
 __all__ += ["names", "path", "real"]

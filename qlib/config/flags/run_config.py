@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from qlib.config.clips import CLIP_PARAMETERS, ClipParameters
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
 from qlib.config.flags.groups import BITS_CHOICES, GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.errors import ConfigError, did_you_mean
+from qlib.quant.clip_names import CLIP_PARAMETERS, ClipParameters
 from qlib.yaml_tree import Node, load_yaml
 
 __all__ = ["RunConfig", "config_from_names", "read_run_config", "settings_by_name"]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
-from qlib.config import values
-from qlib.config.clips import CLIP_NAMES, CLIP_PARAMETERS, WEIGHT_CLIPS, ClipParameter
+from qlib import values
 from qlib.config.flags.corrections import BIAS_CORRECTIONS, CORRECTION_FLAGS, ROUNDINGS, CorrectionFlag, Number
-from qlib.config.values import FLAG, Value
 from qlib.errors import did_you_mean
+from qlib.quant.clip_names import CLIP_NAMES, CLIP_PARAMETERS, WEIGHT_CLIPS, ClipParameter
 from qlib.quant.spec import MODES
+from qlib.values import FLAG, Value
 from qlib.yaml_tree import Node
 
 __all__ = [

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qlib.config.clips import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
 from qlib.errors import ConfigError, did_you_mean
+from qlib.quant.clip_names import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS
 
 __all__ = ["LayerInfo", "resolve", "wants_histograms"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qlib.config.clips import CLIP_DEFAULTS, CLIP_PARAMETERS, ClipParameters
+from qlib.quant.clip_names import CLIP_DEFAULTS, CLIP_PARAMETERS, ClipParameters
 from qlib.quant.spec import QuantSpec
 
 __all__ = ["LayerSettings", "PtqConfig", "Rule", "pattern_problem"]

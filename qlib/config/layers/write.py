@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from qlib.config.clips import CLIP_PARAMETERS
 from qlib.config.layers.settings import LayerSettings, PtqConfig
+from qlib.quant.clip_names import CLIP_PARAMETERS
 
 __all__ = ["ptq_text"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from qlib.config import values
+from qlib import values
 from qlib.config.layers.keys import Field, Settings, modes, setting
-from qlib.config.values import FLAG, Interval, Value
+from qlib.values import FLAG, Interval, Value
 from qlib.yaml_tree import Node
 
 __all__ = [

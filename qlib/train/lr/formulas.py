@@ -28,8 +28,8 @@ from qlib.config.schedule.keys import (
     one_of,
     table,
 )
-from qlib.config.values import FLAG, Value
 from qlib.registry import Registry
+from qlib.values import FLAG, Value
 
 __all__ = ["ARGUMENTS", "FORMULAS", "Formula", "MOMENTA", "formula", "momentum"]
 

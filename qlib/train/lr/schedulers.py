@@ -10,9 +10,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from qlib.config.schedule.keys import FROM_0, ClassFields, count, number, one_of, table
 from qlib.config.schedule.types import Component, PolicySpec
-from qlib.config.values import Interval
 from qlib.errors import ConfigError
 from qlib.train.lr.formulas import ARGUMENTS, FORMULAS, MOMENTA
+from qlib.values import Interval
 
 __all__ = ["LR_CLASSES", "FormulaLR", "LrScheduler", "PlateauLR", "counts_steps", "make_lr_scheduler"]
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from qlib.config.flags.flag import Flag, Ignored
 from qlib.config.flags.kinds import SWITCH, arch, choice, devices, existing_file, fraction, path, real, run_name, whole
 from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED, NOT_EXPORTED
-from qlib.config.values import Interval
 from qlib.data.names import DATASETS
 from qlib.registry import registered
+from qlib.values import Interval
 
 __all__ = ["GROUPS"]
 

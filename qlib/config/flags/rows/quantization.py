@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qlib.config.clips import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, WEIGHT_CLIPS
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import IMPLICIT_CALIBRATION
 from qlib.config.flags.kinds import SWITCH, choice, existing_file, fraction, names, real, schedule_file, whole
 from qlib.config.flags.rows.common import ONLY_ANALYSES
 from qlib.config.layers.keys import SCALES
+from qlib.quant.clip_names import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, WEIGHT_CLIPS
 from qlib.quant.spec import MODES
 
 __all__ = ["GROUPS"]

@@ -8,7 +8,7 @@ from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import BEST_BY, OPTIMIZERS
 from qlib.config.flags.kinds import SWITCH, arch, choice, existing_file, real, schedule_file, whole
 from qlib.config.flags.rows.common import EXPORTS
-from qlib.config.values import Interval
+from qlib.values import Interval
 
 __all__ = ["GROUPS"]
 

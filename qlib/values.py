@@ -6,13 +6,16 @@ A flag holds text, YAML holds text, numbers, true and false. Each `Value` says h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from qlib.errors import did_you_mean
 
-__all__ = ["FLAG", "Interval", "Value", "among", "choice", "real", "text", "whole"]
+__all__ = ["FLAG", "FrozenMapping", "Interval", "Value", "among", "choice", "real", "text", "whole"]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -174,3 +177,29 @@ def _true_or_false(word: str) -> bool:
 
 
 FLAG = Value(_flag, "true or false", _true_or_false)
+
+
+class FrozenMapping(Mapping[str, T]):
+    """Text to values, hashable. It equals any mapping of the same items.
+
+    >>> FrozenMapping({"a": 1}), hash(FrozenMapping({"a": 1})) == hash(FrozenMapping({"a": 1}))
+    (FrozenMapping({'a': 1}), True)
+    """
+
+    def __init__(self, items: Mapping[str, T] | None = None) -> None:
+        self._items = dict(items or {})
+
+    def __getitem__(self, key: str) -> T:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._items})"

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlib.config.frozen import FrozenMapping
-from qlib.config.values import Interval
 from qlib.registry import registered
+from qlib.values import FrozenMapping, Interval
 
 __all__ = [
     "CLIP_DEFAULTS",
