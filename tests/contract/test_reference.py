@@ -28,7 +28,7 @@ from qlib.models.resnet_cifar import ResNetCifar
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.stats.stats_file import read_stats
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 ROWS = SHARED / "reference" / "distiller_results.csv"
 STATS = SHARED / "reference" / "resnet20_cifar_stats.yaml"
 CHECKPOINT = SHARED / "checkpoints" / "resnet20_cifar_dense.pth.tar"

@@ -22,7 +22,7 @@ PLACES = {
     "winsorize.py": "correct",
     "sigmoid.py": "lower/ops",
 }
-EXAMPLES = Path(__file__).with_name("one_file")
+EXAMPLES = Path(__file__).resolve().parents[1] / "one_file"
 ROW = '    LayerKind("sigmoid", (nn.Sigmoid,), _BYTES, onnx=("Sigmoid",)),\n'
 DIGITS = ("-a", "digits_cnn", "--pretrained", "--cpu")
 

@@ -21,7 +21,7 @@ from qlib.errors import ConfigError, QlibError
 from qlib.train.lr.formulas import FORMULAS, MOMENTA
 from qlib.train.lr.schedulers import LR_CLASSES, LrScheduler, counts_steps, make_lr_scheduler
 
-PUBLISHED = Path(__file__).with_name("schedules")
+PUBLISHED = Path(__file__).resolve().parents[1] / "schedules"
 BASE = 0.4
 
 

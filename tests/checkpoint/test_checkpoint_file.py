@@ -23,7 +23,7 @@ from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError, OutputError
 from qlib.models import create_model, find_model
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 WEIGHT = {"fc.weight": torch.tensor([[1.0, 2.0]])}
 

@@ -17,9 +17,9 @@ from qlib.config.schedule.timeline import timeline
 from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError
 
-PUBLISHED = Path(__file__).with_name("schedules")
+PUBLISHED = Path(__file__).resolve().parents[1] / "schedules"
 QUANTIZERS, LR_SCHEDULERS = SECTIONS["quantizers"].classes, SECTIONS["lr_schedulers"].classes
-OURS = Path(__file__).resolve().parents[1] / "schedules"
+OURS = Path(__file__).resolve().parents[2] / "schedules"
 
 
 def load(folder: Path, text: str, epochs: int = 100) -> Schedule:

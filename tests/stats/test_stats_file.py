@@ -16,7 +16,7 @@ from qlib.stats.histogram import Histogram
 from qlib.stats.stats_file import check_fingerprint, read_stats, write_stats
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
-SHARED = Path(__file__).resolve().parents[1] / "../shared"
+SHARED = Path(__file__).resolve().parents[2] / "../shared"
 DISTILLER = SHARED / "reference/resnet20_cifar_stats.yaml"
 
 RECORD = TensorStats(

@@ -17,7 +17,7 @@ from qlib.errors import ConfigError
 from qlib.quant.clip_names import CLIP_NAMES, WEIGHT_CLIPS, ClipParameters
 from qlib.yaml_tree import Node, load_yaml
 
-SCHEDULES = Path(__file__).resolve().parents[1] / "schedules"
+SCHEDULES = Path(__file__).resolve().parents[2] / "schedules"
 
 
 def write(folder: Path, text: str) -> Path:

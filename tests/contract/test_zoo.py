@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import whole_path
 from whole_path import Row, check, relative_error

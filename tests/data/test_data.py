@@ -23,7 +23,7 @@ from qlib.data.subset import choose_subset, split_train
 from qlib.errors import DataError
 from qlib.models import create_model, find_model
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
+SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
 
 
