@@ -25,6 +25,7 @@ from qlib.config.layers.resolve import resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import UsageError
 from qlib.graph import FoldedGraph
+from qlib.lower.overflow import fit_int32
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import check_plan, is_plan_file, read_plan, stats_from_plan
@@ -59,8 +60,17 @@ def make_plan(job: Job, folded: FoldedGraph) -> Planned:
     plan = planned.plan
     if job.config.qe.lapq:
         plan = lapq(job, folded.graph, plan, given=given is not None)
-    plan = correct_plan(job, folded, avoid_saturation(job, folded.graph, plan))
-    return replace(planned, plan=_keep_weights(job, folded, plan))
+    plan = correct_plan(job, folded, _fitting(folded, avoid_saturation(job, folded.graph, plan)))
+    return replace(planned, plan=_keep_weights(job, folded, _fitting(folded, plan)))
+
+
+def _fitting(folded: FoldedGraph, plan: Plan) -> Plan:
+    """The plan with weight scales so large that int32 holds every bias and accumulator."""
+    plan, raised = fit_int32(folded.graph, plan)
+    if raised:
+        listed = ", ".join(f"{name} ({count})" for name, count in raised.items())
+        _log.info("Scales of weights raised so that int32 holds their biases, channels by layer: %s", listed)
+    return plan
 
 
 def with_corrections(config: RunConfig) -> RunConfig:
