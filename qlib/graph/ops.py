@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = [
@@ -20,8 +19,6 @@ __all__ = [
     "Move",
     "Mul",
     "Op",
-    "WindowPartition",
-    "WindowReverse",
 ]
 
 
@@ -129,94 +126,29 @@ class Move(Op):
     """Base of the modules that only move values (and may pad with zeros): codes go through them unchanged."""
 
 
-class WindowPartition(Move):
-    """``[N, H, W, C] -> [N * windows, h * w, C]``: pads to whole windows, rolls by `shift`, cuts (Swin, sec. 3.2)."""
+class MaskedSoftmax(Op):
+    """``softmax(x + mask)`` over `dim`: zeros and large negative numbers are added first, where `x` has another shape.
 
-    def __init__(self, window: Sequence[int], shift: Sequence[int]) -> None:
+    `shape` is that of `x` where the mask is added, without its first axis; None: as it is.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, dim: int, shape: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.window, self.shift = tuple(window), tuple(shift)
+        self.dim, self.shape = dim, None if shape is None else tuple(shape)
+        self.register_buffer("mask", mask.detach())
+
+    def masked(self, x: Tensor) -> Tensor:
+        """`x` with the mask added.
+
+        >>> mask = torch.tensor([[0.0, -100.0]])
+        >>> MaskedSoftmax(mask, -1).masked(torch.ones(1, 2))
+        tensor([[  1., -99.]])
+        """
+        if self.shape is None:
+            return x + self.mask
+        return (x.reshape(-1, *self.shape) + self.mask).reshape(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, height, width, channels = x.shape
-        (h, w), (rows, columns) = self.window, window_grid((height, width), self.window)
-        if (rows * h, columns * w) != (height, width):
-            x = F.pad(x, (0, 0, 0, columns * w - width, 0, rows * h - height))
-        shift = effective_shift((height, width), self.window, self.shift)
-        if any(shift):
-            x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
-        x = x.reshape(n, rows, h, columns, w, channels)
-        return x.permute(0, 1, 3, 2, 4, 5).reshape(n * rows * columns, h * w, channels)
-
-
-class WindowReverse(Move):
-    """The inverse of `WindowPartition`; `shape` is that of the tensor that was partitioned."""
-
-    def __init__(self, window: Sequence[int], shift: Sequence[int]) -> None:
-        super().__init__()
-        self.window, self.shift = tuple(window), tuple(shift)
-
-    def forward(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        n, height, width, _ = shape
-        (h, w), (rows, columns) = self.window, window_grid((height, width), self.window)
-        x = x.reshape(n, rows, columns, h, w, -1).permute(0, 1, 3, 2, 4, 5).reshape(n, rows * h, columns * w, -1)
-        shift = effective_shift((height, width), self.window, self.shift)
-        if any(shift):
-            x = torch.roll(x, shift, (1, 2))
-        return x[:, :height, :width, :].contiguous()
-
-
-class MaskedSoftmax(Op):
-    """Softmax of window attention ``[N * windows, heads, P, P]``: positions that the roll brought together are masked.
-
-    The mask adds -100, as Swin does, before the softmax over the last axis.
-    """
-
-    def __init__(self, window: Sequence[int], shift: Sequence[int]) -> None:
-        super().__init__()
-        self.window, self.shift, self.dim = tuple(window), tuple(shift), -1
-
-    def mask(self, shape: Sequence[int], device: torch.device) -> Tensor | None:
-        """``[windows, 1, P, P]`` of 0 and -100, or None where nothing was rolled; `shape` is ``[N, H, W, C]``."""
-        size = (int(shape[1]), int(shape[2]))
-        shift = effective_shift(size, self.window, self.shift)
-        if not any(shift):
-            return None
-        (h, w), (rows, columns) = self.window, window_grid(size, self.window)
-
-        def region(length: int, window: int, moved: int) -> Tensor:
-            position = torch.arange(length, device=device)
-            return (position >= length - window).long() + (position >= length - moved).long() * (moved > 0)
-
-        ids = region(rows * h, h, shift[0])[:, None] * 3 + region(columns * w, w, shift[1])[None, :]
-        ids = ids.view(rows, h, columns, w).permute(0, 2, 1, 3).reshape(rows * columns, h * w)
-        return ((ids[:, None, :] != ids[:, :, None]) * -100.0)[:, None]
-
-    def masked(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        """`x` with the mask added."""
-        mask = self.mask(shape, x.device)
-        if mask is None:
-            return x
-        windows = mask.shape[0]
-        return (x.reshape(-1, windows, *x.shape[1:]) + mask).reshape(x.shape)
-
-    def forward(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        return torch.softmax(self.masked(x, shape), -1)
-
-
-def window_grid(size: Sequence[int], window: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of windows that cover an image of `size`.
-
-    >>> window_grid((14, 15), (7, 7))
-    (2, 3)
-    """
-    return -(-size[0] // window[0]), -(-size[1] // window[1])
-
-
-def effective_shift(size: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> tuple[int, int]:
-    """The shift along each axis; none along an axis that one window covers.
-
-    >>> effective_shift((14, 7), (7, 7), (3, 3))
-    (3, 0)
-    """
-    rows, columns = window_grid(size, window)
-    return (shift[0] if rows > 1 else 0, shift[1] if columns > 1 else 0)
+        return torch.softmax(self.masked(x), self.dim)

@@ -1,0 +1,79 @@
+"""Passes over a graph of modules: factors and masks join the layers that can take them in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from qlib.graph import ops
+from qlib.graph.ir import Graph, attribute, is_constant, is_layer, is_move, layer_inputs
+
+__all__ = ["join_factors", "join_masks"]
+
+_MASKED = -30.0
+"""What is added to mask a score: exp(-30) is below the resolution of float32 beside 1."""
+
+
+def join_factors(graph: Graph) -> None:
+    """A tensor times a number, of which only matrix products read, is those products with a factor."""
+    for node in list(graph.graph.nodes):
+        factor = _factor(graph, node)
+        readers = _readers(graph, node) if factor is not None else []
+        products = [module for module in map(lambda each: _module(graph, each), readers) if isinstance(module, ops.MatMul)]
+        if factor is not None and readers and len(products) == len(readers):
+            for product in products:
+                product.alpha *= factor
+            node.replace_all_uses_with(layer_inputs(node)[0])
+            graph.graph.erase_node(node)
+
+
+def _module(graph: Graph, node: fx.Node) -> nn.Module | None:
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _factor(graph: Graph, node: fx.Node) -> float | None:
+    """The number that a node multiplies its input with."""
+    module = _module(graph, node)
+    if isinstance(module, ops.Function) and module.function in (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar):
+        value = module.args[1]
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, ops.Function.Slot) else None
+    if isinstance(module, ops.Function) and module.function in (torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar):
+        value = module.args[1]
+        return 1 / float(value) if isinstance(value, (int, float)) and not isinstance(value, ops.Function.Slot) else None
+    return None
+
+
+def _readers(graph: Graph, node: fx.Node) -> list[fx.Node]:
+    """The layers that read a tensor, directly or moved."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(graph, user) if user.op != "output" and is_move(graph, user) else [user]
+    return found
+
+
+def join_masks(graph: Graph) -> None:
+    """A constant of zeros and large negative numbers, added before a softmax, is a mask of that softmax."""
+    for node in list(graph.graph.nodes):
+        module = _module(graph, node)
+        if isinstance(module, nn.Softmax) and (added := _added_mask(graph, layer_inputs(node)[0])):
+            add, scores, mask = added
+            shape = None if add.meta["shape"] == node.meta["shape"] else add.meta["shape"][1:]
+            assert module.dim is not None
+            graph.add_submodule(str(node.target), ops.MaskedSoftmax(mask, module.dim, shape).eval())
+            add.replace_all_uses_with(scores)
+            graph.graph.erase_node(add)
+
+
+def _added_mask(graph: Graph, source: fx.Node) -> tuple[fx.Node, fx.Node, Tensor] | None:
+    """The addition, the scores and the mask that a softmax reads, through moves."""
+    while source.target is torch.reshape and len(source.users) == 1:
+        source = layer_inputs(source)[0]
+    if not isinstance(_module(graph, source), ops.Add) or len(source.users) != 1 or not is_layer(graph, source):
+        return None
+    scores, mask = layer_inputs(source)
+    if is_constant(scores):
+        scores, mask = mask, scores
+    if not is_constant(mask):
+        return None
+    value = attribute(graph, mask)
+    return (source, scores, value) if bool(((value == 0) | (value <= _MASKED)).all()) and bool((value < 0).any()) else None

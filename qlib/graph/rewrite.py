@@ -1,0 +1,310 @@
+"""An exported program -> the normal form of a graph: every op that changes values is a module with a stable name."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qlib.graph import ops
+from qlib.graph.aten import arguments_of, is_move, layer_of
+from qlib.graph.ir import Graph
+from qlib.graph.names import name_ops, op_of
+from qlib.graph.trace import Trace
+
+__all__ = ["rewrite"]
+
+
+def rewrite(trace: Trace, model: nn.Module, batch: int, *, share: bool) -> Graph:
+    """The graph of modules that computes what the program computes.
+
+    With `share` the modules hold the model's own tensors, else copies. `batch` is the number of images of the shapes
+    that the nodes' meta tells.
+    """
+    return _Rewriter(trace, model, batch, share).run()
+
+
+def depends_on(graph: fx.Graph, images: fx.Node) -> frozenset[fx.Node]:
+    """The nodes whose values depend on the images, or on how many there are."""
+    found = {images}
+    for node in graph.nodes:
+        if node not in found and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def constant_values(trace: Trace, depending: frozenset[fx.Node]) -> dict[fx.Node, Any]:
+    """The values of all other nodes, computed in order, as ops may write into what others made."""
+    values: dict[fx.Node, Any] = {node: value.detach() for node, value in trace.tensors.items()}
+    if any(str(node.target).partition(".default")[0].endswith("_") for node in trace.graph.graph.nodes):
+        values = {node: value.clone() for node, value in values.items()}
+    with torch.no_grad():
+        for node in trace.graph.graph.nodes:
+            if node.op == "call_function" and node not in depending:
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda each: values[each])
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values
+
+
+class _Rewriter:
+    def __init__(self, trace: Trace, model: nn.Module, batch: int, share: bool) -> None:
+        self.trace, self.model, self.batch, self.share = trace, model, batch, share
+        self.depending = depends_on(trace.graph.graph, trace.images)
+        self.values = constant_values(trace, self.depending)
+        layers = [n for n in trace.graph.graph.nodes if n.op == "call_function" and n in self.depending and _tensor(n)]
+        moves = frozenset(node for node in layers if self._moves(node))
+        self.names = name_ops(layers, model, trace.paths, moves)
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, Any] = {}
+        self.copies: dict[int, Tensor] = {}
+        self.constants: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> Graph:
+        for node in self.trace.graph.graph.nodes:
+            if node is self.trace.images:
+                self.new[node] = self._noted(self.graph.placeholder("x"), node, "x")
+            elif node.op == "output":
+                (logits,) = node.args[0]
+                self.graph.output(self.new[logits]).meta |= {"name": "output", "tensor": True}
+            elif node in self.depending:
+                self.new[node] = self._op(node)
+        graph = fx.GraphModule(self.root, self.graph)
+        graph.eval()
+        return graph
+
+    def _noted(self, new: fx.Node, old: fx.Node, name: str) -> fx.Node:
+        new.meta["name"], new.meta["tensor"] = name, _tensor(old)
+        value = old.meta.get("val")
+        if isinstance(value, Tensor):
+            new.meta["shape"] = tuple(self._number(size) for size in value.shape)
+            new.meta["dtype"] = value.dtype
+        new.stack_trace = old.meta.get("stack_trace") or old.stack_trace
+        return new
+
+    def _number(self, size: Any) -> int:
+        """A dimension with as many images as the example has."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        return int(expression.subs({symbol: self.batch for symbol in expression.free_symbols}))
+
+    def _moves(self, node: fx.Node) -> bool:
+        if op_of(node) == "cat":  # of parts of one tensor: they have one grid
+            sources = {self._origin(each) for each in node.args[0]}  # type: ignore[union-attr]
+            return len(node.args[0]) > 1 and len(sources) == 1 and all(each in self.depending for each in sources)
+        return is_move(node)
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        while node.op == "call_function" and is_move(node):
+            node = node.all_input_nodes[0]
+        return node
+
+    def _op(self, node: fx.Node) -> fx.Node:
+        if not _tensor(node):
+            return self._noted(self._call(node, node.target), node, node.name)  # how many images there are
+        if node in self.names:
+            return self._layer(node)
+        return self._move(node)
+
+    def _call(self, node: fx.Node, target: Any) -> fx.Node:
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._input)
+        return self.graph.call_function(target, args, kwargs)
+
+    def _input(self, node: fx.Node) -> Any:
+        """What stands for a node of the program: a node, or the plain value of a constant that is none."""
+        if node in self.new:
+            return self.new[node]
+        value = self.values[node]
+        return self._constant(node, value) if isinstance(value, Tensor) else value
+
+    def _constant(self, node: fx.Node, value: Tensor) -> fx.Node:
+        if node not in self.constants:
+            own = self.trace.tensors.get(node)
+            target = f"constant_{node.name}"
+            self.root.register_buffer(target, self._owned(own if own is not None else value))
+            new = self._noted(self.graph.get_attr(target), node, self.trace.paths.get(node) or target)
+            new.meta["constant"] = True
+            self.constants[node] = new
+        return self.constants[node]
+
+    def _owned(self, value: Tensor) -> Tensor:
+        """The tensor itself, or its copy: one for each."""
+        if self.share:
+            return value
+        if id(value) not in self.copies:
+            copy = value.detach().clone()
+            self.copies[id(value)] = (
+                nn.Parameter(copy, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else copy
+            )
+        return self.copies[id(value)]
+
+    def _layer(self, node: fx.Node) -> fx.Node:
+        given = arguments_of(node) if hasattr(node.target, "_schema") else {}
+        name = self.names[node]
+        built = layer_of(op_of(node), {key: self._weight(value) for key, value in given.items()}, self._shape(node))
+        module, inputs = built if built is not None else self._function(node)
+        target = self._free_target(name)
+        self.root.add_module(target, module.eval()) if "." not in target else _add(self.root, target, module.eval())
+        new = self.graph.call_module(target, tuple(self._operand(each, node) for each in inputs))
+        return self._noted(new, node, name)
+
+    def _weight(self, value: Any) -> Any:
+        """A tensor of the model in the place of its node; other nodes stay what they are."""
+        if isinstance(value, fx.Node) and value not in self.depending:
+            own = self.trace.tensors.get(value)
+            found = own if own is not None else self.values[value]
+            return self._owned(found) if isinstance(found, Tensor) else found
+        return value
+
+    def _operand(self, value: Any, node: fx.Node) -> fx.Node:
+        if isinstance(value, fx.Node):
+            return self.new[value] if value in self.new else self._constant(value, self.values[value])
+        for source in node.all_input_nodes:
+            if source not in self.depending and self._weight(source) is value:
+                return self._constant(source, self.values[source])
+        raise AssertionError(f"{node} has an input that is no node")
+
+    def _shape(self, node: fx.Node) -> tuple[int, ...]:
+        value = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
+        return tuple(self._number(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+    def _function(self, node: fx.Node) -> tuple[nn.Module, list[Any]]:
+        """An op without a module of its own, computed in float; what the model holds becomes its buffers."""
+        inputs: list[fx.Node] = []
+        constants: list[Tensor] = []
+
+        def slot(each: fx.Node) -> Any:
+            if each in self.depending:
+                inputs.append(each)
+                return ops.Function.Slot(len(inputs) - 1)
+            value = self._weight(each)
+            if not isinstance(value, Tensor):
+                return value
+            constants.append(value)
+            return ops.Function.Slot(-len(constants))
+
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), slot)
+        return ops.Function(_functional(node), args, kwargs, constants), inputs
+
+    def _free_target(self, name: str) -> str:
+        target, suffix = name, 0
+        prefixes = {each for each in self.names.values() if each.startswith(f"{name}.")}
+        while _exists(self.root, target) or (prefixes and target == name):
+            suffix += 1
+            target = f"{name}_{suffix}"
+        return target
+
+    def _move(self, node: fx.Node) -> fx.Node:
+        op = op_of(node)
+        given = arguments_of(node) if hasattr(node.target, "_schema") else {}
+        rule = _MOVES.get(op)
+        if rule is not None:
+            target, args = rule(given, self._input)
+            new = self.graph.call_function(target, tuple(fx.node.map_arg(args, self._input)))
+        else:
+            new = self._call(node, node.target)
+        return self._noted(new, node, node.name)
+
+
+def _sizes(sizes: Any) -> list[Any]:
+    """Where how many images there are is the one unknown of a shape, -1 stands for it."""
+    unknown = [size for size in sizes if isinstance(size, fx.Node)]
+    if len(unknown) == 1 and -1 not in [size for size in sizes if isinstance(size, int)]:
+        return [-1 if isinstance(size, fx.Node) else size for size in sizes]
+    return list(sizes)
+
+
+def _reshape(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
+    return torch.reshape, (given["self"], _sizes(given.get("size", given.get("shape"))))
+
+
+def _reshape_as(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
+    shape = list(given["other"].meta["val"].shape)
+    if all(isinstance(size, int) for size in shape[1:]):
+        return torch.reshape, (given["self"], [-1, *shape[1:]])
+    return torch.Tensor.reshape_as, (given["self"], given["other"])
+
+
+def _slice(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
+    start, end = given["start"], given["end"]
+    end = None if isinstance(end, int) and end >= 2**62 else end
+    part = slice(start, end, None if given["step"] == 1 else given["step"])
+    dim = given["dim"]
+    return operator.getitem, (given["self"], (*[slice(None)] * dim, part) if dim >= 0 else (..., part, *[slice(None)] * (-dim - 1)))
+
+
+def _index(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
+    return operator.getitem, (given["self"], tuple(slice(None) if each is None else each for each in given["indices"]))
+
+
+def _same(function: Any, *names: str) -> Callable[[dict[str, Any], Any], tuple[Any, tuple[Any, ...]]]:
+    return lambda given, _: (function, tuple(given[name] for name in names))
+
+
+_MOVES: Mapping[str, Callable[[dict[str, Any], Any], tuple[Any, tuple[Any, ...]]]] = {
+    "view": _reshape,
+    "reshape": _reshape,
+    "_unsafe_view": _reshape,
+    "reshape_as": _reshape_as,
+    "view_as": _reshape_as,
+    "permute": _same(torch.permute, "self", "dims"),
+    "flatten": _same(torch.flatten, "self", "start_dim", "end_dim"),
+    "unsqueeze": _same(torch.unsqueeze, "self", "dim"),
+    "unbind": _same(torch.unbind, "self", "dim"),
+    "select": _same(torch.select, "self", "dim", "index"),
+    "roll": _same(torch.roll, "self", "shifts", "dims"),
+    "chunk": _same(torch.chunk, "self", "chunks", "dim"),
+    "split": _same(torch.split, "self", "split_size", "dim"),
+    "split_with_sizes": _same(torch.split, "self", "split_sizes", "dim"),
+    "unflatten": _same(torch.unflatten, "self", "dim", "sizes"),
+    "pad": _same(F.pad, "self", "pad"),
+    "constant_pad_nd": _same(F.pad, "self", "pad"),
+    "pixel_shuffle": _same(torch.pixel_shuffle, "self", "upscale_factor"),
+    "pixel_unshuffle": _same(torch.pixel_unshuffle, "self", "downscale_factor"),
+    "channel_shuffle": _same(torch.channel_shuffle, "self", "groups"),
+    "cat": _same(torch.cat, "tensors", "dim"),
+    "slice": _slice,
+    "index": _index,
+}
+
+
+def _tensor(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and all(isinstance(v, Tensor) for v in value))
+
+
+def _functional(node: fx.Node) -> Callable[..., Any]:
+    """The op itself, or for one that works in place the one that does not."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        assert callable(node.target)
+        return node.target
+    packet = getattr(torch.ops.aten, schema.name.rpartition("::")[2].rstrip("_"))
+    found: Callable[..., Any] = getattr(packet, node.target._overloadname)  # type: ignore[union-attr]
+    return found
+
+
+def _exists(root: nn.Module, target: str) -> bool:
+    try:
+        root.get_submodule(target)
+    except AttributeError:
+        parent, _, last = target.rpartition(".")
+        try:
+            return hasattr(root.get_submodule(parent), last)
+        except AttributeError:
+            return False
+    return True
+
+
+def _add(root: nn.Module, target: str, module: nn.Module) -> None:
+    *path, last = target.split(".")
+    for part in path:
+        if not isinstance(getattr(root, part, None), nn.Module):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(last, module)

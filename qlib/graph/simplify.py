@@ -1,0 +1,168 @@
+"""Passes over an exported program: what does nothing goes, and attention comes apart into products and a softmax."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qlib.graph.aten import arguments_of, is_move
+from qlib.graph.names import op_of
+from qlib.graph.trace import Trace
+
+__all__ = ["simplify"]
+
+aten = torch.ops.aten
+
+_IDENTITIES = frozenset("detach alias lift_fresh_copy contiguous".split())
+_DROPOUTS = frozenset("dropout alpha_dropout feature_dropout feature_alpha_dropout".split())
+
+
+def simplify(trace: Trace) -> Trace:
+    """The program without identities, in ops that have integer forms. Its graph is changed in place."""
+    graph = trace.graph.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _drop(graph, node)
+    for node in list(graph.nodes):
+        _make_constant(graph, node)
+    tensors, paths = dict(trace.tensors), dict(trace.paths)
+    trace = replace(trace, tensors=tensors, paths=paths)
+    for node in list(graph.nodes):
+        if op_of(node) == "scaled_dot_product_attention":
+            _split_attention(graph, node)
+        elif op_of(node) == "linear":
+            _split_projection(trace, node)
+        elif op_of(node) == "linalg_vector_norm":
+            _join_normalize(graph, node)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+    return trace
+
+
+def _writes(node: fx.Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _drop(graph: fx.Graph, node: fx.Node) -> None:
+    op = op_of(node)
+    if op in ("_assert_tensor_metadata", "_assert_scalar") and not node.users:
+        graph.erase_node(node)
+    elif op in _IDENTITIES | _DROPOUTS or (op in ("to", "_to_copy") and _same(node, "dtype")) or _is_same_pool(node):
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        graph.erase_node(node)
+
+
+_FACTORIES = {"new_zeros": 0, "new_ones": 1, "new_full": None}
+
+
+def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
+    """A tensor of a fixed shape that takes only its type from another one does not depend on the images."""
+    op = op_of(node)
+    if op not in _FACTORIES or any(isinstance(size, fx.Node) for size in node.args[1]):  # type: ignore[union-attr]
+        return
+    value = node.args[2] if op == "new_full" else _FACTORIES[op]
+    made = _insert(graph, node, aten.full.default, list(node.args[1]), value)  # type: ignore[arg-type]
+    made.kwargs = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
+    made.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _is_same_pool(node: fx.Node) -> bool:
+    """An adaptive pool whose output has the size of its input does nothing (VGG and AlexNet at 224 x 224)."""
+    return op_of(node) == "adaptive_avg_pool2d" and _same(node, "shape") and node.meta["val"].shape[-1] > 1
+
+
+def _same(node: fx.Node, what: str) -> bool:
+    before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and getattr(before, what) == getattr(after, what)
+
+
+def _insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    """A new op before `like`, which belongs to the same module of the model."""
+    with graph.inserting_before(like):
+        node = graph.call_function(target, args)
+    node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+    values = fx.node.map_arg(args, lambda each: each.meta["val"])
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = target(*values)
+    return node
+
+
+def _split_attention(graph: fx.Graph, node: fx.Node) -> None:
+    """``softmax(q k^T / sqrt(d) + mask) v``: a product, a softmax, a product (Vaswani et al. 2017, section 3.2.1)."""
+    given = arguments_of(node)
+    query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
+    if given["is_causal"] or given.get("enable_gqa") or given["dropout_p"]:
+        return
+    scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(query.meta["val"].shape[-1])
+    scaled = _insert(graph, node, aten.mul.Tensor, query, float(scale))
+    turned = _insert(graph, node, aten.transpose.int, key, -2, -1)
+    scores = _insert(graph, node, aten.matmul.default, scaled, turned)
+    if mask is not None:
+        masked = aten.masked_fill.Scalar if mask.meta["val"].dtype == torch.bool else aten.add.Tensor
+        if masked is aten.masked_fill.Scalar:
+            scores = _insert(graph, node, masked, scores, _insert(graph, node, aten.logical_not.default, mask), -math.inf)
+        else:
+            scores = _insert(graph, node, masked, scores, mask)
+    weights = _insert(graph, node, aten.softmax.int, scores, -1)
+    node.replace_all_uses_with(_insert(graph, node, aten.matmul.default, weights, value))
+    graph.erase_node(node)
+
+
+def _split_projection(trace: Trace, node: fx.Node) -> None:
+    """The packed projection of `nn.MultiheadAttention` as three linear layers: ``q_proj``, ``k_proj``, ``v_proj``."""
+    graph, given = trace.graph.graph, arguments_of(node)
+    weight, bias = given["weight"], given["bias"]
+    if not trace.paths.get(weight, "").rpartition(".")[2] == "in_proj_weight":
+        return
+    parts = [user for user in _through_moves(node) if op_of(user) == "select"]
+    if len(parts) != 3 or any(part.args[1] != 0 for part in parts):
+        return
+    owner = trace.paths[weight].removesuffix("in_proj_weight")
+    for index, letter in enumerate("qkv"):
+        tensors = [_part(trace, tensor, index, f"{owner}{letter}_proj") for tensor in (weight, bias) if tensor]
+        part = next(each for each in parts if each.args[2] == index)
+        part.replace_all_uses_with(_insert(graph, part, aten.linear.default, given["input"], *tensors))
+
+
+def _through_moves(node: fx.Node) -> list[fx.Node]:
+    """Where a tensor goes: the first ops that take parts of it, behind others that move it."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += [user] if op_of(user) == "select" or not is_move(user) else _through_moves(user)
+    return found
+
+
+def _part(trace: Trace, tensor: fx.Node, index: int, layer: str) -> fx.Node:
+    """A third of a packed weight or bias, in the same memory, as if it were the model's own."""
+    whole = trace.tensors[tensor]
+    part = whole.detach().chunk(3)[index]
+    graph = trace.graph.graph
+    with graph.inserting_before(tensor):
+        node = graph.placeholder(f"{tensor.name}_{index}")
+    with tensor.meta["val"].fake_mode:
+        node.meta["val"] = tensor.meta["val"].chunk(3)[index]
+    trace.tensors[node] = nn.Parameter(part, requires_grad=whole.requires_grad)
+    trace.paths[node] = f"{layer}.{'weight' if whole.ndim == 2 else 'bias'}"
+    return node
+
+
+def _join_normalize(graph: fx.Graph, node: fx.Node) -> None:
+    """``x / max(|x|, eps)`` as the one function that the model calls."""
+    given = arguments_of(node)
+    source, dims = given["self"], given["dim"]
+    (clamp,) = node.users if len(node.users) == 1 else (None,)
+    if clamp is None or op_of(clamp) != "clamp_min" or len(clamp.users) != 1 or not given["keepdim"]:
+        return
+    (last,) = clamp.users
+    if op_of(last) == "expand_as" and len(last.users) == 1:
+        (last,) = last.users
+    if op_of(last) != "div" or last.args[0] is not source or not dims or len(dims) != 1:
+        return
+    joined = _insert(graph, last, F.normalize, source, float(given["ord"]), dims[0], float(clamp.args[1]))
+    last.replace_all_uses_with(joined)
