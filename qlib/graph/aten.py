@@ -165,6 +165,10 @@ def _activation(make: Callable[..., nn.Module], **options: str) -> Callable[[Arg
     return build
 
 
+def _dropout(kind: type[nn.Module]) -> Callable[[Arguments, Sequence[int]], Layer | None]:
+    return lambda given, _: (kind(float(given["p"])), [given["input"]])
+
+
 def _hardtanh(given: Arguments, _: Sequence[int]) -> Layer | None:
     ends = given["min_val"], given["max_val"]
     return (nn.ReLU6() if ends == (0, 6) else nn.Hardtanh(*map(float, ends))), [given["self"]]
@@ -262,6 +266,10 @@ _BUILDERS: dict[str, Callable[[Arguments, Sequence[int]], Layer | None]] = {
     "leaky_relu": _activation(nn.LeakyReLU, negative_slope="negative_slope"),
     "hardswish": _activation(nn.Hardswish),
     "hardsigmoid": _activation(nn.Hardsigmoid),
+    "dropout": _dropout(nn.Dropout),
+    "alpha_dropout": _dropout(nn.AlphaDropout),
+    "feature_dropout": _dropout(nn.Dropout2d),
+    "feature_alpha_dropout": _dropout(nn.FeatureAlphaDropout),
     "softplus": _activation(nn.Softplus, beta="beta", threshold="threshold"),
     "mish": _activation(nn.Mish),
     "add": _binary(ops.Add),

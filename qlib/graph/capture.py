@@ -26,7 +26,7 @@ def capture(model: nn.Module, example: Tensor, *, share: bool = False) -> Graph:
 
     Raises ModelError, naming the place, where the model cannot be exported.
     """
-    graph = rewrite(simplify(trace(model, example)), model, len(example), share=share)
+    graph = rewrite(simplify(trace(model, example), dropouts=share), model, len(example), share=share)
     join_factors(graph)
     join_masks(graph)
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))

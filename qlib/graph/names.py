@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
-__all__ = ["NORMED_BY", "name_ops", "op_of", "owner_of"]
+__all__ = ["DROPOUTS", "NORMED_BY", "name_ops", "op_of", "owner_of"]
 
 NORMED_BY = {"batch_norm": 3}
 """Ops that are named by another argument than their second, the weight: the position of that one."""
@@ -19,6 +19,9 @@ _WEIGHTED = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm group_norm".split()
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)
+DROPOUTS = frozenset("dropout alpha_dropout feature_dropout feature_alpha_dropout".split())
+"""Ops that do nothing in evaluation; they do not count as the op of a module, so that names are those of evaluation."""
+
 _SPELLED = {"bmm": "matmul", "true_divide": "div"}
 
 
@@ -50,7 +53,7 @@ def name_ops(
     ops = list(ops)
     modules = dict(model.named_modules(remove_duplicate=False))
     first = {id(module): path for path, module in reversed(modules.items())}
-    alone = Counter(owner_of(node) for node in ops)
+    alone = Counter(owner_of(node) for node in ops if op_of(node) not in DROPOUTS)
     names: dict[fx.Node, str] = {}
     taken: set[str] = set()
     for node in ops:
@@ -84,7 +87,8 @@ def _name(
     if module is not None and owner:
         owner = first[id(module)]
         plain = type(module).__module__.startswith("torch.nn.") and not isinstance(module, _CONTAINERS)
-        bare = alone[owner_of(node)] == 1 and not any(module.children()) and not module.state_dict()
+        only = alone[owner_of(node)] == (op not in DROPOUTS)
+        bare = only and not any(module.children()) and not module.state_dict()
         if plain or bare:
             return owner
     return f"{owner}.{op}" if owner else op

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torchvision.ops import StochasticDepth
 
 from qlib.graph import ops
 from qlib.graph.aten import arguments_of, is_move, layer_of
 from qlib.graph.ir import Graph
-from qlib.graph.names import name_ops, op_of
-from qlib.graph.trace import Trace
+from qlib.graph.names import DROPOUTS, name_ops, op_of, owner_of
+from qlib.graph.trace import DROP_PATHS, Trace
 
 __all__ = ["rewrite"]
 
@@ -148,10 +149,22 @@ class _Rewriter:
         name = self.names[node]
         built = layer_of(op_of(node), {key: self._weight(value) for key, value in given.items()}, self._shape(node))
         module, inputs = built if built is not None else self._function(node)
+        if op_of(node) in DROPOUTS and (path := self._drop_path(node)) is not None:
+            module = path
         target = self._free_target(name)
         self.root.add_module(target, module.eval()) if "." not in target else _add(self.root, target, module.eval())
         new = self.graph.call_module(target, tuple(self._operand(each, node) for each in inputs))
         return self._noted(new, node, name)
+
+    def _drop_path(self, node: fx.Node) -> nn.Module | None:
+        """Stochastic depth, where a dropout stands for it."""
+        try:
+            owner = self.model.get_submodule(owner_of(node))
+        except AttributeError:
+            return None
+        if type(owner).__name__ not in DROP_PATHS:
+            return None
+        return StochasticDepth(float(node.args[1]), str(getattr(owner, "mode", "row")))  # type: ignore[arg-type]
 
     def _weight(self, value: Any) -> Any:
         """A tensor of the model in the place of its node; other nodes stay what they are."""

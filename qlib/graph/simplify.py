@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qlib.graph.aten import arguments_of, is_move
-from qlib.graph.names import op_of
+from qlib.graph.names import DROPOUTS, op_of
 from qlib.graph.trace import Trace
 
 __all__ = ["simplify"]
@@ -19,14 +19,17 @@ __all__ = ["simplify"]
 aten = torch.ops.aten
 
 _IDENTITIES = frozenset("detach alias lift_fresh_copy contiguous".split())
-_DROPOUTS = frozenset("dropout alpha_dropout feature_dropout feature_alpha_dropout".split())
 
 
-def simplify(trace: Trace) -> Trace:
-    """The program without identities, in ops that have integer forms. Its graph is changed in place."""
+def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
+    """The program without identities, in ops that have integer forms; with `dropouts` those stay, to train.
+
+    Its graph is changed in place.
+    """
     graph = trace.graph.graph
+    kept = frozenset[str]() if not dropouts else DROPOUTS
     for node in list(graph.nodes):
-        if node.op == "call_function":
+        if node.op == "call_function" and not (op_of(node) in kept and node.args[1]):
             _drop(graph, node)
     for node in list(graph.nodes):
         _make_constant(graph, node)
@@ -51,7 +54,7 @@ def _drop(graph: fx.Graph, node: fx.Node) -> None:
     op = op_of(node)
     if op in ("_assert_tensor_metadata", "_assert_scalar") and not node.users:
         graph.erase_node(node)
-    elif op in _IDENTITIES | _DROPOUTS or (op in ("to", "_to_copy") and _same(node, "dtype")) or _is_same_pool(node):
+    elif op in _IDENTITIES | DROPOUTS or (op in ("to", "_to_copy") and _same(node, "dtype")) or _is_same_pool(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
 

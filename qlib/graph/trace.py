@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from torch.export import Dim, ExportedProgram, export
 
 from qlib.errors import ModelError
 
-__all__ = ["Trace", "trace"]
+__all__ = ["DROP_PATHS", "Trace", "trace"]
 
-_DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
+DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
+"""Classes of stochastic depth: torchvision's, and what others call it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +44,68 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     Raises:
         ModelError: the model cannot be exported, with the reason and the line of its source.
     """
+    _check_inputs(model)
     images = example[:1].expand(2, *example.shape[1:])  # a batch of one would be taken for a constant
     with _evaluating(model), _quiet():
         program = _exported(model, images)
+        _inline(program.graph_module)
+        if _writes_into_views(program):
+            program = program.run_decompositions({})
+            _inline(program.graph_module)
     return _read(model, program)
+
+
+def _check_inputs(model: nn.Module) -> None:
+    """A model of images takes one tensor."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [each.name for each in parameters if each.default is each.empty and each.kind in positional]
+    takes_any = any(each.kind is inspect.Parameter.VAR_POSITIONAL or each.kind in positional for each in parameters)
+    if len(needed) > 1 or not takes_any:
+        found = f"{len(needed)} inputs ({', '.join(needed)})" if needed else "no input"
+        raise ModelError(
+            f"the forward method of {type(model).__name__} takes {found}; images are one: wrap the model in a module"
+            " whose forward method takes them alone"
+        )
+
+
+def _inline(graph: fx.GraphModule) -> None:
+    """Puts what runs under `torch.no_grad` or autocast, which torch.export sets apart, back into its place."""
+    for node in list(graph.graph.nodes):
+        wrapped = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"), None)
+        if wrapped is None or not str(node.target).startswith("wrap_with_"):
+            continue
+        inner = getattr(graph, str(wrapped.target))
+        _inline(inner)
+        operands = node.args[node.args.index(wrapped) + 1 :]
+        places = inner.graph.find_nodes(op="placeholder")
+        with graph.graph.inserting_before(node):
+            outputs: Any = graph.graph.graph_copy(inner.graph, dict(zip(places, operands, strict=True)))
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+
+
+def _writes_into_views(program: ExportedProgram) -> bool:
+    """Whether an op changes a part of a tensor that depends on the images, in place."""
+    own = {*program.graph_signature.user_inputs}
+    depending: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in own or any(source in depending for source in node.all_input_nodes):
+            depending.add(node)
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
+                if _views(node.args[0]):
+                    return True
+    return False
+
+
+def _views(node: fx.Node) -> bool:
+    """Whether a tensor lies in the memory of another one."""
+    schema = getattr(node.target, "_schema", None)
+    aliases = schema is not None and not schema.is_mutable and any(each.alias_info for each in schema.returns)
+    return aliases or getattr(node.target, "__name__", "") == "getitem"
 
 
 def _exported(model: nn.Module, images: Tensor) -> ExportedProgram:
@@ -70,7 +130,7 @@ def _one_line(error: BaseException) -> str:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, its stochastic depth as dropout."""
     modes = {module: module.training for module in model.modules()}
-    drops = [module for module in modes if type(module).__name__ in _DROP_PATHS]
+    drops = [module for module in modes if type(module).__name__ in DROP_PATHS]
     model.eval()
     try:
         for module in drops:
