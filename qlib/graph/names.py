@@ -83,6 +83,8 @@ def _name(
         path = paths.get(tensor, "") if isinstance(tensor, fx.Node) else ""
         if path:
             return path.rpartition(".")[0] or op
+        if isinstance(modules.get(owner), (nn.modules.conv._ConvNd, nn.Linear)):  # its weight is computed from others
+            return first[id(modules[owner])]
     module = modules.get(owner)
     if module is not None and owner:
         owner = first[id(module)]

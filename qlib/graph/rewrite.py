@@ -15,7 +15,7 @@ from qlib.graph import ops
 from qlib.graph.aten import arguments_of, is_move, layer_of
 from qlib.graph.ir import Graph
 from qlib.graph.names import DROPOUTS, name_ops, op_of, owner_of
-from qlib.graph.trace import DROP_PATHS, Trace
+from qlib.graph.trace import DROP_PATHS, Trace, is_fixed
 
 __all__ = ["rewrite"]
 
@@ -82,15 +82,20 @@ class _Rewriter:
         new.meta["name"], new.meta["tensor"] = name, _tensor(old)
         value = old.meta.get("val")
         if isinstance(value, Tensor):
-            new.meta["shape"] = tuple(self._number(size) for size in value.shape)
+            new.meta["shape"] = self._sizes(old)
             new.meta["dtype"] = value.dtype
         new.stack_trace = old.meta.get("stack_trace") or old.stack_trace
         return new
 
-    def _number(self, size: Any) -> int:
-        """A dimension with as many images as the example has."""
-        if isinstance(size, int):
-            return size
+    def _sizes(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of a node's tensor for as many images as the example has."""
+        shape = node.meta["val"].shape
+        more = node.meta["more"].shape if isinstance(node.meta.get("more"), Tensor) else shape
+        return tuple(self._number(size, other) for size, other in zip(shape, more, strict=True))
+
+    def _number(self, size: Any, more: Any) -> int:
+        if is_fixed(size):
+            return int(size) + (int(more) - int(size)) * (self.batch - 2)  # `more` is that of three images, this of two
         expression = size.node.expr
         return int(expression.subs({symbol: self.batch for symbol in expression.free_symbols}))
 
@@ -183,8 +188,8 @@ class _Rewriter:
         raise AssertionError(f"{node} has an input that is no node")
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        value = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
-        return tuple(self._number(size) for size in value.shape) if isinstance(value, Tensor) else ()
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        return self._sizes(source) if source is not None and isinstance(source.meta.get("val"), Tensor) else ()
 
     def _function(self, node: fx.Node) -> tuple[nn.Module, list[Any]]:
         """An op without a module of its own, computed in float; what the model holds becomes its buffers."""

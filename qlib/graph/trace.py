@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from qlib.errors import ModelError
 
-__all__ = ["DROP_PATHS", "Trace", "trace"]
+__all__ = ["DROP_PATHS", "Trace", "is_fixed", "trace"]
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
 """Classes of stochastic depth: torchvision's, and what others call it."""
@@ -26,8 +27,8 @@ DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
 class Trace:
     """An exported program: `graph` of ATen ops whose placeholders are the model's tensors and one batch of images.
 
-    `tensors`: placeholder -> the model's own tensor, `paths`: placeholder -> its path in the model, "" for a tensor that
-    is no parameter or buffer. `images` is the placeholder of the batch.
+    `tensors`: placeholder -> the model's own tensor, `paths`: placeholder -> its path in the model, "" for a tensor
+    that is no parameter or buffer. `images` is the placeholder of the batch.
     """
 
     graph: fx.GraphModule
@@ -95,9 +96,8 @@ def _writes_into_views(program: ExportedProgram) -> bool:
         if node.name in own or any(source in depending for source in node.all_input_nodes):
             depending.add(node)
             schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node):
-                if _views(node.args[0]):
-                    return True
+            if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node) and _views(node.args[0]):
+                return True
     return False
 
 
@@ -112,14 +112,72 @@ def _exported(model: nn.Module, images: Tensor) -> ExportedProgram:
     first: Exception | None = None
     for size in (Dim("batch"), Dim.AUTO):
         try:
-            return export(model, (images,), strict=False, dynamic_shapes=({0: size},))
+            program = export(model, (images,), strict=False, dynamic_shapes=({0: size},))
         except Exception as error:  # the model's own code may raise anything
             first = first or error
+            continue
+        if not is_fixed(_images_of(program).meta["val"].shape[0]):
+            return program
+        return _with_any_batch(program, export(model, (torch.cat([images, images[:1]]),), strict=False))
     assert first is not None
     raise ModelError(
         f"the model cannot be captured: {_one_line(first)}; rewrite the forward method without control flow on tensor"
         " values, or put that part into a module of torch.nn"
     ) from first
+
+
+def is_fixed(size: Any) -> bool:
+    """Whether a dimension is the same for any number of images."""
+    return isinstance(size, int) or not size.node.expr.free_symbols
+
+
+def _images_of(program: ExportedProgram) -> fx.Node:
+    (name,) = program.graph_signature.user_inputs
+    return next(node for node in program.graph.nodes if node.name == name)
+
+
+def _with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProgram:
+    """A program for two images made one for any number of them, by comparison with that for three.
+
+    Models that ask for ``len(x)`` or ``int(x.shape[0])`` are exported for one number of images; where a number in the
+    program follows it as ``a * batch + b``, this is written instead. The meta value `more` is that of three images.
+
+    Raises:
+        ModelError: the programs differ in more than such numbers.
+    """
+    images, graph = _images_of(two), two.graph
+    with graph.inserting_after(images):
+        count = graph.call_function(torch.ops.aten.sym_size.int, (images, 0))
+    count.meta["val"] = count.meta["more"] = 2
+
+    def general(mine: Any, theirs: Any, place: fx.Node) -> Any:
+        if isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
+            return [general(a, b, place) for a, b in zip(mine, theirs, strict=True)]
+        if type(mine) is not int or type(theirs) is not int or mine == theirs:
+            return mine
+        factor, rest = theirs - mine, mine - 2 * (theirs - mine)
+        with graph.inserting_before(place):
+            found = count if factor == 1 else _number(graph, operator.mul, count, factor)
+            return found if rest == 0 else _number(graph, operator.add, found, rest)
+
+    mine = [node for node in graph.nodes if node is not count]
+    theirs = list(three.graph.nodes)
+    if [(node.op, str(node.target)) for node in mine] != [(node.op, str(node.target)) for node in theirs]:
+        raise ModelError(
+            "the model cannot be captured: what it computes depends on how many images are in a batch; rewrite the"
+            " forward method so that it does not"
+        )
+    for node, other in zip(mine, theirs, strict=True):
+        node.meta["more"] = other.meta.get("val")
+        if node.op == "call_function":
+            node.args = tuple(general(a, b, node) for a, b in zip(node.args, other.args, strict=True))
+    return two
+
+
+def _number(graph: fx.Graph, function: Any, *args: Any) -> fx.Node:
+    node = graph.call_function(function, args)
+    node.meta["val"] = node.meta["more"] = 0
+    return node
 
 
 def _one_line(error: BaseException) -> str:
