@@ -126,7 +126,9 @@ def test_a_convolution_is_one_however_it_is_spelt(make: object, names: list[str]
     kinds = [kind_of(module) for _, module in layers(graph)]
     assert "conv" in kinds
     assert "linear" in kinds
-    assert "float_op" not in {kind for kind, (_, module) in zip(kinds, layers(graph), strict=True) if isinstance(module, nn.Conv2d)}
+    assert "float_op" not in {
+        kind for kind, (_, module) in zip(kinds, layers(graph), strict=True) if isinstance(module, nn.Conv2d)
+    }
     if names is not None:
         assert [name_of(node) for node, _ in layers(graph)][:2] == names
     with torch.no_grad():
@@ -205,7 +207,7 @@ class NoInput(Net):
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        (OnValues(), "rewrite the forward method without control flow on tensor values"),
+        (OnValues(), r"decides on the values of a tensor, .* at .*test_capture_spellings.py:\d+; rewrite that"),
         (TwoInputs(), r"the forward method of TwoInputs takes 2 inputs \(x, y\); images are one: wrap the model"),
         (NoInput(), "the forward method of NoInput takes no input; images are one: wrap the model"),
     ],

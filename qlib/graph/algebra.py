@@ -19,7 +19,9 @@ def join_factors(graph: Graph) -> None:
     for node in list(graph.graph.nodes):
         factor = _factor(graph, node)
         readers = _readers(graph, node) if factor is not None else []
-        products = [module for module in map(lambda each: _module(graph, each), readers) if isinstance(module, ops.MatMul)]
+        products = [
+            module for module in map(lambda each: _module(graph, each), readers) if isinstance(module, ops.MatMul)
+        ]
         if factor is not None and readers and len(products) == len(readers):
             for product in products:
                 product.alpha *= factor
@@ -39,7 +41,9 @@ def _factor(graph: Graph, node: fx.Node) -> float | None:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, ops.Function.Slot) else None
     if isinstance(module, ops.Function) and module.function in (torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar):
         value = module.args[1]
-        return 1 / float(value) if isinstance(value, (int, float)) and not isinstance(value, ops.Function.Slot) else None
+        return (
+            1 / float(value) if isinstance(value, (int, float)) and not isinstance(value, ops.Function.Slot) else None
+        )
     return None
 
 
@@ -76,4 +80,6 @@ def _added_mask(graph: Graph, source: fx.Node) -> tuple[fx.Node, fx.Node, Tensor
     if not is_constant(mask):
         return None
     value = attribute(graph, mask)
-    return (source, scores, value) if bool(((value == 0) | (value <= _MASKED)).all()) and bool((value < 0).any()) else None
+    return (
+        (source, scores, value) if bool(((value == 0) | (value <= _MASKED)).all()) and bool((value < 0).any()) else None
+    )

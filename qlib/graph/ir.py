@@ -17,7 +17,6 @@ from torch import fx, nn
 from qlib.graph.kinds import layer_kind
 
 __all__ = [
-    "MOVES",
     "Graph",
     "attribute",
     "is_constant",
@@ -33,14 +32,6 @@ __all__ = [
 ]
 
 Graph = fx.GraphModule
-
-_MOVES = (
-    "view reshape flatten permute transpose contiguous chunk split getitem unsqueeze squeeze expand swapaxes pad roll"
-    " unbind clone narrow movedim expand_as view_as t tile repeat detach _patch_merging_pad channel_shuffle"
-    " pixel_shuffle pixel_unshuffle swapdims unflatten flip select"
-)
-MOVES = frozenset(_MOVES.split())
-"""Names of the functions and methods that only move values (or pad with zeros): codes go through them unchanged."""
 
 
 def name_of(node: fx.Node) -> str:

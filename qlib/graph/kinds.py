@@ -107,7 +107,6 @@ def _plain_softmax(module: nn.Module) -> bool:
     return isinstance(module, nn.Softmax) and module.dim == -1
 
 
-_MOVES = (ops.Move, nn.Flatten, nn.Unflatten, nn.ChannelShuffle, nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d)
 _WIDE, _BYTES = 16, 8
 
 _ROWS = (
@@ -168,7 +167,7 @@ _ROWS = (
         and_if=", over the last axis, without a mask",
         onnx=("Softmax",),
     ),
-    LayerKind("move", (*_MOVES, *DROPOUTS), keeps_grid=True, moves=True),  # a graph that trains has dropouts
+    LayerKind("move", DROPOUTS, keeps_grid=True, moves=True),  # of a graph that trains
     LayerKind("float_op", (nn.Module,), fuses_relu=True, onnx=("Sigmoid", "LeakyRelu")),
 )
 
@@ -187,7 +186,7 @@ def layer_kind(module: nn.Module) -> LayerKind:
 def kind_of(module: nn.Module) -> str:
     """The name of a module's kind.
 
-    >>> kind_of(nn.Conv2d(1, 1, 1)), kind_of(nn.GELU()), kind_of(nn.Flatten())
+    >>> kind_of(nn.Conv2d(1, 1, 1)), kind_of(nn.GELU()), kind_of(nn.Dropout())
     ('conv', 'float_op', 'move')
     """
     return layer_kind(module).name

@@ -16,7 +16,6 @@ __all__ = [
     "GlobalAvgPool",
     "MaskedSoftmax",
     "MatMul",
-    "Move",
     "Mul",
     "Op",
 ]
@@ -120,10 +119,6 @@ class Function(Op):
 
     def extra_repr(self) -> str:
         return getattr(self.function, "__name__", str(self.function))
-
-
-class Move(Op):
-    """Base of the modules that only move values (and may pad with zeros): codes go through them unchanged."""
 
 
 class MaskedSoftmax(Op):

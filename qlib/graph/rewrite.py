@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from qlib.graph import ops
 from qlib.graph.aten import arguments_of, is_move, layer_of
@@ -54,6 +55,7 @@ def constant_values(trace: Trace, depending: frozenset[fx.Node]) -> dict[fx.Node
 class _Rewriter:
     def __init__(self, trace: Trace, model: nn.Module, batch: int, share: bool) -> None:
         self.trace, self.model, self.batch, self.share = trace, model, batch, share
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.depending = depends_on(trace.graph.graph, trace.images)
         self.values = constant_values(trace, self.depending)
         layers = [n for n in trace.graph.graph.nodes if n.op == "call_function" and n in self.depending and _tensor(n)]
@@ -63,6 +65,7 @@ class _Rewriter:
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}
         self.copies: dict[int, Tensor] = {}
+        self.targets: dict[Any, str] = {}
         self.constants: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> Graph:
@@ -154,22 +157,22 @@ class _Rewriter:
         name = self.names[node]
         built = layer_of(op_of(node), {key: self._weight(value) for key, value in given.items()}, self._shape(node))
         module, inputs = built if built is not None else self._function(node)
-        if op_of(node) in DROPOUTS and (path := self._drop_path(node)) is not None:
-            module = path
-        target = self._free_target(name)
-        self.root.add_module(target, module.eval()) if "." not in target else _add(self.root, target, module.eval())
-        new = self.graph.call_module(target, tuple(self._operand(each, node) for each in inputs))
+        module = self._own_module(node) or module
+        key = _identity(op_of(node), module, given)
+        if key not in self.targets:
+            self.targets[key] = self._free_target(name)
+            _add(self.root, self.targets[key], module.eval())
+        new = self.graph.call_module(self.targets[key], tuple(self._operand(each, node) for each in inputs))
         return self._noted(new, node, name)
 
-    def _drop_path(self, node: fx.Node) -> nn.Module | None:
-        """Stochastic depth, where a dropout stands for it."""
-        try:
-            owner = self.model.get_submodule(owner_of(node))
-        except AttributeError:
-            return None
-        if type(owner).__name__ not in DROP_PATHS:
-            return None
-        return StochasticDepth(float(node.args[1]), str(getattr(owner, "mode", "row")))  # type: ignore[arg-type]
+    def _own_module(self, node: fx.Node) -> nn.Module | None:
+        """The model's own module, where the op that stands for it does not tell how it trains."""
+        owner = self.modules.get(owner_of(node))
+        if op_of(node) in DROPOUTS and type(owner).__name__ in DROP_PATHS:
+            return StochasticDepth(float(node.args[1]), str(getattr(owner, "mode", "row")))  # type: ignore[arg-type]
+        if isinstance(owner, FrozenBatchNorm2d) and op_of(node) == "batch_norm":
+            return owner if self.share else copy.deepcopy(owner)
+        return None
 
     def _weight(self, value: Any) -> Any:
         """A tensor of the model in the place of its node; other nodes stay what they are."""
@@ -229,6 +232,13 @@ class _Rewriter:
         return self._noted(new, node, node.name)
 
 
+def _identity(op: str, module: nn.Module, given: Mapping[str, Any]) -> Any:
+    """What two calls of one layer have in common: the op, its tensors and its plain arguments."""
+    own = tuple(id(tensor) for tensor in (*module.parameters(), *module.buffers()))
+    plain = {key: value for key, value in given.items() if not isinstance(value, fx.Node)}
+    return (op, own, repr(plain)) if own and not isinstance(module, ops.Function) else id(module)
+
+
 def _sizes(sizes: Any) -> list[Any]:
     """Where how many images there are is the one unknown of a shape, -1 stands for it."""
     unknown = [size for size in sizes if isinstance(size, fx.Node)]
@@ -253,7 +263,10 @@ def _slice(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
     end = None if isinstance(end, int) and end >= 2**62 else end
     part = slice(start, end, None if given["step"] == 1 else given["step"])
     dim = given["dim"]
-    return operator.getitem, (given["self"], (*[slice(None)] * dim, part) if dim >= 0 else (..., part, *[slice(None)] * (-dim - 1)))
+    return operator.getitem, (
+        given["self"],
+        (*[slice(None)] * dim, part) if dim >= 0 else (..., part, *[slice(None)] * (-dim - 1)),
+    )
 
 
 def _index(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:

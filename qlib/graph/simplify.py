@@ -109,7 +109,9 @@ def _split_attention(graph: fx.Graph, node: fx.Node) -> None:
     if mask is not None:
         masked = aten.masked_fill.Scalar if mask.meta["val"].dtype == torch.bool else aten.add.Tensor
         if masked is aten.masked_fill.Scalar:
-            scores = _insert(graph, node, masked, scores, _insert(graph, node, aten.logical_not.default, mask), -math.inf)
+            scores = _insert(
+                graph, node, masked, scores, _insert(graph, node, aten.logical_not.default, mask), -math.inf
+            )
         else:
             scores = _insert(graph, node, masked, scores, mask)
     weights = _insert(graph, node, aten.softmax.int, scores, -1)

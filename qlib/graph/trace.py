@@ -6,14 +6,18 @@ import contextlib
 import inspect
 import logging
 import operator
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
+from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.errors import ModelError
 
@@ -48,7 +52,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     _check_inputs(model)
     images = example[:1].expand(2, *example.shape[1:])  # a batch of one would be taken for a constant
     with _evaluating(model), _quiet():
-        program = _exported(model, images)
+        program = _exported(model, images, tuple(example.shape))
         _inline(program.graph_module)
         if _writes_into_views(program):
             program = program.run_decompositions({})
@@ -108,27 +112,78 @@ def _views(node: fx.Node) -> bool:
     return aliases or getattr(node.target, "__name__", "") == "getitem"
 
 
-def _exported(model: nn.Module, images: Tensor) -> ExportedProgram:
-    first: Exception | None = None
+def _exported(model: nn.Module, images: Tensor, shape: tuple[int, ...]) -> ExportedProgram:
+    refusals: list[ModelError] = []
     for size in (Dim("batch"), Dim.AUTO):
+        running: list[str] = []
         try:
-            program = export(model, (images,), strict=False, dynamic_shapes=({0: size},))
+            with _noting(model, running):
+                program = export(model, (images,), strict=False, dynamic_shapes=({0: size},))
         except Exception as error:  # the model's own code may raise anything
-            first = first or error
+            refusals.append(_refusal(error, running[-1] if running else "", shape))
             continue
         if not is_fixed(_images_of(program).meta["val"].shape[0]):
             return program
         return _with_any_batch(program, export(model, (torch.cat([images, images[:1]]),), strict=False))
-    assert first is not None
-    raise ModelError(
-        f"the model cannot be captured: {_one_line(first)}; rewrite the forward method without control flow on tensor"
-        " values, or put that part into a module of torch.nn"
-    ) from first
+    raise refusals[0]
+
+
+@contextlib.contextmanager
+def _noting(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keeps the paths of the modules whose forward methods run in `running`, the innermost last."""
+    paths = {module: path for path, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(paths.get(module, ""))
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = (
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_ON_VALUES = ("GuardOnDataDependentSymNode", "UserError", "DataDependentOutputException", "DynamicOutputShapeException")
+
+
+def _refusal(error: Exception, path: str, shape: tuple[int, ...]) -> ModelError:
+    """Where and why a model cannot be exported."""
+    lines = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    here = str(Path(__file__).parent)
+    own = [line for line in lines if not line.startswith((str(Path(torch.__file__).parent), here, "<"))]
+    place = (
+        f"{path!r} ({own[-1]})" if path and own else repr(path) if path else own[-1] if own else "its forward method"
+    )
+    if type(error).__name__ in _ON_VALUES:
+        refusal = ModelError(
+            f"the model cannot be captured: it decides on the values of a tensor, or on how many images there are, at"
+            f" {place}; rewrite that without control flow on tensor values, or put it into a module of torch.nn"
+        )
+    else:
+        refusal = ModelError(
+            f"the model cannot be captured: it fails at {place} on an input of shape {shape}, with"
+            f" {type(error).__name__} ({_one_line(error)}); correct it there"
+        )
+    refusal.__cause__ = error
+    return refusal
 
 
 def is_fixed(size: Any) -> bool:
     """Whether a dimension is the same for any number of images."""
     return isinstance(size, int) or not size.node.expr.free_symbols
+
+
+def _output(program: ExportedProgram) -> fx.Node:
+    (output,) = program.graph.find_nodes(op="output")
+    first = output.args[0][0]
+    return first if isinstance(first, fx.Node) else output
 
 
 def _images_of(program: ExportedProgram) -> fx.Node:
@@ -186,24 +241,30 @@ def _one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, its stochastic depth as dropout."""
+    """The model in evaluation mode, its modules with plain forward methods."""
     modes = {module: module.training for module in model.modules()}
-    drops = [module for module in modes if type(module).__name__ in DROP_PATHS]
     model.eval()
+    plain = {module: forward for module in modes if (forward := _plain_forward(module)) is not None}
     try:
-        for module in drops:
-            module.__dict__["forward"] = _dropout_of(module)
+        for module, forward in plain.items():
+            module.__dict__["forward"] = forward
         yield
     finally:
-        for module in drops:
+        for module in plain:
             del module.__dict__["forward"]
         for module, training in modes.items():
             module.training = training
 
 
-def _dropout_of(module: nn.Module) -> Any:
-    p = float(getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0)
-    return lambda x: torch.dropout(x, p, False)
+def _plain_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """For a module whose ops do not tell what it is, a forward method whose one op does."""
+    if type(module).__name__ in DROP_PATHS:
+        p = float(getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0)
+        return lambda x: torch.dropout(x, p, False)
+    if isinstance(module, FrozenBatchNorm2d):
+        norm = module  # its tensors are looked up when it runs: then they are those of the program
+        return lambda x: F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return None
 
 
 @contextlib.contextmanager
@@ -220,6 +281,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _read(model: nn.Module, program: ExportedProgram) -> Trace:
+    spec = program.call_spec.out_spec
+    if spec is None or not spec.is_leaf() or not isinstance(_output(program).meta.get("val"), Tensor):
+        raise ModelError("the model must return one tensor of logits in evaluation mode; wrap it so that it does")
     graph, signature = program.graph_module, program.graph_signature
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     first_path = {id(value): path for path, value in reversed(own.items())}

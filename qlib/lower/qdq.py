@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from qlib.graph.ir import attribute, layer_inputs
-from qlib.graph.ops import WindowPartition
 from qlib.lower.base import ActivationGrid, ActivationGrids, ExactLayer
 from qlib.lower.exact import activation_grid
 from qlib.lower.ops.quantize import Dequantize, Quantize
@@ -103,11 +102,7 @@ def _pads(exact: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node fills codes with zeros."""
     if activation_grid(node) is None:
         return False
-    if node.op == "call_module":
-        fills: bool = isinstance(exact.get_submodule(str(node.target)), (WindowPartition, nn.ZeroPad2d))
-    else:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        fills = name in ("pad", "_patch_merging_pad")
+    fills = getattr(node.target, "__name__", "") == "pad"
     return fills and _size(node) > _size(layer_inputs(node)[0])
 
 
