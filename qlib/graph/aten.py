@@ -22,7 +22,8 @@ MOVES = frozenset(
     "view reshape flatten permute transpose contiguous chunk split split_with_sizes getitem unsqueeze squeeze expand"
     " expand_as reshape_as view_as roll unbind clone narrow movedim t repeat tile unflatten flip select slice"
     " pixel_shuffle pixel_unshuffle channel_shuffle _unsafe_view unfold repeat_interleave swapaxes swapdims index"
-    " index_select alias detach numpy_T".split()
+    " index_select alias detach numpy_T reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"
+    " replication_pad2d replication_pad3d".split()
 )
 """Ops that leave values as they are; padding does too, unless with another constant than 0."""
 
@@ -45,7 +46,7 @@ def is_move(node: fx.Node) -> bool:
     op = op_of(node)
     if op in ("pad", "constant_pad_nd"):
         given = arguments_of(node)
-        return given.get("mode", "constant") == "constant" and not given.get("value")
+        return given.get("mode", "constant") != "constant" or not given.get("value")
     return op in MOVES or getattr(node.target, "__name__", "") == "getitem"
 
 

@@ -111,7 +111,7 @@ def _multiplies(module: nn.Module) -> bool:
     """Whether a layer without a kind of its own adds up products: nobody has counted them."""
     if layer_kind(module).integer_bits:
         return False
-    name = getattr(module.function, "__name__", "") if isinstance(module, Function) else ""
+    name = module.title if isinstance(module, Function) else ""
     matrices = any(parameter.ndim > 1 for parameter in module.parameters()) and not isinstance(module, nn.LayerNorm)
     return matrices or not set(_PRODUCT_NAMES.split()).isdisjoint(re.split(r"[_\d]+", name))
 

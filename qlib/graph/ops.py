@@ -117,8 +117,19 @@ class Function(Op):
 
         return self.function(*map(fill, self.args), **{key: fill(value) for key, value in self.kwargs.items()})
 
+    @property
+    def title(self) -> str:
+        """The function's name, without the overload of an ATen op.
+
+        >>> Function(torch.ops.aten.mul.Tensor, (), {}).title, Function(torch.sin, (), {}).title
+        ('mul', 'sin')
+        """
+        schema = getattr(self.function, "_schema", None)
+        name = getattr(self.function, "__name__", str(self.function))
+        return name if schema is None else str(schema.name).rpartition("::")[2]
+
     def extra_repr(self) -> str:
-        return getattr(self.function, "__name__", str(self.function))
+        return self.title
 
 
 class MaskedSoftmax(Op):

@@ -293,7 +293,7 @@ _MOVES: Mapping[str, Callable[[dict[str, Any], Any], tuple[Any, tuple[Any, ...]]
     "split": _same(torch.split, "self", "split_size", "dim"),
     "split_with_sizes": _same(torch.split, "self", "split_sizes", "dim"),
     "unflatten": _same(torch.unflatten, "self", "dim", "sizes"),
-    "pad": _same(F.pad, "self", "pad"),
+    "pad": _same(F.pad, "self", "pad", "mode"),
     "constant_pad_nd": _same(F.pad, "self", "pad"),
     "pixel_shuffle": _same(torch.pixel_shuffle, "self", "upscale_factor"),
     "pixel_unshuffle": _same(torch.pixel_unshuffle, "self", "downscale_factor"),

@@ -38,6 +38,8 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
     for node in list(graph.nodes):
         if op_of(node) == "scaled_dot_product_attention":
             _split_attention(graph, node)
+        elif op_of(node) == "_native_batch_norm_legit_no_training":
+            _restore_batch_norm(graph, node)
         elif op_of(node) == "linear":
             _split_projection(trace, node)
         elif op_of(node) == "linalg_vector_norm":
@@ -119,6 +121,16 @@ def _split_attention(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
+def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+    """A batch-norm in evaluation, which decomposition spells as an op of three results."""
+    given = arguments_of(node)
+    for user in list(node.users):
+        names = ("input", "weight", "bias", "running_mean", "running_var")
+        norm = [*(given[name] for name in names), False, given["momentum"], given["eps"], False]
+        user.replace_all_uses_with(_insert(graph, user, aten.batch_norm.default, *norm))
+        graph.erase_node(user)
+
+
 def _split_projection(trace: Trace, node: fx.Node) -> None:
     """The packed projection of `nn.MultiheadAttention` as three linear layers: ``q_proj``, ``k_proj``, ``v_proj``."""
     graph, given = trace.graph.graph, arguments_of(node)
@@ -165,7 +177,7 @@ def _join_normalize(graph: fx.Graph, node: fx.Node) -> None:
     if clamp is None or op_of(clamp) != "clamp_min" or len(clamp.users) != 1 or not given["keepdim"]:
         return
     (last,) = clamp.users
-    if op_of(last) == "expand_as" and len(last.users) == 1:
+    if op_of(last) in ("expand", "expand_as") and len(last.users) == 1:
         (last,) = last.users
     if op_of(last) != "div" or last.args[0] is not source or not dims or len(dims) != 1:
         return

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram, export
 from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.errors import ModelError
+from qlib.graph.names import DROPOUTS, op_of
 
 __all__ = ["DROP_PATHS", "Trace", "is_fixed", "trace"]
 
@@ -100,7 +101,8 @@ def _writes_into_views(program: ExportedProgram) -> bool:
         if node.name in own or any(source in depending for source in node.all_input_nodes):
             depending.add(node)
             schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable and isinstance(node.args[0], fx.Node) and _views(node.args[0]):
+            writes = schema is not None and schema.is_mutable and op_of(node) not in DROPOUTS
+            if writes and isinstance(node.args[0], fx.Node) and _views(node.args[0]):
                 return True
     return False
 

@@ -102,7 +102,7 @@ def _pads(exact: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node fills codes with zeros."""
     if activation_grid(node) is None:
         return False
-    fills = getattr(node.target, "__name__", "") == "pad"
+    fills = getattr(node.target, "__name__", "") == "pad" and node.args[2:] in ((), ("constant",))
     return fills and _size(node) > _size(layer_inputs(node)[0])
 
 
