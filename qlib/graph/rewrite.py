@@ -16,7 +16,7 @@ from qlib.graph import ops
 from qlib.graph.aten import arguments_of, is_move, layer_of
 from qlib.graph.ir import Graph
 from qlib.graph.names import DROPOUTS, name_ops, op_of, owner_of
-from qlib.graph.trace import DROP_PATHS, Trace, is_fixed
+from qlib.graph.trace import DROP_PATHS, Trace, is_fixed, pads_values
 
 __all__ = ["rewrite"]
 
@@ -157,7 +157,7 @@ class _Rewriter:
         name = self.names[node]
         built = layer_of(op_of(node), {key: self._weight(value) for key, value in given.items()}, self._shape(node))
         module, inputs = built if built is not None else self._function(node)
-        module = self._own_module(node) or module
+        module = self._own_module(node, module) or module
         key = _identity(op_of(node), module, given)
         if key not in self.targets:
             self.targets[key] = self._free_target(name)
@@ -165,13 +165,18 @@ class _Rewriter:
         new = self.graph.call_module(self.targets[key], tuple(self._operand(each, node) for each in inputs))
         return self._noted(new, node, name)
 
-    def _own_module(self, node: fx.Node) -> nn.Module | None:
-        """The model's own module, where the op that stands for it does not tell how it trains."""
+    def _own_module(self, node: fx.Node, built: nn.Module) -> nn.Module | None:
+        """A module like the model's own, where the op that stands for it does not tell all that it does."""
         owner = self.modules.get(owner_of(node))
         if op_of(node) in DROPOUTS and type(owner).__name__ in DROP_PATHS:
             return StochasticDepth(float(node.args[1]), str(getattr(owner, "mode", "row")))  # type: ignore[arg-type]
         if isinstance(owner, FrozenBatchNorm2d) and op_of(node) == "batch_norm":
             return owner if self.share else copy.deepcopy(owner)
+        if pads_values(owner) and isinstance(built, nn.modules.conv._ConvNd):
+            module = copy.copy(owner)
+            assert module is not None
+            module._parameters = dict(built._parameters)
+            return module
         return None
 
     def _weight(self, value: Any) -> Any:

@@ -22,7 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from qlib.errors import ModelError
 from qlib.graph.names import DROPOUTS, op_of
 
-__all__ = ["DROP_PATHS", "Trace", "is_fixed", "trace"]
+__all__ = ["DROP_PATHS", "Trace", "is_fixed", "pads_values", "trace"]
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
 """Classes of stochastic depth: torchvision's, and what others call it."""
@@ -258,6 +258,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def pads_values(module: nn.Module | None) -> bool:
+    """Whether a convolution pads with values of its input, which is a part of it and no op of its own."""
+    return type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.padding_mode != "zeros"  # type: ignore[union-attr]
+
+
 def _plain_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """For a module whose ops do not tell what it is, a forward method whose one op does."""
     if type(module).__name__ in DROP_PATHS:
@@ -266,6 +271,10 @@ def _plain_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if isinstance(module, FrozenBatchNorm2d):
         norm = module  # its tensors are looked up when it runs: then they are those of the program
         return lambda x: F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    if pads_values(module):
+        conv: Any = module
+        function = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[type(module)]  # type: ignore[index]
+        return lambda x: function(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     return None
 
 
