@@ -19,9 +19,7 @@ def join_factors(graph: Graph) -> None:
     for node in list(graph.graph.nodes):
         factor = _factor(graph, node)
         readers = _readers(graph, node) if factor is not None else []
-        products = [
-            module for module in map(lambda each: _module(graph, each), readers) if isinstance(module, ops.MatMul)
-        ]
+        products = [module for module in (_module(graph, each) for each in readers) if isinstance(module, ops.MatMul)]
         if factor is not None and readers and len(products) == len(readers):
             for product in products:
                 product.alpha *= factor

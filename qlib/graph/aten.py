@@ -5,27 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from qlib.graph import ops
-from qlib.graph.names import op_of
 
-__all__ = ["MOVES", "Arguments", "arguments_of", "is_move", "layer_of"]
+__all__ = ["Arguments", "arguments_of", "layer_of"]
 
 Arguments = dict[str, Any]
 """The arguments of an op by their names in its schema: nodes, model tensors where they are constants, plain values."""
 
 Layer = tuple[nn.Module, Sequence[Any]]
-
-MOVES = frozenset(
-    "view reshape flatten permute transpose contiguous chunk split split_with_sizes getitem unsqueeze squeeze expand"
-    " expand_as reshape_as view_as roll unbind clone narrow movedim t repeat tile unflatten flip select slice"
-    " pixel_shuffle pixel_unshuffle channel_shuffle _unsafe_view unfold repeat_interleave swapaxes swapdims index"
-    " index_select alias detach numpy_T reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d"
-    " replication_pad2d replication_pad3d".split()
-)
-"""Ops that leave values as they are; padding does too, unless with another constant than 0."""
 
 
 def arguments_of(node: fx.Node) -> Arguments:
@@ -39,15 +28,6 @@ def arguments_of(node: fx.Node) -> Arguments:
     given = {argument.name: value for argument, value in zip(names, node.args, strict=False)}
     defaults = {argument.name: argument.default_value for argument in names if argument.has_default_value()}
     return {**defaults, **given, **node.kwargs}
-
-
-def is_move(node: fx.Node) -> bool:
-    """Whether an op only moves values, or pads with zeros."""
-    op = op_of(node)
-    if op in ("pad", "constant_pad_nd"):
-        given = arguments_of(node)
-        return given.get("mode", "constant") != "constant" or not given.get("value")
-    return op in MOVES or getattr(node.target, "__name__", "") == "getitem"
 
 
 def layer_of(op: str, arguments: Arguments, shape: Sequence[int]) -> Layer | None:
@@ -152,7 +132,7 @@ def _embedding(given: Arguments, _: Sequence[int]) -> Layer | None:
     weight = given["weight"]
     if not _fixed(given, "weight"):
         return None
-    module = nn.Embedding(*weight.shape, device="meta")
+    module = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     return _weight(module, weight=weight), [given["indices"]]
 
 
@@ -170,8 +150,8 @@ def _dropout(kind: type[nn.Module]) -> Callable[[Arguments, Sequence[int]], Laye
 
 
 def _hardtanh(given: Arguments, _: Sequence[int]) -> Layer | None:
-    ends = given["min_val"], given["max_val"]
-    return (nn.ReLU6() if ends == (0, 6) else nn.Hardtanh(*map(float, ends))), [given["self"]]
+    low, high = float(given["min_val"]), float(given["max_val"])
+    return (nn.ReLU6() if (low, high) == (0, 6) else nn.Hardtanh(low, high)), [given["self"]]
 
 
 def _clamp(given: Arguments, _: Sequence[int]) -> Layer | None:
@@ -227,9 +207,9 @@ def _mean(given: Arguments, shape: Sequence[int]) -> Layer | None:
     return ops.GlobalAvgPool(keepdim=bool(given["keepdim"])), [given["self"]]
 
 
-def _einsum(given: Arguments, _: Sequence[int]) -> Layer | None:
+def _einsum(given: Arguments, shape: Sequence[int]) -> Layer | None:
     """``"..id,..jd->..ij"`` and ``"..ij,..jd->..id"`` are matrix products; other equations stay functions."""
-    left, _, out = str(given["equation"]).replace(" ", "").partition("->")
+    left, out = f"{given['equation']}->".replace(" ", "").split("->")[:2]
     terms, operands = left.split(","), list(given["tensors"])
     if len(terms) != 2 or len(operands) != 2 or not out:
         return None

@@ -1,4 +1,4 @@
-"""Model -> graph: export, take attention apart, make every op that changes values a module, join what belongs together."""
+"""Model -> graph: exported, taken apart into ops that have integer forms, each of them a module with a name."""
 
 from __future__ import annotations
 

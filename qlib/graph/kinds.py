@@ -1,7 +1,7 @@
 """Layer kinds: what each kind of layer is, and what it can do, said once.
 
 Planner, lowerings, reports and exports ask this table. A new kind is a row here, the file of its exact form in
-`lower/ops`, and a row in `canonical` where it is written as a function too.
+`lower/ops`, and a row in `aten` that says which op it is.
 """
 
 from __future__ import annotations

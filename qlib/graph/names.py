@@ -15,11 +15,12 @@ __all__ = ["DROPOUTS", "NORMED_BY", "name_ops", "op_of", "owner_of"]
 NORMED_BY = {"batch_norm": 3}
 """Ops that are named by another argument than their second, the weight: the position of that one."""
 
-_WEIGHTED = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear batch_norm group_norm".split()
+_WEIGHTED = (
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("linear", "batch_norm", "group_norm"),
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.MultiheadAttention)
-DROPOUTS = frozenset("dropout alpha_dropout feature_dropout feature_alpha_dropout".split())
+DROPOUTS = frozenset(["dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"])
 """Ops that do nothing in evaluation; they do not count as the op of a module, so that names are those of evaluation."""
 
 _SPELLED = {"bmm": "matmul", "true_divide": "div"}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from qlib.graph import ops
-from qlib.graph.aten import arguments_of, is_move, layer_of
+from qlib.graph.aten import arguments_of, layer_of
 from qlib.graph.ir import Graph
+from qlib.graph.moves import is_move, move_of
 from qlib.graph.names import DROPOUTS, name_ops, op_of, owner_of
 from qlib.graph.trace import DROP_PATHS, Trace, is_fixed, pads_values
 
@@ -48,7 +47,7 @@ def constant_values(trace: Trace, depending: frozenset[fx.Node]) -> dict[fx.Node
         for node in trace.graph.graph.nodes:
             if node.op == "call_function" and node not in depending:
                 args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda each: values[each])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
     return values
 
 
@@ -59,7 +58,7 @@ class _Rewriter:
         self.depending = depends_on(trace.graph.graph, trace.images)
         self.values = constant_values(trace, self.depending)
         layers = [n for n in trace.graph.graph.nodes if n.op == "call_function" and n in self.depending and _tensor(n)]
-        moves = frozenset(node for node in layers if self._moves(node))
+        moves = frozenset(node for node in layers if is_move(node, self.depending))
         self.names = name_ops(layers, model, trace.paths, moves)
         self.root = nn.Module()
         self.graph = fx.Graph()
@@ -100,18 +99,7 @@ class _Rewriter:
         if is_fixed(size):
             return int(size) + (int(more) - int(size)) * (self.batch - 2)  # `more` is that of three images, this of two
         expression = size.node.expr
-        return int(expression.subs({symbol: self.batch for symbol in expression.free_symbols}))
-
-    def _moves(self, node: fx.Node) -> bool:
-        if op_of(node) == "cat":  # of parts of one tensor: they have one grid
-            sources = {self._origin(each) for each in node.args[0]}  # type: ignore[union-attr]
-            return len(node.args[0]) > 1 and len(sources) == 1 and all(each in self.depending for each in sources)
-        return is_move(node)
-
-    def _origin(self, node: fx.Node) -> fx.Node:
-        while node.op == "call_function" and is_move(node):
-            node = node.all_input_nodes[0]
-        return node
+        return int(expression.subs(dict.fromkeys(expression.free_symbols, self.batch)))
 
     def _op(self, node: fx.Node) -> fx.Node:
         if not _tensor(node):
@@ -167,16 +155,18 @@ class _Rewriter:
 
     def _own_module(self, node: fx.Node, built: nn.Module) -> nn.Module | None:
         """A module like the model's own, where the op that stands for it does not tell all that it does."""
-        owner = self.modules.get(owner_of(node))
+        owner: Any = self.modules.get(owner_of(node))
+        made: nn.Module
         if op_of(node) in DROPOUTS and type(owner).__name__ in DROP_PATHS:
-            return StochasticDepth(float(node.args[1]), str(getattr(owner, "mode", "row")))  # type: ignore[arg-type]
+            made = StochasticDepth(arguments_of(node)["p"], str(getattr(owner, "mode", "row")))
+            return made
         if isinstance(owner, FrozenBatchNorm2d) and op_of(node) == "batch_norm":
-            return owner if self.share else copy.deepcopy(owner)
+            made = owner if self.share else copy.deepcopy(owner)
+            return made
         if pads_values(owner) and isinstance(built, nn.modules.conv._ConvNd):
-            module = copy.copy(owner)
-            assert module is not None
-            module._parameters = dict(built._parameters)
-            return module
+            made = copy.copy(owner)
+            made._parameters = dict(built._parameters)
+            return made
         return None
 
     def _weight(self, value: Any) -> Any:
@@ -226,15 +216,8 @@ class _Rewriter:
         return target
 
     def _move(self, node: fx.Node) -> fx.Node:
-        op = op_of(node)
-        given = arguments_of(node) if hasattr(node.target, "_schema") else {}
-        rule = _MOVES.get(op)
-        if rule is not None:
-            target, args = rule(given, self._input)
-            new = self.graph.call_function(target, tuple(fx.node.map_arg(args, self._input)))
-        else:
-            new = self._call(node, node.target)
-        return self._noted(new, node, node.name)
+        function, args = move_of(node)
+        return self._noted(self.graph.call_function(function, fx.node.map_arg(args, self._input)), node, node.name)
 
 
 def _identity(op: str, module: nn.Module, given: Mapping[str, Any]) -> Any:
@@ -242,71 +225,6 @@ def _identity(op: str, module: nn.Module, given: Mapping[str, Any]) -> Any:
     own = tuple(id(tensor) for tensor in (*module.parameters(), *module.buffers()))
     plain = {key: value for key, value in given.items() if not isinstance(value, fx.Node)}
     return (op, own, repr(plain)) if own and not isinstance(module, ops.Function) else id(module)
-
-
-def _sizes(sizes: Any) -> list[Any]:
-    """Where how many images there are is the one unknown of a shape, -1 stands for it."""
-    unknown = [size for size in sizes if isinstance(size, fx.Node)]
-    if len(unknown) == 1 and -1 not in [size for size in sizes if isinstance(size, int)]:
-        return [-1 if isinstance(size, fx.Node) else size for size in sizes]
-    return list(sizes)
-
-
-def _reshape(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
-    return torch.reshape, (given["self"], _sizes(given.get("size", given.get("shape"))))
-
-
-def _reshape_as(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
-    shape = list(given["other"].meta["val"].shape)
-    if all(isinstance(size, int) for size in shape[1:]):
-        return torch.reshape, (given["self"], [-1, *shape[1:]])
-    return torch.Tensor.reshape_as, (given["self"], given["other"])
-
-
-def _slice(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
-    start, end = given["start"], given["end"]
-    end = None if isinstance(end, int) and end >= 2**62 else end
-    part = slice(start, end, None if given["step"] == 1 else given["step"])
-    dim = given["dim"]
-    return operator.getitem, (
-        given["self"],
-        (*[slice(None)] * dim, part) if dim >= 0 else (..., part, *[slice(None)] * (-dim - 1)),
-    )
-
-
-def _index(given: dict[str, Any], _: Any) -> tuple[Any, tuple[Any, ...]]:
-    return operator.getitem, (given["self"], tuple(slice(None) if each is None else each for each in given["indices"]))
-
-
-def _same(function: Any, *names: str) -> Callable[[dict[str, Any], Any], tuple[Any, tuple[Any, ...]]]:
-    return lambda given, _: (function, tuple(given[name] for name in names))
-
-
-_MOVES: Mapping[str, Callable[[dict[str, Any], Any], tuple[Any, tuple[Any, ...]]]] = {
-    "view": _reshape,
-    "reshape": _reshape,
-    "_unsafe_view": _reshape,
-    "reshape_as": _reshape_as,
-    "view_as": _reshape_as,
-    "permute": _same(torch.permute, "self", "dims"),
-    "flatten": _same(torch.flatten, "self", "start_dim", "end_dim"),
-    "unsqueeze": _same(torch.unsqueeze, "self", "dim"),
-    "unbind": _same(torch.unbind, "self", "dim"),
-    "select": _same(torch.select, "self", "dim", "index"),
-    "roll": _same(torch.roll, "self", "shifts", "dims"),
-    "chunk": _same(torch.chunk, "self", "chunks", "dim"),
-    "split": _same(torch.split, "self", "split_size", "dim"),
-    "split_with_sizes": _same(torch.split, "self", "split_sizes", "dim"),
-    "unflatten": _same(torch.unflatten, "self", "dim", "sizes"),
-    "pad": _same(F.pad, "self", "pad", "mode"),
-    "constant_pad_nd": _same(F.pad, "self", "pad"),
-    "pixel_shuffle": _same(torch.pixel_shuffle, "self", "upscale_factor"),
-    "pixel_unshuffle": _same(torch.pixel_unshuffle, "self", "downscale_factor"),
-    "channel_shuffle": _same(torch.channel_shuffle, "self", "groups"),
-    "cat": _same(torch.cat, "tensors", "dim"),
-    "slice": _slice,
-    "index": _index,
-}
 
 
 def _tensor(node: fx.Node) -> bool:

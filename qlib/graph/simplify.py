@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qlib.graph.aten import arguments_of, is_move
+from qlib.graph.aten import arguments_of
+from qlib.graph.moves import is_move
 from qlib.graph.names import DROPOUTS, op_of
 from qlib.graph.trace import Trace
 
@@ -18,7 +19,7 @@ __all__ = ["simplify"]
 
 aten = torch.ops.aten
 
-_IDENTITIES = frozenset("detach alias lift_fresh_copy contiguous".split())
+_IDENTITIES = frozenset(["detach", "alias", "lift_fresh_copy", "contiguous"])
 
 
 def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
@@ -135,7 +136,7 @@ def _split_projection(trace: Trace, node: fx.Node) -> None:
     """The packed projection of `nn.MultiheadAttention` as three linear layers: ``q_proj``, ``k_proj``, ``v_proj``."""
     graph, given = trace.graph.graph, arguments_of(node)
     weight, bias = given["weight"], given["bias"]
-    if not trace.paths.get(weight, "").rpartition(".")[2] == "in_proj_weight":
+    if trace.paths.get(weight, "").rpartition(".")[2] != "in_proj_weight":
         return
     parts = [user for user in _through_moves(node) if op_of(user) == "select"]
     if len(parts) != 3 or any(part.args[1] != 0 for part in parts):
@@ -181,5 +182,5 @@ def _join_normalize(graph: fx.Graph, node: fx.Node) -> None:
         (last,) = last.users
     if op_of(last) != "div" or last.args[0] is not source or not dims or len(dims) != 1:
         return
-    joined = _insert(graph, last, F.normalize, source, float(given["ord"]), dims[0], float(clamp.args[1]))
+    joined = _insert(graph, last, F.normalize, source, float(given["ord"]), dims[0], arguments_of(clamp)["min"])
     last.replace_all_uses_with(joined)

@@ -184,8 +184,9 @@ def is_fixed(size: Any) -> bool:
 
 def _output(program: ExportedProgram) -> fx.Node:
     (output,) = program.graph.find_nodes(op="output")
-    first = output.args[0][0]
-    return first if isinstance(first, fx.Node) else output
+    values: Any = output.args[0]
+    first: fx.Node = values[0] if isinstance(values[0], fx.Node) else output
+    return first
 
 
 def _images_of(program: ExportedProgram) -> fx.Node:
