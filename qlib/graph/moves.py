@@ -19,8 +19,8 @@ Move = tuple[Callable[..., Any], tuple[Any, ...]]
 
 _AS_THEY_ARE = """
     transpose contiguous getitem squeeze expand expand_as clone narrow movedim t repeat tile flip unfold
-    repeat_interleave swapaxes swapdims index_select alias detach numpy_T reflection_pad1d reflection_pad2d reflection_pad3d
-    replication_pad1d replication_pad2d replication_pad3d
+    repeat_interleave swapaxes swapdims index_select alias detach numpy_T reflection_pad1d reflection_pad2d
+    reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
 """
 
 

@@ -191,7 +191,9 @@ def _output(program: ExportedProgram) -> fx.Node:
 
 def _images_of(program: ExportedProgram) -> fx.Node:
     (name,) = program.graph_signature.user_inputs
-    return next(node for node in program.graph.nodes if node.name == name)
+    (images,) = (node for node in program.graph.find_nodes(op="placeholder") if node.name == name)
+    assert isinstance(images, fx.Node)
+    return images
 
 
 def _with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProgram:
