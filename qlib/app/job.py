@@ -19,6 +19,7 @@ from qlib.config.flags.verb import Verb, verb_of
 from qlib.data.datasets import open_dataset
 from qlib.errors import CheckpointError, ModelError, UsageError
 from qlib.models import ModelSpec, create_model, refuse_python_file
+from qlib.models.names import names_python_file
 from qlib.models.transforms import standard_classes
 from qlib.runlog import RunLog
 from qlib.surgery.widen import find_wide_model, is_wide
@@ -87,7 +88,8 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
     pretrained = "pretrained " if config.pretrained and file is None else ""
     _log.info("=> created a %s%s model with the %s dataset", pretrained, spec.arch, dataset)
     verb = verb_of(config)
-    if verb.weights and verb is not Verb.TRAIN and not (pretrained or file):
+    loads_its_own = names_python_file(spec.arch)  # a user's file may have done so
+    if verb.weights and verb is not Verb.TRAIN and not (pretrained or file or loads_its_own):
         remedy = "give --pretrained, --resume-from or --exp-load-weights-from for trained ones"
         _log.warning("Warning: the weights are random; %s", remedy)
     _check_weights(model, spec.arch)

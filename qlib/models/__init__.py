@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, cast
 
 from qlib.errors import ModelError, did_you_mean
-from qlib.models.names import family_of, model_names, names_python_file, refuse_python_file
+from qlib.models.names import SOURCES, family_of, model_names, names_python_file, refuse_python_file
 from qlib.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ __all__ = ["ModelSpec", "create_model", "find_model", "model_names", "refuse_pyt
 def find_model(arch: str) -> ModelSpec:
     """The model of that name, in any case, or a user's own, as `path/to/file.py:function`.
 
+    ``timm/NAME`` and ``hf/FOLDER`` are models of timm and of Hugging Face's transformers.
+
     Raises:
         ModelError: no model has that name; the file or the function is missing, fails, or gives no model.
 
@@ -29,18 +31,21 @@ def find_model(arch: str) -> ModelSpec:
     ('cifar10', 10, (3, 32, 32))
     >>> find_model("resnet8")
     Traceback (most recent call last):
-    qlib.errors.ModelError: unknown model 'resnet8'; give one of 121 names, or your own as path/to/file.py:function; \
-did you mean resnet18 or resnet50 or resnet34?
+    qlib.errors.ModelError: unknown model 'resnet8'; give one of 121 names, timm/NAME, hf/FOLDER or your own as \
+path/to/file.py:function; did you mean resnet18 or resnet50 or resnet34?
     """
     if names_python_file(arch):
         family, name = "user_model", arch
+    elif arch.startswith(tuple(SOURCES)):
+        family, name = SOURCES[f"{arch.partition('/')[0]}/"], arch
     else:
         name = arch.lower()
         family = family_of(name) or ""
     if not family:
         names = model_names()
         raise ModelError(
-            f"unknown model {arch!r}; give one of {len(names)} names, or your own as path/to/file.py:function"
+            f"unknown model {arch!r}; give one of {len(names)} names, timm/NAME, hf/FOLDER or your own as"
+            " path/to/file.py:function"
             f"{did_you_mean(name, names)}"
         )
     return cast(ModelSpec, importlib.import_module(f"qlib.models.{family}").model_spec(name))

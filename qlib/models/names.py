@@ -44,6 +44,9 @@ FAMILIES: dict[str, str] = {
     "mobilenet_v1": "mobilenet mobilenet_025 mobilenet_050 mobilenet_075",
 }
 
+SOURCES = {"timm/": "timm_models", "hf/": "hf_models"}
+"""How names of models of other packages begin, and the family that finds them."""
+
 
 def model_names() -> list[str]:
     """Every model name, family after family.

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from qlib.errors import ModelError, did_you_mean
+from qlib.models.logits import with_logits
 from qlib.models.spec import ModelSpec
 from qlib.models.transforms import evaluation_transform, known_datasets, standard_classes, standard_input_shape
 
@@ -93,7 +94,7 @@ def _call(function: Callable[..., Any], arch: str, num_classes: int | None) -> n
         raise ModelError(f"{arch!r} {_failed(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{arch!r} returns {type(model).__name__!r}, not an nn.Module; make it return the model")
-    return model
+    return with_logits(model)
 
 
 def _arguments(function: Callable[..., Any], num_classes: int | None) -> dict[str, int]:

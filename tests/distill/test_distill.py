@@ -365,8 +365,8 @@ class TestTeacher:
             pytest.param(
                 {"teacher": "digits_cn"},
                 ModelError,
-                "unknown model 'digits_cn'; give one of 121 names, or your own as path/to/file.py:function; did you"
-                " mean digits_cnn?",
+                "unknown model 'digits_cn'; give one of 121 names, timm/NAME, hf/FOLDER or your own as"
+                " path/to/file.py:function; did you mean digits_cnn?",
                 id="unknown",
             ),
             pytest.param(

@@ -91,8 +91,8 @@ def choice(allowed: Iterable[str], *, many: str = "") -> Kind:
 
 
 def arch(allowed: str = "a model's name") -> Kind:
-    """A model's name, in any case, or `path/to/file.py:function` as it stands."""
-    return Kind(lambda text: text if ".py:" in text else text.lower(), allowed, "ARCH")
+    """A model's name, in any case, or ``path/to/file.py:function`` or ``hf/FOLDER`` as it stands."""
+    return Kind(lambda text: text if ".py:" in text or text.startswith("hf/") else text.lower(), allowed, "ARCH")
 
 
 def run_name() -> Kind:

@@ -37,7 +37,8 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag(
             "--arch -a",
             arch(),
-            "model, by name (in torchvision, the CIFAR and MNIST families, digits_cnn) or FILE.py:FUNCTION",
+            "model, by name (in torchvision, the CIFAR and MNIST families, digits_cnn), timm/NAME, hf/FOLDER or "
+            "FILE.py:FUNCTION",
         ),
         Flag(
             "--pretrained",
