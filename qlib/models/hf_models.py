@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face's transformers in a folder of this machine, as ``hf/PATH``; nothing is downloaded."""
+"""Image classifiers of transformers in a folder of this machine, as ``hf/PATH``; nothing is downloaded."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ def find_logits(output: Any) -> Tensor:
         return next(iter(found.values()))
     what = f"more than one tensor that could be its logits ({', '.join(found)})" if found else "no tensor of logits"
     raise ModelError(
-        f"the model returns {type(output).__name__!r} with {what}; make it return its logits alone, or call them 'logits'"
+        f"the model returns {type(output).__name__!r} with {what}; make it return its logits alone, or call them"
+        " 'logits'"
     )
 
 
