@@ -91,9 +91,7 @@ class TestHuggingFace:
         captured_exactly(model, shape)
 
     def test_a_folder_without_a_model(self, tmp_path: Path) -> None:
-        with pytest.raises(
-            ModelError, match="there is no model in the folder .*; give one that"
-        ):
+        with pytest.raises(ModelError, match=r"there is no model in the folder .*; give one that"):
             find_model(f"hf/{tmp_path}")
 
 
