@@ -149,6 +149,11 @@ def _dropout(kind: type[nn.Module]) -> Callable[[Arguments, Sequence[int]], Laye
     return lambda given, _: (kind(float(given["p"])), [given["input"]])
 
 
+def _channel_dropout(given: Arguments, shape: Sequence[int]) -> Layer | None:
+    kind = {3: nn.Dropout1d, 5: nn.Dropout3d}.get(len(shape), nn.Dropout2d)
+    return kind(float(given["p"])), [given["input"]]
+
+
 def _hardtanh(given: Arguments, _: Sequence[int]) -> Layer | None:
     low, high = float(given["min_val"]), float(given["max_val"])
     return (nn.ReLU6() if (low, high) == (0, 6) else nn.Hardtanh(low, high)), [given["self"]]
@@ -248,7 +253,7 @@ _BUILDERS: dict[str, Callable[[Arguments, Sequence[int]], Layer | None]] = {
     "hardsigmoid": _activation(nn.Hardsigmoid),
     "dropout": _dropout(nn.Dropout),
     "alpha_dropout": _dropout(nn.AlphaDropout),
-    "feature_dropout": _dropout(nn.Dropout2d),
+    "feature_dropout": _channel_dropout,
     "feature_alpha_dropout": _dropout(nn.FeatureAlphaDropout),
     "softplus": _activation(nn.Softplus, beta="beta", threshold="threshold"),
     "mish": _activation(nn.Mish),

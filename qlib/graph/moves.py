@@ -18,7 +18,7 @@ __all__ = ["is_move", "move_of"]
 Move = tuple[Callable[..., Any], tuple[Any, ...]]
 
 _AS_THEY_ARE = """
-    transpose contiguous getitem squeeze expand expand_as clone narrow movedim t repeat tile flip unfold
+    transpose getitem squeeze expand expand_as narrow movedim t repeat tile flip unfold
     repeat_interleave swapaxes swapdims index_select alias detach numpy_T reflection_pad1d reflection_pad2d
     reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
 """
@@ -103,6 +103,8 @@ _MOVES: dict[str, Callable[[Arguments], Move]] = {
     "_unsafe_view": _reshape,
     "reshape_as": _reshape_as,
     "view_as": _reshape_as,
+    "clone": _same(torch.clone, "self"),
+    "contiguous": _same(torch.clone, "self"),
     "permute": _same(torch.permute, "self", "dims"),
     "flatten": _same(torch.flatten, "self", "start_dim", "end_dim"),
     "unsqueeze": _same(torch.unsqueeze, "self", "dim"),

@@ -14,7 +14,7 @@ from qlib.graph import ops
 from qlib.graph.aten import arguments_of, layer_of
 from qlib.graph.ir import Graph
 from qlib.graph.moves import is_move, move_of
-from qlib.graph.names import DROPOUTS, name_ops, op_of, owner_of
+from qlib.graph.names import DROPOUTS, NORMED_BY, name_ops, op_of, owner_of
 from qlib.graph.trace import DROP_PATHS, Trace, is_fixed, pads_values
 
 __all__ = ["rewrite"]
@@ -122,12 +122,18 @@ class _Rewriter:
     def _constant(self, node: fx.Node, value: Tensor) -> fx.Node:
         if node not in self.constants:
             own = self.trace.tensors.get(node)
-            target = f"constant_{node.name}"
-            self.root.register_buffer(target, self._owned(own if own is not None else value))
-            new = self._noted(self.graph.get_attr(target), node, self.trace.paths.get(node) or target)
+            path = self.trace.paths.get(node, "")
+            target = path if path and not self._is_of_a_layer(path) else f"constant_{node.name}"
+            _put(self.root, target, self._owned(own if own is not None else value))
+            new = self._noted(self.graph.get_attr(target), node, path or target)
             new.meta["constant"] = True
             self.constants[node] = new
         return self.constants[node]
+
+    def _is_of_a_layer(self, path: str) -> bool:
+        """Whether a tensor has its place in a module that the graph has under the same path."""
+        owners = {path[:end] for end, letter in enumerate(path) if letter == "."}
+        return not owners.isdisjoint(self.names.values())
 
     def _owned(self, value: Tensor) -> Tensor:
         """The tensor itself, or its copy: one for each."""
@@ -146,6 +152,10 @@ class _Rewriter:
         built = layer_of(op_of(node), {key: self._weight(value) for key, value in given.items()}, self._shape(node))
         module, inputs = built if built is not None else self._function(node)
         module = self._own_module(node, module) or module
+        if "num_batches_tracked" in module._buffers:  # the op does not read it, so the program does not know it
+            mean = self.trace.paths.get(node.args[NORMED_BY["batch_norm"]], "")  # type: ignore[arg-type]
+            counter = getattr(self.modules.get(mean.rpartition(".")[0]), "num_batches_tracked", None)
+            module._buffers["num_batches_tracked"] = self._owned(torch.tensor(0) if counter is None else counter)
         key = _identity(op_of(node), module, given)
         if key not in self.targets:
             self.targets[key] = self._free_target(name)
@@ -253,6 +263,18 @@ def _exists(root: nn.Module, target: str) -> bool:
         except AttributeError:
             return False
     return True
+
+
+def _put(root: nn.Module, target: str, tensor: Tensor) -> None:
+    """Makes a tensor a parameter or a buffer of the module that its path names."""
+    path, _, last = target.rpartition(".")
+    if path and not _exists(root, path):
+        _add(root, path, nn.Module())
+    owner = root.get_submodule(path)
+    if isinstance(tensor, nn.Parameter):
+        owner.register_parameter(last, tensor)
+    else:
+        owner.register_buffer(last, tensor)
 
 
 def _add(root: nn.Module, target: str, module: nn.Module) -> None:

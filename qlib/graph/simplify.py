@@ -30,7 +30,7 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
     graph = trace.graph.graph
     kept = frozenset[str]() if not dropouts else DROPOUTS
     for node in list(graph.nodes):
-        if node.op == "call_function" and not (op_of(node) in kept and node.args[1]):
+        if node.op == "call_function" and not (op_of(node) in kept and _drops(node)):
             _drop(graph, node)
     for node in list(graph.nodes):
         _make_constant(graph, node)
@@ -81,6 +81,12 @@ def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
 def _is_same_pool(node: fx.Node) -> bool:
     """An adaptive pool whose output has the size of its input does nothing (VGG and AlexNet at 224 x 224)."""
     return op_of(node) == "adaptive_avg_pool2d" and _same(node, "shape") and node.meta["val"].shape[-1] > 1
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a dropout ever drops, and no batch-norm or ReLU that a layer computes with it reads it."""
+    joined = any(op_of(user) in ("batch_norm", "relu", "relu6", "hardtanh") for user in node.users)
+    return bool(arguments_of(node)["p"]) and not joined
 
 
 def _same(node: fx.Node, what: str) -> bool:

@@ -445,7 +445,8 @@ class TestTeacher:
             pytest.param(
                 {"teacher": "net.py:pair", "resume": Path("wide.pth")},
                 ModelError,
-                "the teacher 'net.py:pair' returns tuple for 2 images; make it return one of 2x10",
+                "the model returns 'tuple' with no tensor of logits; make it return its logits alone, or call them"
+                " 'logits'",
                 id="two outputs",
             ),
             pytest.param(

@@ -148,7 +148,7 @@ def test_mistakes(tmp_path: Path) -> None:
         OutputError, match=r"cannot write table '.*none/compute\.csv' \(No such file or directory\); give"
     ):
         summary("compute", model, example, tmp_path / "none")
-    with pytest.raises(ModelError, match="the model fails at '0' on an input of shape"):
+    with pytest.raises(ModelError, match="it fails at '0' on an input of shape"):
         summary("compute", model, torch.zeros(1, 3, 4, 4), tmp_path)
 
 
