@@ -20,6 +20,7 @@ Layer = tuple[nn.Module, Sequence[Any]]
 def arguments_of(node: fx.Node) -> Arguments:
     """All arguments of an op, defaults included.
 
+    >>> import torch
     >>> node = fx.Graph().call_function(torch.ops.aten.softmax.int, (1, -1))
     >>> arguments_of(node) == {"self": 1, "dim": -1, "dtype": None}
     True
