@@ -11,11 +11,12 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from qlib.graph import ops
+from qlib.graph.any_batch import is_fixed
 from qlib.graph.aten import arguments_of, layer_of
 from qlib.graph.ir import Graph
 from qlib.graph.moves import is_move, move_of
 from qlib.graph.names import DROPOUTS, NORMED_BY, name_ops, op_of, owner_of
-from qlib.graph.trace import DROP_PATHS, Trace, is_fixed, pads_values
+from qlib.graph.trace import DROP_PATHS, Trace, pads_values
 
 __all__ = ["rewrite"]
 

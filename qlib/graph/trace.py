@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import operator
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,9 +19,10 @@ from torch.export import Dim, ExportedProgram, export
 from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.errors import ModelError
+from qlib.graph.any_batch import images_of, is_fixed, with_any_batch
 from qlib.graph.names import DROPOUTS, op_of
 
-__all__ = ["DROP_PATHS", "Trace", "is_fixed", "pads_values", "trace"]
+__all__ = ["DROP_PATHS", "Trace", "pads_values", "trace"]
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
 """Classes of stochastic depth: torchvision's, and what others call it."""
@@ -124,9 +124,9 @@ def _exported(model: nn.Module, images: Tensor, shape: tuple[int, ...]) -> Expor
         except Exception as error:  # the model's own code may raise anything
             refusals.append(_refusal(error, running[-1] if running else "", shape))
             continue
-        if not is_fixed(_images_of(program).meta["val"].shape[0]):
+        if not is_fixed(images_of(program).meta["val"].shape[0]):
             return program
-        return _with_any_batch(program, export(model, (torch.cat([images, images[:1]]),), strict=False))
+        return with_any_batch(program, export(model, (torch.cat([images, images[:1]]),), strict=False))
     raise refusals[0]
 
 
@@ -177,67 +177,11 @@ def _refusal(error: Exception, path: str, shape: tuple[int, ...]) -> ModelError:
     return refusal
 
 
-def is_fixed(size: Any) -> bool:
-    """Whether a dimension is the same for any number of images."""
-    return isinstance(size, int) or not size.node.expr.free_symbols
-
-
 def _output(program: ExportedProgram) -> fx.Node:
     (output,) = program.graph.find_nodes(op="output")
     values: Any = output.args[0]
     first: fx.Node = values[0] if isinstance(values[0], fx.Node) else output
     return first
-
-
-def _images_of(program: ExportedProgram) -> fx.Node:
-    (name,) = program.graph_signature.user_inputs
-    (images,) = (node for node in program.graph.find_nodes(op="placeholder") if node.name == name)
-    assert isinstance(images, fx.Node)
-    return images
-
-
-def _with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProgram:
-    """A program for two images made one for any number of them, by comparison with that for three.
-
-    Models that ask for ``len(x)`` or ``int(x.shape[0])`` are exported for one number of images; where a number in the
-    program follows it as ``a * batch + b``, this is written instead. The meta value `more` is that of three images.
-
-    Raises:
-        ModelError: the programs differ in more than such numbers.
-    """
-    images, graph = _images_of(two), two.graph
-    with graph.inserting_after(images):
-        count = graph.call_function(torch.ops.aten.sym_size.int, (images, 0))
-    count.meta["val"] = count.meta["more"] = 2
-
-    def general(mine: Any, theirs: Any, place: fx.Node) -> Any:
-        if isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
-            return [general(a, b, place) for a, b in zip(mine, theirs, strict=True)]
-        if type(mine) is not int or type(theirs) is not int or mine == theirs:
-            return mine
-        factor, rest = theirs - mine, mine - 2 * (theirs - mine)
-        with graph.inserting_before(place):
-            found = count if factor == 1 else _number(graph, operator.mul, count, factor)
-            return found if rest == 0 else _number(graph, operator.add, found, rest)
-
-    mine = [node for node in graph.nodes if node is not count]
-    theirs = list(three.graph.nodes)
-    if [(node.op, str(node.target)) for node in mine] != [(node.op, str(node.target)) for node in theirs]:
-        raise ModelError(
-            "the model cannot be captured: what it computes depends on how many images are in a batch; rewrite the"
-            " forward method so that it does not"
-        )
-    for node, other in zip(mine, theirs, strict=True):
-        node.meta["more"] = other.meta.get("val")
-        if node.op == "call_function":
-            node.args = tuple(general(a, b, node) for a, b in zip(node.args, other.args, strict=True))
-    return two
-
-
-def _number(graph: fx.Graph, function: Any, *args: Any) -> fx.Node:
-    node = graph.call_function(function, args)
-    node.meta["val"] = node.meta["more"] = 0
-    return node
 
 
 def _one_line(error: BaseException) -> str:
