@@ -31,18 +31,19 @@ def _module(graph: Graph, node: fx.Node) -> nn.Module | None:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
+_TIMES = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar)
+_BY = (torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar)
+
+
 def _factor(graph: Graph, node: fx.Node) -> float | None:
-    """The number that a node multiplies its input with."""
+    """The positive number that a node multiplies its input with; scales have no sign."""
     module = _module(graph, node)
-    if isinstance(module, ops.Function) and module.function in (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar):
-        value = module.args[1]
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, ops.Function.Slot) else None
-    if isinstance(module, ops.Function) and module.function in (torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar):
-        value = module.args[1]
-        return (
-            1 / float(value) if isinstance(value, (int, float)) and not isinstance(value, ops.Function.Slot) else None
-        )
-    return None
+    if not isinstance(module, ops.Function) or module.function not in (*_TIMES, *_BY):
+        return None
+    value = module.args[1]
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        return None
+    return float(value) if module.function in _TIMES else 1 / float(value)
 
 
 def _readers(graph: Graph, node: fx.Node) -> list[fx.Node]:
@@ -78,6 +79,5 @@ def _added_mask(graph: Graph, source: fx.Node) -> tuple[fx.Node, fx.Node, Tensor
     if not is_constant(mask):
         return None
     value = attribute(graph, mask)
-    return (
-        (source, scores, value) if bool(((value == 0) | (value <= _MASKED)).all()) and bool((value < 0).any()) else None
-    )
+    masks = bool(((value == 0) | (value <= _MASKED)).all()) and bool((value < 0).any())
+    return (source, scores, value) if masks else None

@@ -36,6 +36,10 @@ def with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProg
     Raises:
         ModelError: the programs differ in more than such numbers.
     """
+    refused = ModelError(
+        "the model cannot be captured: what it computes depends on how many images are in a batch; rewrite the forward"
+        " method so that it does not"
+    )
     images, graph = images_of(two), two.graph
     with graph.inserting_after(images):
         count = graph.call_function(torch.ops.aten.sym_size.int, (images, 0))
@@ -44,6 +48,8 @@ def with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProg
     def general(mine: Any, theirs: Any, place: fx.Node) -> Any:
         if isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
             return [general(a, b, place) for a, b in zip(mine, theirs, strict=True)]
+        if isinstance(mine, float) and mine != theirs:
+            raise refused
         if type(mine) is not int or type(theirs) is not int or mine == theirs:
             return mine
         factor, rest = theirs - mine, mine - 2 * (theirs - mine)
@@ -54,10 +60,7 @@ def with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProg
     mine = [node for node in graph.nodes if node is not count]
     theirs = list(three.graph.nodes)
     if [(node.op, str(node.target)) for node in mine] != [(node.op, str(node.target)) for node in theirs]:
-        raise ModelError(
-            "the model cannot be captured: what it computes depends on how many images are in a batch; rewrite the"
-            " forward method so that it does not"
-        )
+        raise refused
     for node, other in zip(mine, theirs, strict=True):
         node.meta["more"] = other.meta.get("val")
         if node.op == "call_function":

@@ -46,17 +46,13 @@ def _origin(node: fx.Node) -> fx.Node:
     return node
 
 
-def move_of(node: fx.Node) -> Move:
-    """The function that an op is, and its arguments, in the nodes of the program.
+def move_of(node: fx.Node) -> Move | None:
+    """The function that an op is, and its arguments, in the nodes of the program; None where the op itself will do.
 
     A view becomes a reshape: it fails where the layout in memory does not allow it, which channels_last may not.
     """
     rule = _MOVES.get(op_of(node))
-    if rule is None:
-        assert callable(node.target)
-        assert not node.kwargs
-        return node.target, node.args
-    return rule(arguments_of(node))
+    return rule(arguments_of(node)) if rule is not None else None
 
 
 def _sizes(sizes: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
-__all__ = ["DROPOUTS", "NORMED_BY", "name_ops", "op_of", "owner_of"]
+__all__ = ["DROPOUTS", "NORMED_BY", "name_ops", "op_of", "owner_of", "writes"]
 
 NORMED_BY = {"batch_norm": 3}
 """Ops that are named by another argument than their second, the weight: the position of that one."""
@@ -32,6 +32,11 @@ def op_of(node: fx.Node) -> str:
     name = schema.name.rpartition("::")[2] if schema is not None else getattr(node.target, "__name__", "")
     name = str(name).rstrip("_") if node.op == "call_function" else ""
     return _SPELLED.get(name, name)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether an op changes a tensor in place."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def owner_of(node: fx.Node) -> str:

@@ -15,7 +15,7 @@ from qlib.graph.any_batch import is_fixed
 from qlib.graph.aten import arguments_of, layer_of
 from qlib.graph.ir import Graph
 from qlib.graph.moves import is_move, move_of
-from qlib.graph.names import DROPOUTS, NORMED_BY, name_ops, op_of, owner_of
+from qlib.graph.names import DROPOUTS, NORMED_BY, name_ops, op_of, owner_of, writes
 from qlib.graph.trace import DROP_PATHS, Trace, pads_values
 
 __all__ = ["rewrite"]
@@ -42,7 +42,7 @@ def depends_on(graph: fx.Graph, images: fx.Node) -> frozenset[fx.Node]:
 def constant_values(trace: Trace, depending: frozenset[fx.Node]) -> dict[fx.Node, Any]:
     """The values of all other nodes, computed in order, as ops may write into what others made."""
     values: dict[fx.Node, Any] = {node: value.detach() for node, value in trace.tensors.items()}
-    if any(str(node.target).partition(".default")[0].endswith("_") for node in trace.graph.graph.nodes):
+    if any(writes(node) for node in trace.graph.graph.nodes):
         values = {node: value.clone() for node, value in values.items()}
     with torch.no_grad():
         for node in trace.graph.graph.nodes:
@@ -156,7 +156,7 @@ class _Rewriter:
         if "num_batches_tracked" in module._buffers:  # the op does not read it, so the program does not know it
             mean = self.trace.paths.get(node.args[NORMED_BY["batch_norm"]], "")  # type: ignore[arg-type]
             counter = getattr(self.modules.get(mean.rpartition(".")[0]), "num_batches_tracked", None)
-            module._buffers["num_batches_tracked"] = self._owned(torch.tensor(0) if counter is None else counter)
+            module._buffers["num_batches_tracked"] = torch.tensor(0) if counter is None else self._owned(counter)
         key = _identity(op_of(node), module, given)
         if key not in self.targets:
             self.targets[key] = self._free_target(name)
@@ -227,7 +227,10 @@ class _Rewriter:
         return target
 
     def _move(self, node: fx.Node) -> fx.Node:
-        function, args = move_of(node)
+        found = move_of(node)
+        if found is None:
+            return self._noted(self._call(node, node.target), node, node.name)
+        function, args = found
         return self._noted(self.graph.call_function(function, fx.node.map_arg(args, self._input)), node, node.name)
 
 
@@ -245,12 +248,10 @@ def _tensor(node: fx.Node) -> bool:
 
 def _functional(node: fx.Node) -> Callable[..., Any]:
     """The op itself, or for one that works in place the one that does not."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        assert callable(node.target)
-        return node.target
-    packet = getattr(torch.ops.aten, schema.name.rpartition("::")[2].rstrip("_"))
-    found: Callable[..., Any] = getattr(packet, node.target._overloadname)  # type: ignore[union-attr]
+    target: Any = node.target
+    found: Callable[..., Any] = target
+    if writes(node):
+        found = getattr(getattr(torch.ops.aten, op_of(node)), target._overloadname)
     return found
 
 

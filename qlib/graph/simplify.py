@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from qlib.graph.aten import arguments_of
 from qlib.graph.moves import is_move
-from qlib.graph.names import DROPOUTS, op_of
+from qlib.graph.names import DROPOUTS, op_of, writes
 from qlib.graph.trace import Trace
 
 __all__ = ["simplify"]
@@ -45,12 +45,8 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
             _split_projection(trace, node)
         elif op_of(node) == "linalg_vector_norm":
             _join_normalize(graph, node)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or writes(node))
     return trace
-
-
-def _writes(node: fx.Node) -> bool:
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _drop(graph: fx.Graph, node: fx.Node) -> None:
@@ -109,20 +105,20 @@ def _split_attention(graph: fx.Graph, node: fx.Node) -> None:
     """``softmax(q k^T / sqrt(d) + mask) v``: a product, a softmax, a product (Vaswani et al. 2017, section 3.2.1)."""
     given = arguments_of(node)
     query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
-    if given["is_causal"] or given.get("enable_gqa") or given["dropout_p"]:
+    if given.get("enable_gqa") or given["dropout_p"]:
         return
     scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(query.meta["val"].shape[-1])
     scaled = _insert(graph, node, aten.mul.Tensor, query, float(scale))
     turned = _insert(graph, node, aten.transpose.int, key, -2, -1)
     scores = _insert(graph, node, aten.matmul.default, scaled, turned)
+    if given["is_causal"]:
+        every = _insert(graph, node, aten.full.default, [int(size) for size in scores.meta["val"].shape[-2:]], True)
+        every.kwargs = {"device": node.meta["val"].device}
+        mask = _insert(graph, node, aten.tril.default, every)
     if mask is not None:
-        masked = aten.masked_fill.Scalar if mask.meta["val"].dtype == torch.bool else aten.add.Tensor
-        if masked is aten.masked_fill.Scalar:
-            scores = _insert(
-                graph, node, masked, scores, _insert(graph, node, aten.logical_not.default, mask), -math.inf
-            )
-        else:
-            scores = _insert(graph, node, masked, scores, mask)
+        if mask.meta["val"].dtype == torch.bool:
+            mask = _insert(graph, node, aten.where.Scalar, mask, 0.0, -math.inf)
+        scores = _insert(graph, node, aten.add.Tensor, scores, mask)
     weights = _insert(graph, node, aten.softmax.int, scores, -1)
     node.replace_all_uses_with(_insert(graph, node, aten.matmul.default, weights, value))
     graph.erase_node(node)

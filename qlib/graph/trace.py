@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from qlib.errors import ModelError
 from qlib.graph.any_batch import images_of, is_fixed, with_any_batch
-from qlib.graph.names import DROPOUTS, op_of
+from qlib.graph.names import DROPOUTS, op_of, writes
 
 __all__ = ["DROP_PATHS", "Trace", "pads_values", "trace"]
 
@@ -94,15 +94,14 @@ def _inline(graph: fx.GraphModule) -> None:
 
 
 def _writes_into_views(program: ExportedProgram) -> bool:
-    """Whether an op changes a part of a tensor that depends on the images, in place."""
+    """Whether an op changes, in place, a tensor that depends on the images and shares its memory with another one."""
     own = {*program.graph_signature.user_inputs}
     depending: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.name in own or any(source in depending for source in node.all_input_nodes):
             depending.add(node)
-            schema = getattr(node.target, "_schema", None)
-            writes = schema is not None and schema.is_mutable and op_of(node) not in DROPOUTS
-            if writes and isinstance(node.args[0], fx.Node) and _views(node.args[0]):
+            changed = node.args[0] if writes(node) and op_of(node) not in DROPOUTS else None
+            if isinstance(changed, fx.Node) and (_views(changed) or any(map(_views, changed.users))):
                 return True
     return False
 
@@ -121,12 +120,13 @@ def _exported(model: nn.Module, images: Tensor, shape: tuple[int, ...]) -> Expor
         try:
             with _noting(model, running):
                 program = export(model, (images,), strict=False, dynamic_shapes=({0: size},))
+                if not is_fixed(images_of(program).meta["val"].shape[0]):
+                    return program
+                more = export(model, (torch.cat([images, images[:1]]),), strict=False)
         except Exception as error:  # the model's own code may raise anything
             refusals.append(_refusal(error, running[-1] if running else "", shape))
             continue
-        if not is_fixed(images_of(program).meta["val"].shape[0]):
-            return program
-        return with_any_batch(program, export(model, (torch.cat([images, images[:1]]),), strict=False))
+        return with_any_batch(program, more)
     raise refusals[0]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlib.errors import ModelError
-from qlib.graph import fold_batch_norm, kind_of
+from qlib.graph import fold_batch_norm, kind_of, ops
 from qlib.graph.capture import capture
 from qlib.graph.ir import layers, name_of
 
@@ -157,6 +157,12 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v)
         elif self.spelling == "fused with a bias":
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        elif self.spelling == "fused with a mask":
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias > -0.3)
+        elif self.spelling == "causal":
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif self.spelling == "of another sign":
+            x = ((-0.5 * q) @ k.transpose(-2, -1)).softmax(-1) @ v
         elif self.spelling == "einsum":
             weights = torch.einsum("bhid,bhjd->bhij", q * 0.5, k).softmax(-1)
             x = torch.einsum("bhij,bhjd->bhid", weights, v)
@@ -165,7 +171,9 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(x.shape[0], 4, 16).mean(1))
 
 
-@pytest.mark.parametrize("spelling", ["fused", "fused with a bias", "einsum", "written out"])
+@pytest.mark.parametrize(
+    "spelling", ["fused", "fused with a bias", "fused with a mask", "causal", "einsum", "written out"]
+)
 def test_attention_is_products_and_a_softmax(spelling: str) -> None:
     model = redraw(Attention(spelling))
     graph = capture(model, IMAGES[:2])
@@ -176,6 +184,14 @@ def test_attention_is_products_and_a_softmax(spelling: str) -> None:
         assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
 
 
+def test_a_factor_below_zero_stays_a_layer() -> None:
+    model = redraw(Attention("of another sign"))
+    graph = capture(model, IMAGES[:2])
+    with torch.no_grad():
+        assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
+    assert all(module.alpha > 0 for _, module in layers(graph) if isinstance(module, ops.MatMul))
+
+
 class WritesIntoViews(Net):
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(x)
@@ -183,10 +199,58 @@ class WritesIntoViews(Net):
         return self.fc(x.mean((2, 3)))
 
 
-def test_what_is_written_into_a_part_of_a_tensor_is_not_lost() -> None:
-    model = redraw(WritesIntoViews())
+class WritesUnderViews(Net):
+    """A part of a tensor is taken, and sees what is then done to the whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        part = x[:, :4]
+        x.relu_()
+        return self.fc(torch.cat([part, x[:, 4:]], 1).mean((2, 3)))
+
+
+class WritesAndForgets(Net):
+    """The result of an op in place is not used, the tensor is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x.mul_(0.5)
+        x.add_(1)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [WritesIntoViews, WritesUnderViews, WritesAndForgets])
+def test_what_is_written_in_place_is_not_lost(kind: type[Net]) -> None:
+    model = redraw(kind())
     with torch.no_grad():
         assert torch.allclose(capture(model, IMAGES[:2])(IMAGES), model(IMAGES), atol=1e-6)
+
+
+class WritesIntoConstants(Net):
+    """A table of the model is changed on the way, in a copy and in a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0, 1, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table.clone()
+        table[2:4].fill_(5.0)
+        return self.fc(self.body(x).mean((2, 3)) * table)
+
+
+def test_constants_are_computed_in_order_and_the_models_stay() -> None:
+    model = redraw(WritesIntoConstants())
+    before = model.table.clone()  # type: ignore[operator]
+    graph = capture(model, IMAGES[:2])
+    assert torch.equal(model.table, before)  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
+
+
+class DividesByTheBatch(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 / len(x))
 
 
 class OnValues(Net):
@@ -208,10 +272,11 @@ class NoInput(Net):
     ("model", "sentence"),
     [
         (OnValues(), r"decides on the values of a tensor, .* at .*test_capture_spellings.py:\d+; rewrite that"),
+        (DividesByTheBatch(), "what it computes depends on how many images are in a batch; rewrite"),
         (TwoInputs(), r"the forward method of TwoInputs takes 2 inputs \(x, y\); images are one: wrap the model"),
         (NoInput(), "the forward method of NoInput takes no input; images are one: wrap the model"),
     ],
-    ids=["control flow on values", "two inputs", "no input"],
+    ids=["control flow on values", "a number of the batch", "two inputs", "no input"],
 )
 def test_what_cannot_be_captured(model: nn.Module, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence):
