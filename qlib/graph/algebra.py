@@ -15,16 +15,31 @@ _MASKED = -30.0
 
 
 def join_factors(graph: Graph) -> None:
-    """A tensor times a number, of which only matrix products read, is those products with a factor."""
+    """A tensor times a number is a factor of the matrix products that alone read it, or of the one that alone gives it.
+
+    As ``(q * s) @ k`` and ``(q @ k) * s``, which attention has.
+    """
     for node in list(graph.graph.nodes):
         factor = _factor(graph, node)
-        readers = _readers(graph, node) if factor is not None else []
-        products = [module for module in (_module(graph, each) for each in readers) if isinstance(module, ops.MatMul)]
-        if factor is not None and readers and len(products) == len(readers):
-            for product in products:
-                product.alpha *= factor
+        if factor is None:
+            continue
+        readers = [_module(graph, each) for each in _readers(graph, node)]
+        products = readers if all(isinstance(each, ops.MatMul) for each in readers) else _only_producer(graph, node)
+        for product in products:
+            assert isinstance(product, ops.MatMul)
+            product.alpha *= factor
+        if products:
             node.replace_all_uses_with(layer_inputs(node)[0])
             graph.graph.erase_node(node)
+
+
+def _only_producer(graph: Graph, node: fx.Node) -> list[nn.Module | None]:
+    """The matrix product whose values a node alone reads, directly or moved."""
+    source = layer_inputs(node)[0]
+    while is_move(graph, source) and len(source.users) == 1:
+        source = layer_inputs(source)[0]
+    module = _module(graph, source)
+    return [module] if isinstance(module, ops.MatMul) and len(source.users) == 1 else []
 
 
 def _module(graph: Graph, node: fx.Node) -> nn.Module | None:

@@ -38,7 +38,7 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
     trace = replace(trace, tensors=tensors, paths=paths)
     for node in list(graph.nodes):
         if op_of(node) == "scaled_dot_product_attention":
-            _split_attention(graph, node)
+            _split_attention(trace, node)
         elif op_of(node) == "_native_batch_norm_legit_no_training":
             _restore_batch_norm(graph, node)
         elif op_of(node) == "linear":
@@ -101,10 +101,10 @@ def _insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
     return node
 
 
-def _split_attention(graph: fx.Graph, node: fx.Node) -> None:
+def _split_attention(trace: Trace, node: fx.Node) -> None:
     """``softmax(q k^T / sqrt(d) + mask) v``: a product, a softmax, a product (Vaswani et al. 2017, section 3.2.1)."""
-    given = arguments_of(node)
-    query, key, value, mask = given["query"], given["key"], given["value"], given["attn_mask"]
+    graph, given = trace.graph.graph, arguments_of(node)
+    query, key, value, mask = given["query"], given["key"], given["value"], _mask(trace, given["attn_mask"])
     if given.get("enable_gqa") or given["dropout_p"]:
         return
     scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(query.meta["val"].shape[-1])
@@ -122,6 +122,27 @@ def _split_attention(graph: fx.Graph, node: fx.Node) -> None:
     weights = _insert(graph, node, aten.softmax.int, scores, -1)
     node.replace_all_uses_with(_insert(graph, node, aten.matmul.default, weights, value))
     graph.erase_node(node)
+
+
+def _mask(trace: Trace, mask: fx.Node | None) -> fx.Node | None:
+    """A mask as it is before it is expanded, which an addition does; None where nothing is masked."""
+    while mask is not None and op_of(mask) in ("expand", "expand_as"):
+        mask = mask.all_input_nodes[0]
+    if mask is not None and mask.meta["val"].dtype == torch.bool:
+        known = _constant(trace, mask)
+        return None if known is not None and bool(known.all()) else mask
+    return mask
+
+
+def _constant(trace: Trace, node: fx.Node) -> Any:
+    """The value of a node that does not depend on the images; None for others."""
+    if node in trace.tensors:
+        return trace.tensors[node]
+    inputs = {each: _constant(trace, each) for each in node.all_input_nodes}
+    if node.op != "call_function" or any(value is None for value in inputs.values()):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda each: inputs[each])
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:

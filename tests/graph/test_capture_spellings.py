@@ -159,6 +159,9 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
         elif self.spelling == "fused with a mask":
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias > -0.3)
+        elif self.spelling == "fused with a mask that masks nothing":
+            every = torch.ones(1, 1, 4, 4, dtype=torch.bool).expand(x.shape[0], -1, -1, -1)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=every)
         elif self.spelling == "causal":
             x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         elif self.spelling == "of another sign":
@@ -172,7 +175,16 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "spelling", ["fused", "fused with a bias", "fused with a mask", "causal", "einsum", "written out"]
+    "spelling",
+    [
+        "fused",
+        "fused with a bias",
+        "fused with a mask",
+        "fused with a mask that masks nothing",
+        "causal",
+        "einsum",
+        "written out",
+    ],
 )
 def test_attention_is_products_and_a_softmax(spelling: str) -> None:
     model = redraw(Attention(spelling))
@@ -180,6 +192,7 @@ def test_attention_is_products_and_a_softmax(spelling: str) -> None:
     kinds = [kind_of(module) for _, module in layers(graph)]
     assert kinds.count("matmul") == 2
     assert kinds.count("softmax") == 1
+    assert kinds.count("float_op") == 1  # the mean over tokens
     with torch.no_grad():
         assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
 
