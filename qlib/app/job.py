@@ -18,6 +18,7 @@ from qlib.config.flags.run_config import RunConfig
 from qlib.config.flags.verb import Verb, verb_of
 from qlib.data.datasets import open_dataset
 from qlib.errors import CheckpointError, ModelError, UsageError
+from qlib.graph.trace import check_inputs
 from qlib.models import ModelSpec, create_model, refuse_python_file
 from qlib.models.names import names_python_file
 from qlib.models.transforms import standard_classes
@@ -141,6 +142,7 @@ def _check_weights(model: nn.Module, arch: str) -> None:
 
 def _check_output(job: Job) -> None:
     """A model of the user's own may return anything. Raises ModelError unless it returns a logit for each class."""
+    check_inputs(job.model)
     try:
         with torch.inference_mode():
             logits: object = job.model(job.example)

@@ -22,7 +22,7 @@ from qlib.errors import ModelError
 from qlib.graph.any_batch import images_of, is_fixed, with_any_batch
 from qlib.graph.names import DROPOUTS, op_of, writes
 
-__all__ = ["DROP_PATHS", "Trace", "pads_values", "trace"]
+__all__ = ["DROP_PATHS", "Trace", "check_inputs", "pads_values", "trace"]
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
 """Classes of stochastic depth: torchvision's, and what others call it."""
@@ -50,7 +50,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     Raises:
         ModelError: the model cannot be exported, with the reason and the line of its source.
     """
-    _check_inputs(model)
+    check_inputs(model)
     images = example[:1].expand(2, *example.shape[1:])  # a batch of one would be taken for a constant
     with _evaluating(model), _quiet():
         program = _exported(model, images, tuple(example.shape))
@@ -61,8 +61,8 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     return _read(model, program)
 
 
-def _check_inputs(model: nn.Module) -> None:
-    """A model of images takes one tensor."""
+def check_inputs(model: nn.Module) -> None:
+    """A model of images takes one tensor. Raises ModelError for one that needs more, or takes none."""
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [each.name for each in parameters if each.default is each.empty and each.kind in positional]
