@@ -20,7 +20,9 @@ from qlib.errors import OutputError
 __all__ = [
     "STATS",
     "append_csv",
+    "make_folder",
     "move",
+    "read_csv",
     "replace_whole",
     "reserve",
     "scratch_folder",
@@ -98,6 +100,15 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object
     write_whole(path, write, "table")
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table by column. Raises OSError where it cannot be read, ValueError where it is no table."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file, strict=True))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+
+
 def append_csv(path: Path, row: Mapping[str, object]) -> None:
     """Adds a row to a table, which may be new; a new column is empty in the rows before.
 
@@ -110,6 +121,13 @@ def append_csv(path: Path, row: Mapping[str, object]) -> None:
     rows.append(row)
     columns = list(dict.fromkeys(column for each in rows for column in each))
     write_csv(path, columns, ([each.get(column) for column in columns] for each in rows))
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder, unless it is there. Raises OutputError where that is impossible."""
+    with _told("folder", path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 @contextlib.contextmanager

@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Evaluation", "Meter", "Model", "evaluate", "evaluate_together", "wilson_interval"]
+__all__ = [
+    "Comparison",
+    "Evaluation",
+    "Meter",
+    "Model",
+    "compare",
+    "evaluate",
+    "evaluate_together",
+    "mcnemar",
+    "wilson_interval",
+]
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 """What is evaluated: from images ``[N, C, H, W]`` to logits ``[N, classes]``."""
@@ -24,17 +34,21 @@ _Z_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result over `samples` images: shares in percent, the mean loss over samples, and each prediction.
-
-    `confusion[i][j]` counts images of class i predicted as class j.
-    """
+    """The result over `samples` images: shares in percent, the mean loss over samples, each prediction and label."""
 
     samples: int
     top1: float
     top5: float
     loss: float
     predictions: Tensor
-    confusion: Tensor
+    labels: Tensor
+    classes: int
+
+    @property
+    def confusion(self) -> Tensor:
+        """``[classes, classes]``: element (i, j) counts the images of class i that are predicted as class j."""
+        pairs = torch.bincount(self.labels * self.classes + self.predictions, minlength=self.classes**2)
+        return pairs.view(self.classes, self.classes)
 
     @property
     def top1_interval(self) -> tuple[float, float]:
@@ -59,6 +73,58 @@ def wilson_interval(share: float, samples: int) -> tuple[float, float]:
     center = (share + z2 / 2) / (1 + z2)
     half = _Z_95 / (1 + z2) * math.sqrt(share * (1 - share) / samples + z2 / (4 * samples))
     return 100 * max(0.0, center - half), 100 * min(1.0, center + half)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the predictions of a model changed against another's on the same images.
+
+    `lost`: images that only the other one predicts right; `won`: those that only this one does; `flips[i]`: the images
+    of class i whose prediction changed, right or wrong.
+    """
+
+    samples: int
+    lost: int
+    won: int
+    flips: tuple[int, ...]
+
+    @property
+    def agreement(self) -> float:
+        """The share of images, in percent, with the same prediction."""
+        return 100 * (1 - sum(self.flips) / self.samples)
+
+    @property
+    def agreement_interval(self) -> tuple[float, float]:
+        """The 95 % Wilson interval of the agreement, in percent."""
+        return wilson_interval(self.agreement / 100, self.samples)
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's: how likely so unequal losses and gains are where both models are right equally often."""
+        return mcnemar(self.lost, self.won)
+
+
+def compare(other: Evaluation, this: Evaluation) -> Comparison:
+    """What changed from `other` to `this`, two evaluations of the same images."""
+    assert torch.equal(other.labels, this.labels)
+    before, after = other.predictions == this.labels, this.predictions == this.labels
+    flips = torch.bincount(this.labels[other.predictions != this.predictions], minlength=this.classes)
+    return Comparison(this.samples, int((before & ~after).sum()), int((after & ~before).sum()), tuple(flips.tolist()))
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """The exact two-sided p-value of McNemar's test (1947): each of the ``lost + won`` images was a fair coin.
+
+    >>> mcnemar(1, 7)  # 2 * (1 + 8) / 2**8
+    0.0703125
+    >>> mcnemar(5, 5), mcnemar(0, 0)
+    (1.0, 1.0)
+    """
+    n, ways, tail = lost + won, 1, 0
+    for k in range(min(lost, won) + 1):
+        tail += ways
+        ways = ways * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / (1 << n))
 
 
 class Meter:
@@ -104,8 +170,7 @@ class Meter:
         """The evaluation of all that was added; at least one image."""
         loss, top1, top5 = self.running
         predictions, labels = torch.cat(self._predictions), torch.cat(self._labels)
-        confusion = torch.bincount(labels * self._classes + predictions, minlength=self._classes**2)
-        return Evaluation(self.samples, top1, top5, loss, predictions, confusion.view(self._classes, self._classes))
+        return Evaluation(self.samples, top1, top5, loss, predictions, labels, self._classes)
 
 
 def _percent(hits: Tensor) -> float:

@@ -51,10 +51,10 @@ def calibrate(job: Job, graph: Graph, fraction: float, *, histograms: bool = Fal
     split = config.qe.calibration_split
     dataset = open_split(job, split)
     # In random order: images sorted by class would let the running means, from which b is taken, wander.
-    indices = choose_subset(len(dataset), fraction, config.seed, shuffled=True)
+    indices = choose_subset(len(dataset), fraction, job.calibration_seed, shuffled=True)
     fingerprint, stem = _fingerprint(job, len(indices)), _stem(job)
     histograms = histograms or config.qe.histograms
-    key = {**fingerprint, "seed": config.seed, "data": str(config.data), "histograms": histograms}
+    key = {**fingerprint, "seed": job.calibration_seed, "data": str(config.data), "histograms": histograms}
     unfinished = _Unfinished(STATS / f"{stem}.partial.safetensors", key)
     _log.info("Collecting quantization calibration stats based on %.1f%% of %s dataset", 100 * fraction, split)
     collector = Collector(graph, histograms=histograms)
@@ -86,7 +86,8 @@ def _fingerprint(job: Job, samples: int) -> dict[str, str | int]:
 
 def _stem(job: Job) -> str:
     """The name of the statistics' file, without its ending."""
-    words = (Path(job.spec.arch).name, job.dataset_name, job.config.ptq.of_float)
+    draw = f"seed{job.calibration_seed}" if job.draw else ""
+    words = (Path(job.spec.arch).name, job.dataset_name, job.config.ptq.of_float, draw)
     return re.sub(r"[^\w.-]+", "_", "_".join(filter(None, words)))
 
 

@@ -72,4 +72,4 @@ def _images(job: Job) -> CalibrationImages:
     def batches() -> Iterator[Tensor]:
         return (images for images, _ in calibration_batches(job, count, BATCH))
 
-    return CalibrationImages(batches, count, job.device, STATS, job.config.seed)
+    return CalibrationImages(batches, count, job.device, STATS, job.calibration_seed)

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,22 +32,25 @@ from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_text
 from qlib.stats.tensor_stats import ModelStats
 
-__all__ = ["Deployed", "export_model", "export_float_model"]
+__all__ = ["SATURATING", "Deployed", "export_model", "export_float_model"]
 
 _log = logging.getLogger(__name__)
 
 BATCH = 16
 
+SATURATING = "saturating"
+"""The name of the integer model as a CPU computes it whose products saturate."""
+
 
 @dataclass(frozen=True)
 class Deployed:
-    """What is evaluated of a quantized model: the engine that computes it, and `others` beside it.
+    """What is evaluated of a quantized model: the engine that computes it, and `others` beside it, by name.
 
     `exit_code` is 1 where the file does not compute the same integers.
     """
 
     engine: Model
-    others: tuple[Model, ...] = ()
+    others: Mapping[str, Model] = field(default_factory=dict)
     exit_code: int = 0
 
 
@@ -69,7 +72,7 @@ def export_model(job: Job, graph: Graph, lowered: fx.GraphModule, plan: Plan, st
     exact = config.verify is None or _verify(job, path, lowered, config.verify)
     engine = _onnx_engine(path, lowered, job.device) if config.engine == "onnxruntime" else lowered
     saturates = any(rate.saturated for rate in rates.values())
-    return Deployed(engine, (emulated(lowered),) if saturates else (), 0 if exact else 1)
+    return Deployed(engine, {SATURATING: emulated(lowered)} if saturates else {}, 0 if exact else 1)
 
 
 def export_float_model(job: Job, graph: Graph) -> Model:

@@ -94,7 +94,7 @@ def calibration_batches(
     They are a `fraction` of the split, but `count` at most.
     """
     dataset = open_split(job, job.config.qe.calibration_split)
-    indices = choose_subset(len(dataset), fraction, job.config.seed, shuffled=True)[:count]
+    indices = choose_subset(len(dataset), fraction, job.calibration_seed, shuffled=True)[:count]
     loader = loader_of(job, dataset, indices, batch_size)
     for images, labels in loader:
         yield images.to(job.device, memory_format=LAYOUT), labels.to(job.device)

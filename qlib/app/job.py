@@ -32,7 +32,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What every verb works on: the settings, the run's folder, the device and the model."""
+    """What every verb works on: the settings, the run's folder, the device and the model.
+
+    `draw` counts the repetitions of a run with `--seeds`: each calibrates on images of its own.
+    """
 
     config: RunConfig
     run: RunLog
@@ -41,11 +44,17 @@ class Job:
     dataset_name: str
     num_classes: int
     model: nn.Module
+    draw: int = 0
 
     @property
     def has_images(self) -> bool:
         """Whether the run was given a dataset, or has one built in."""
         return self.config.data is not None or self.dataset_name == "digits"
+
+    @property
+    def calibration_seed(self) -> int:
+        """The seed of what calibration draws; what is tested does not depend on the draw."""
+        return (self.config.seed + self.draw) % 2**32
 
     @property
     def example(self) -> Tensor:

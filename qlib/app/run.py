@@ -13,11 +13,13 @@ import torch
 from qlib.app.calibrate import calibrate
 from qlib.app.correct import correct_float
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
-from qlib.app.export import export_float_model, export_model
+from qlib.app.export import SATURATING, export_float_model, export_model
 from qlib.app.images import test_loader
 from qlib.app.job import Job, choose_device, load_job
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
+from qlib.app.predictions import compare_to_run, comparison_row, log_comparison, save_predictions
 from qlib.app.search import analyse
+from qlib.app.seeds import Score, next_draw, report_seeds
 from qlib.app.show import check, summarize
 from qlib.app.train import train
 from qlib.checkpoint.quantized import (
@@ -31,11 +33,12 @@ from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.flags.verb import Verb, asked, nothing_to_do, verb_of
+from qlib.data.loader import Loader
 from qlib.errors import ModelError, UsageError
 from qlib.files import append_csv
 from qlib.graph import fold
 from qlib.lower import lower
-from qlib.metrics import Evaluation, Model
+from qlib.metrics import Evaluation, Model, compare
 from qlib.models import create_model, refuse_python_file
 from qlib.quant.plan_file import check_plan, write_plan
 from qlib.report.tables import arithmetic_lines, plan_table
@@ -93,6 +96,16 @@ def _calibrate(job: Job) -> None:
 
 
 def _quantize_and_evaluate(job: Job) -> int:
+    """Once, or with `--seeds` once for each draw of calibration images; only the first one is handed over."""
+    exit_code, score = _quantize_once(job)
+    if job.config.seeds > 1:
+        others = [_quantize_once(next_draw(job, draw))[1] for draw in range(1, job.config.seeds)]
+        report_seeds(job, [score, *others])
+    return exit_code
+
+
+def _quantize_once(job: Job) -> tuple[int, Score]:
+    """The exit code and the result."""
     folded = fold(job.model, job.example)
     planned = make_plan(job, folded)
     plan = planned.plan
@@ -103,26 +116,21 @@ def _quantize_and_evaluate(job: Job) -> int:
     for line in arithmetic_lines(folded.graph, plan):
         _log.info("%s", line)
     deployed = export_model(job, folded.graph, lowered, plan, planned.stats)
-    result, reference, *others = _test(job, deployed.engine, job.model, *deployed.others)
-    _log.info("FP32:    Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
-    _log.info("Predictions that differ from FP32: %.2f %%", result.changed(reference))
-    _record(job, "fp32", reference)
-    _record(job, "quantized", result, changed=result.changed(reference))
-    _record_saturating(job, result, others)
+    results = _test(job, {"quantized": deployed.engine, "fp32": job.model, **deployed.others})
+    result, reference = results["quantized"], results["fp32"]
     path = job.file("quantized_checkpoint.pth.tar")
     header = QuantizedHeader(job.spec.arch, job.dataset_name, job.num_classes, plan)
     original = job.model if planned.keep_float_weights else None
     save_quantized(path, header, lowered, {"quantized_top1": result.top1}, original)
     _log.info("Saving checkpoint to: %s", path)
-    return deployed.exit_code
+    return deployed.exit_code, Score.of(job, result, reference)
 
 
 def _use_float(job: Job) -> None:
     """Exports and evaluates the float model, as the flags ask."""
     engine = export_float_model(job, fold(job.model, job.example).graph)
     if job.config.evaluate:
-        result, *_ = _test(job, engine)
-        _record(job, "fp32", result)
+        _test(job, {"fp32": engine})
 
 
 def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, checkpoint: Mapping[str, Any]) -> int:
@@ -144,9 +152,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
         return 0
     deployed = export_model(job, folded.graph, lowered, header.plan, None)
     if config.evaluate or not config.exports:
-        result, *others = _test(job, deployed.engine, *deployed.others)
-        _record(job, "quantized", result)
-        _record_saturating(job, result, others)
+        _test(job, {"quantized": deployed.engine, **deployed.others})
     return deployed.exit_code
 
 
@@ -173,36 +179,66 @@ def _refuse_flags(config: RunConfig) -> None:
             raise UsageError(sentence.format(file=config.resume_from))
 
 
-def _test(job: Job, *models: Model) -> list[Evaluation]:
-    """Evaluates the models on the same test images; the log lines people grep for are of the first one."""
+def _test(job: Job, models: Mapping[str, Model]) -> dict[str, Evaluation]:
+    """Evaluates the models on the same test images and records them; the lines people grep for are of the first one."""
     loader = test_loader(job)
     _log.info("--- test ---------------------")
-    results = measure(job, loader, "Test", *models)
-    if not all(math.isfinite(each.loss) for each in results):
+    results = dict(zip(models, measure(job, loader, "Test", *models.values()), strict=True))
+    if not all(math.isfinite(each.loss) for each in results.values()):
         raise ModelError(
             f"{job.spec.arch} gives NaN or infinity for some of these images, so it has no loss;"
             " --qe-calibration tells in which layer they arise"
         )
-    result = results[0]
-    log_result(result)
-    log_interval(result)
+    first = next(iter(results.values()))
+    log_result(first)
+    log_interval(first)
     if job.config.confusion:
-        log_confusion(result)
+        log_confusion(first)
+    save_predictions(job, loader, results)
+    _record_float(job, results, loader.dataset.classes)
+    _record_saturating(job, results)
+    _record_other_run(job, loader, first)
     return results
 
 
-def _record_saturating(job: Job, result: Evaluation, others: Sequence[Evaluation]) -> None:
+def _record_float(job: Job, results: Mapping[str, Evaluation], classes: Sequence[str]) -> None:
+    """The integer model, the float model, and what changed from this to that."""
+    result, reference = results.get("quantized"), results.get("fp32")
+    more: dict[str, float | str] = {}
+    if result and reference:
+        _log.info("FP32:    Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
+        _log.info("Predictions that differ from FP32: %.2f %%", result.changed(reference))
+        comparison = compare(reference, result)
+        log_comparison(comparison, "FP32", classes)
+        more = {"changed": result.changed(reference), **comparison_row(comparison)}
+    if reference:
+        _record(job, "fp32", reference)
+    if result:
+        _record(job, "quantized", result, **more)
+
+
+def _record_saturating(job: Job, results: Mapping[str, Evaluation]) -> None:
     """What the integer model would be on a CPU that saturates, if that was evaluated."""
-    for other in others:
+    if SATURATING in results:
+        result, other = results["quantized"], results[SATURATING]
         _log.info(
             "On x86 without VNNI, where products saturate in 16 bits: Top1 %.3f    Top5 %.3f    Loss %.5f"
             " (%.2f %% of predictions differ); --qe-reduce-range auto avoids it",
             *(other.top1, other.top5, other.loss, other.changed(result)),
         )
-        _record(job, "saturating", other, changed=other.changed(result))
+        _record(job, SATURATING, other, changed=other.changed(result))
 
 
-def _record(job: Job, what: str, result: Evaluation, **more: float) -> None:
+def _record_other_run(job: Job, loader: Loader, result: Evaluation) -> None:
+    """What changed from the run that --compare-to names to this one."""
+    run = job.config.compare_to
+    if run is not None:
+        comparison = compare_to_run(job, loader, result, run)
+        log_comparison(comparison, run.name, loader.dataset.classes)
+        _record(job, f"compared to {run.name}", result, **comparison_row(comparison))
+
+
+def _record(job: Job, what: str, result: Evaluation, **more: float | str) -> None:
     low, high = result.top1_interval
     row = {"what": what, "arch": job.spec.arch, "samples": result.samples, "top1": result.top1, "top5": result.top5}
     interval = {"top1_low": low, "top1_high": high}

@@ -135,4 +135,4 @@ def lapq(job: Job, graph: Graph, plan: Plan, given: bool) -> Plan:
             " drop --lapq-init-mode to start from these, or take l1, l2 or l3"
         )
     batches = images_in_memory(job, args.images, args.eval_size)
-    return search_ranges(graph, plan, batches, args, job.config.seed)
+    return search_ranges(graph, plan, batches, args, job.calibration_seed)

@@ -72,6 +72,7 @@ def test_what_the_run_leaves(proved: Run) -> None:
         "configs/digits_cnn_digits.yaml",
         "configs/run_config.yaml",
         "metrics.csv",
+        "predictions.csv",
         *(
             f"{MINE}_{name}"
             for name in (
@@ -150,6 +151,7 @@ def test_a_quantized_checkpoint_gives_the_same_integers(folder: Path, proved: Ru
         "digits_cnn_int8.onnx",
         "metrics.csv",
         "placement.csv",
+        "predictions.csv",
     }
 
 
@@ -157,7 +159,7 @@ def test_the_float_model(folder: Path) -> None:
     plain = good(f"{DIGITS} -e", folder)
     other = good(f"{DIGITS} -e --engine onnxruntime --export-onnx float.onnx", folder)
     assert scores(other) == scores(plain)
-    assert other.files == {"configs/run_config.yaml", "metrics.csv"}
+    assert other.files == {"configs/run_config.yaml", "metrics.csv", "predictions.csv"}
     assert [line for line in other.lines if line.startswith("Exported")] == [
         f"Exported the float model to float.onnx (opset 20, {(folder / 'float.onnx').stat().st_size / 1e6:.1f} MB)"
     ]

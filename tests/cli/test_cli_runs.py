@@ -10,6 +10,8 @@ import pytest
 import yaml
 from runs import CLASSES, ROOT, SHARED, Run, finish, good, make_images, start, user_model
 
+from qlib.metrics import mcnemar, wilson_interval
+
 DIGITS = "-a digits_cnn --pretrained"
 STATS = "stats/digits_cnn_digits.yaml"
 QUANTIZED = f"{DIGITS} --quantize-eval --qe-stats-file {STATS} --qe-per-channel --qe-mode asym_u"
@@ -72,7 +74,7 @@ def test_lines_of_an_evaluation(folder: Path) -> None:
     assert [sum(row) for row in confusion] == [50] * 10
     assert sum(confusion[i][i] for i in range(10)) == round(5 * top1)
     assert top1 > 98
-    assert run.files == {"configs/run_config.yaml", "metrics.csv"}
+    assert run.files == {"configs/run_config.yaml", "metrics.csv", "predictions.csv"}
     for line in run.log.splitlines():
         assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - |\t| +\d|$", line), line
 
@@ -87,11 +89,19 @@ def test_lines_and_files_of_a_quantized_run(folder: Path, quantized: Run) -> Non
         "first_layer_quant_params.yaml",
         "first_quantized_checkpoint.pth.tar",
         "metrics.csv",
+        "predictions.csv",
     }
     assert "100.0 % of the multiply-accumulates are computed in integers: 15 of 15 layers" in lines
-    assert lines[-3:] == [
+    low, high = wilson_interval(1 - changed / 100, 500)
+    lost, won = (int(quantized.metrics("quantized")[name]) for name in ("lost", "won"))
+    assert lines[-5:-2] == [
         f"FP32:    Top1 {top1:.3f}    Top5 {top5:.3f}    Loss {loss:.5f}",
         f"Predictions that differ from FP32: {changed:.2f} %",
+        f"Agreement with FP32: {100 - changed:.2f} %, 95 % interval {low:.2f} to {high:.2f};"
+        f" right only there {lost}, only here {won}, McNemar p = {mcnemar(lost, won):.3g}",
+    ]
+    assert lines[-2].startswith("Predictions changed most in images of: ")
+    assert lines[-1:] == [
         f"Saving checkpoint to: {quantized.folder / 'first_quantized_checkpoint.pth.tar'}",
     ]
     assert changed <= 1

@@ -29,12 +29,12 @@ SPELLINGS = """
 --arch -a --pretrained --resume-from --resume --exp-load-weights-from
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
 --effective-valid-size --evs --effective-test-size --etes --skip-corrupt
---evaluate -e --confusion --engine
+--evaluate -e --confusion --compare-to --engine
 --compress --epochs --optimizer --lr --learning-rate --momentum --weight-decay --wd --label-smoothing --grad-clip --amp
 --reset-optimizer --best-by --num-best-scores --save-every
 --kd-teacher --kd-pretrained --kd-resume --kd-temperature --kd-temp --kd-distill-wt --kd-dw --kd-student-wt --kd-sw
 --kd-teacher-wt --kd-tw --kd-start-epoch
---quantize-eval --qe --qe-calibration --qe-calibration-split --qe-histograms --qe-stats-file --qe-dynamic
+--quantize-eval --qe --seeds --qe-calibration --qe-calibration-split --qe-histograms --qe-stats-file --qe-dynamic
 --qe-config-file
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
 --qe-clip-acts --qeca --qe-clip-n-stds --qe-clip-percentile --qe-clip-p --qe-clip-wts --qe-scale
@@ -206,6 +206,8 @@ RIGHT = [
     ("--sense Quant", "sense", "quant"),
     ("--sense quant --sense-bits 4,8", "sense_bits", (4, 8)),
     ("--sense-images 16", "sense_images", 16),
+    ("--compare-to images", "compare_to", Path("images")),
+    ("--qe --seeds 3", "seeds", 3),
     ("--engine OnnxRuntime", "engine", "onnxruntime"),
     ("--engine torch", "engine", "torch"),
     ("--qe-reduce-range AUTO", "qe.reduce_range", "auto"),
@@ -289,6 +291,8 @@ WRONG = [
     ("--qe --qe-budget 0MB", f"--qe-budget '0MB' is not allowed: it must be {BUDGET}"),
     ("--qe --qe-budget -1bits", "--qe-budget: expected one argument"),
     ("--qe --qe-budget 4kbits", f"--qe-budget '4kbits' is not allowed: it must be {BUDGET}"),
+    ("--compare-to no", "--compare-to 'no' is not allowed: it must be the folder of a run, which exists"),
+    ("--qe --seeds 0", "--seeds '0' is not allowed: it must be a whole number from 1 to 1000"),
     ("--qe-budget 4bits", "--qe-budget needs --quantize-eval, which quantizes the model and evaluates it"),
     ("--qe-lapq", "--qe-lapq needs --quantize-eval, which quantizes the model and evaluates it"),
     ("--qe --qe-bits-choices 4,4", f"--qe-bits-choices '4,4' is not allowed: it must be {WIDTHS}"),
@@ -526,6 +530,17 @@ WARNINGS = [
     ("opset of a verified file", "--qe --verify 3 --export-opset 21", []),
     ("float engine", "-e --engine onnxruntime --export-opset 21", []),
     ("checkpoint in another engine", "--resume-from m.pth.tar --engine onnxruntime", []),
+    ("seeds of a float model", "-e --seeds 3", ["--seeds has no effect without --quantize-eval"]),
+    (
+        "seeds of known ranges",
+        "--qe --seeds 3 --qe-stats-file s.yaml",
+        ["--seeds is ignored: with --qe-stats-file no images are drawn for calibration"],
+    ),
+    (
+        "compared without a result",
+        "--qe-calibration 1 --compare-to images",
+        ["--compare-to has no effect: --qe-calibration alone only collects"],
+    ),
     ("opset alone", "--qe --export-opset 20", ["--export-opset has no effect without --export-onnx"]),
     (
         "opset of encodings",

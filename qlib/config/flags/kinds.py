@@ -15,7 +15,7 @@ from qlib.values import FLAG, Interval, Value
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
 __all__ += ["names", "path", "real"]
-__all__ += ["new_file", "run_name", "schedule_file", "split_names", "whole"]
+__all__ += ["new_file", "run_folder", "run_name", "schedule_file", "split_names", "whole"]
 
 _SCHEDULES = Path(__file__).resolve().parents[2] / "schedules"  #: in a checkout a link to the folder at its top
 
@@ -137,6 +137,17 @@ def existing_file() -> Kind:
         return file.resolve() if file.parent.is_symlink() else file
 
     return Kind(read, "a file that exists", "FILE")
+
+
+def run_folder() -> Kind:
+    """The folder of a run, as it was when the command line was read: a run moves the link `latest_log_dir`."""
+
+    def read(text: str) -> Path:
+        folder = Path(text).expanduser()
+        _require(folder.is_dir())
+        return folder.resolve() if folder.is_symlink() else folder
+
+    return Kind(read, "the folder of a run, which exists", "RUN")
 
 
 def schedule_file() -> Kind:

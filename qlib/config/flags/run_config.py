@@ -46,6 +46,7 @@ class RunConfig:
     skip_corrupt: bool = False
     evaluate: bool = False
     confusion: bool = False
+    compare_to: Path | None = None
     engine: str = "torch"
     summary: tuple[str, ...] = ()
     check: bool = False
@@ -58,6 +59,7 @@ class RunConfig:
     seed: int = 0
     deterministic: bool = False
     quantize_eval: bool = False
+    seeds: int = 1
     qe: QuantArgs = field(default_factory=QuantArgs)
     ptq: PtqArgs = field(default_factory=PtqArgs)
     lapq: LapqArgs = field(default_factory=LapqArgs)

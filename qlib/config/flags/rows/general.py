@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Ignored
-from qlib.config.flags.kinds import SWITCH, arch, choice, devices, existing_file, fraction, path, real, run_name, whole
+from qlib.config.flags.kinds import (
+    SWITCH,
+    arch,
+    choice,
+    devices,
+    existing_file,
+    fraction,
+    path,
+    real,
+    run_folder,
+    run_name,
+    whole,
+)
 from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED, NOT_EXPORTED
 from qlib.data.names import DATASETS
 from qlib.registry import registered
@@ -74,7 +86,13 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     ),
     "Evaluation": (
         Flag("--evaluate -e", SWITCH, "evaluate on the test split", ignored=NOT_EVALUATED),
-        Flag("--confusion", SWITCH, "print the confusion matrix"),
+        Flag("--confusion", SWITCH, "print the confusion matrix", ignored=NOT_EVALUATED),
+        Flag(
+            "--compare-to",
+            run_folder(),
+            "compare the predictions, image by image, with those of another run on the same images",
+            ignored=NOT_EVALUATED,
+        ),
         Flag(
             "--engine",
             choice(_ENGINES),

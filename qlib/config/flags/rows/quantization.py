@@ -29,6 +29,16 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ignored=(ONLY_ANALYSES,),
         ),
         Flag(
+            "--seeds",
+            whole(1, 1000),
+            "times to quantize and evaluate, each with calibration images of its own: prints mean, lowest and highest",
+            needs=(Need(("--quantize-eval",)),),
+            ignored=(
+                Ignored("is ignored: with {by} no images are drawn for calibration", by=_RANGES_GIVEN),
+                ONLY_ANALYSES,
+            ),
+        ),
+        Flag(
             "--qe-calibration",
             fraction(),
             f"collect activation statistics on this fraction of the split (default: {IMPLICIT_CALIBRATION})",
