@@ -24,6 +24,7 @@ from qlib.models.names import names_python_file
 from qlib.models.transforms import standard_classes
 from qlib.runlog import RunLog
 from qlib.surgery.widen import find_wide_model, is_wide
+from qlib.users_code import users_code
 
 __all__ = ["Job", "choose_device", "load_job"]
 
@@ -141,9 +142,16 @@ def _load_model(
 
 
 def _check_weights(model: nn.Module, arch: str) -> None:
-    """Raises ModelError for NaN or infinity; buffers may hold infinities, as masks do."""
+    """Raises ModelError for what is no float32, NaN or infinity; buffers may hold infinities, as masks do."""
+    for name, value in model.named_parameters():
+        if value.is_meta or value.layout != torch.strided or value.dtype != torch.float32:
+            kind = "on the meta device" if value.is_meta else str(value.layout if value.is_sparse else value.dtype)
+            raise ModelError(
+                f"the weights {name!r} of {arch} are {kind}; they must be dense numbers of torch.float32, as"
+                " .float() makes them"
+            )
     bad = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-    bad += [name for name, value in model.named_buffers() if torch.isnan(value).any()]
+    bad += [name for name, value in model.named_buffers() if not value.is_meta and torch.isnan(value).any()]
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise ModelError(f"the weights {bad[0]!r}{more} of {arch} hold NaN or infinity; give others")
@@ -152,21 +160,19 @@ def _check_weights(model: nn.Module, arch: str) -> None:
 def _check_output(job: Job) -> None:
     """A model of the user's own may return anything. Raises ModelError unless it returns a logit for each class."""
     check_inputs(job.model)
-    try:
-        with torch.inference_mode():
-            logits: object = job.model(job.example)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"{job.spec.arch!r} fails on images of {_sizes(job.spec.input_shape)}, with {type(error).__name__}"
-            f" ({reason}); correct its forward, or give the model an attribute input_shape"
-        ) from error
+    with torch.inference_mode(), users_code(f"{job.spec.arch!r} fails on images of {_sizes(job.spec.input_shape)},"):
+        logits: object = job.model(job.example)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else None
     if shape != (2, job.num_classes):
         returned = type(logits).__name__ if shape is None else f"a tensor of {_sizes(shape)}"
         raise ModelError(
             f"{job.spec.arch!r} returns {returned} for 2 images, and the dataset has {job.num_classes} classes;"
             f" make it return a tensor of 2x{job.num_classes}, or give data with as many classes"
+        )
+    assert isinstance(logits, Tensor)
+    if not logits.is_floating_point():
+        raise ModelError(
+            f"{job.spec.arch!r} returns logits of {logits.dtype}; make it return float32, before any argmax or cast"
         )
 
 

@@ -45,6 +45,7 @@ from qlib.report.tables import arithmetic_lines, plan_table
 from qlib.runlog import RunLog, open_run
 from qlib.surgery.widen import find_wide_model
 from qlib.train.state import is_training
+from qlib.users_code import in_users_files
 
 __all__ = ["run"]
 
@@ -54,9 +55,12 @@ _log = logging.getLogger(__name__)
 def run(config: RunConfig) -> int:
     """Does what the command line asks; 0 when it is done. Raises QlibError for a user's mistake."""
     inputs = (config.train.compress, config.qe.stats_file, config.qe.config_file)
-    with open_run(
-        config.out_dir, config.name, config.to_yaml(), inputs, verbose=config.verbose, cpu=config.cpu
-    ) as run_log:
+    with (
+        open_run(
+            config.out_dir, config.name, config.to_yaml(), inputs, verbose=config.verbose, cpu=config.cpu
+        ) as run_log,
+        in_users_files("the run fails in a model's file,"),
+    ):
         for warning in startup_warnings(config):
             _log.warning("Warning: %s", warning)
         _log.info("Random seed: %d", config.seed)

@@ -27,6 +27,7 @@ from qlib.models import ModelSpec, create_model, find_model
 from qlib.models.transforms import normalization
 from qlib.progress import track
 from qlib.tensor_file import read_tensors, write_tensors
+from qlib.users_code import users_code
 
 __all__ = ["SELF", "cached_logits", "load_teacher"]
 
@@ -169,15 +170,9 @@ def _convert_images(teacher: nn.Module, spec: ModelSpec, job: Job) -> None:
 
 def _check_logits(teacher: nn.Module, spec: ModelSpec, job: Job) -> None:
     """Raises UsageError or ModelError unless the teacher gives a finite logit for each of the student's classes."""
-    try:
-        with torch.no_grad():
-            logits: object = teacher(job.example)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(
-            f"the teacher {spec.arch!r} fails on images of {_sizes(job.spec.input_shape)}, with"
-            f" {type(error).__name__} ({reason}); give another one, or correct its forward"
-        ) from error
+    what = f"the teacher {spec.arch!r} fails on images of {_sizes(job.spec.input_shape)},"
+    with torch.no_grad(), users_code(what, "give another one, or correct its forward"):
+        logits: object = teacher(job.example)
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
     if len(shape) == 2 and shape[1] != job.num_classes:
         raise _other_classes(spec, shape[1], job)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qlib.data.names import DATASETS
-from qlib.errors import DataError, did_you_mean
+from qlib.errors import DataError, ModelError, did_you_mean
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # not all that Pillow knows: it would run Ghostscript on EPS
@@ -101,6 +101,7 @@ class ImageDataset:
 
         Raises:
             DataError: the image cannot be decoded.
+            ModelError: the transform, a user's own, fails.
         """
         try:
             image = self.images.read(index)
@@ -110,7 +111,10 @@ class ImageDataset:
                 f"cannot read image {self.path(index)!r}, number {index + 1:,} of {len(self):,} ({reason}); "
                 "replace or delete it, or leave such images out with --skip-corrupt"
             ) from error
-        return self.transform(image), self.labels[index]
+        try:
+            return self.transform(image), self.labels[index]
+        except ModelError as error:
+            raise ModelError(f"image {self.path(index)!r}: {error}") from error
 
     def path(self, index: int) -> str:
         """The file of image `index`, or for an image that has none the dataset's name and the index."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlib.data.datasets import ImageDataset
-from qlib.errors import DataError
+from qlib.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,24 +24,30 @@ class _Unreadable:
     sentence: str
 
 
+_Item = tuple[Any, int] | _Unreadable | ModelError
+
+
 @dataclass(frozen=True, eq=False)
 class _Reader:
     dataset: ImageDataset
 
-    def __getitem__(self, index: int) -> tuple[Any, int] | _Unreadable:
+    def __getitem__(self, index: int) -> _Item:
         try:
             return self.dataset[index]
         except DataError as error:
             return _Unreadable(self.dataset.path(index), str(error))
+        except ModelError as error:  # of a user's transform; its cause need not survive the way out of a worker
+            return ModelError(str(error))
 
 
-def _collate(items: list[tuple[Any, int] | _Unreadable]) -> tuple[Any, Any, list[_Unreadable]]:
+def _collate(items: list[_Item]) -> tuple[Any, Any, list[_Unreadable], ModelError | None]:
     import torch
 
-    good = [item for item in items if not isinstance(item, _Unreadable)]
+    good = [item for item in items if isinstance(item, tuple)]
     bad = [item for item in items if isinstance(item, _Unreadable)]
+    failed = next((item for item in items if isinstance(item, ModelError)), None)
     images = torch.utils.data.default_collate([image for image, _ in good]) if good else None
-    return images, torch.tensor([label for _, label in good]), bad
+    return images, torch.tensor([label for _, label in good]), bad, failed
 
 
 def _leave_interrupts_to_the_parent(_: int) -> None:
@@ -77,9 +83,12 @@ class Loader:
 
         Raises:
             DataError: an image is damaged, unless `skip_corrupt`; or all are.
+            ModelError: the transform, a user's own, fails.
         """
         self.skipped.clear()
-        for images, labels, unreadable in self._batches():
+        for images, labels, unreadable, failed in self._batches():
+            if failed is not None:
+                raise failed
             if unreadable and not self.skip_corrupt:
                 raise DataError(unreadable[0].sentence)
             self.skipped.extend(item.path for item in unreadable)
@@ -90,7 +99,7 @@ class Loader:
                 f"all {len(self.skipped)} images are damaged, the first is {self.skipped[0]!r}; replace them"
             )
 
-    def _batches(self) -> Iterator[tuple[Any, Any, list[_Unreadable]]]:
+    def _batches(self) -> Iterator[tuple[Any, Any, list[_Unreadable], ModelError | None]]:
         import torch
         from torch.utils.data import DataLoader
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from qlib.errors import ModelError
 from qlib.graph.any_batch import images_of, is_fixed, with_any_batch
 from qlib.graph.names import DROPOUTS, op_of, writes
+from qlib.users_code import layer_of, line_of, reason_of
 
 __all__ = ["DROP_PATHS", "Trace", "check_inputs", "pads_values", "trace"]
 
@@ -116,65 +116,47 @@ def _views(node: fx.Node) -> bool:
 def _exported(model: nn.Module, images: Tensor, shape: tuple[int, ...]) -> ExportedProgram:
     refusals: list[ModelError] = []
     for size in (Dim("batch"), Dim.AUTO):
-        running: list[str] = []
         try:
-            with _noting(model, running):
-                program = export(model, (images,), strict=False, dynamic_shapes=({0: size},))
-                if not is_fixed(images_of(program).meta["val"].shape[0]):
-                    return program
-                more = export(model, (torch.cat([images, images[:1]]),), strict=False)
-        except Exception as error:  # the model's own code may raise anything
-            refusals.append(_refusal(error, running[-1] if running else "", shape))
+            program = export(model, (images,), strict=False, dynamic_shapes=({0: size},))
+            if not is_fixed(images_of(program).meta["val"].shape[0]):
+                return program
+            more = export(model, (torch.cat([images, images[:1]]),), strict=False)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # the model's own code may raise anything
+            refusals.append(_refusal(error, model, shape))
             continue
         return with_any_batch(program, more)
     raise refusals[0]
 
 
-@contextlib.contextmanager
-def _noting(model: nn.Module, running: list[str]) -> Iterator[None]:
-    """Keeps the paths of the modules whose forward methods run in `running`, the innermost last."""
-    paths = {module: path for path, module in model.named_modules()}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        running.append(paths.get(module, ""))
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    handles = (
-        nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 _ON_VALUES = ("GuardOnDataDependentSymNode", "UserError", "DataDependentOutputException", "DynamicOutputShapeException")
 
 
-def _refusal(error: Exception, path: str, shape: tuple[int, ...]) -> ModelError:
+def _refusal(error: BaseException, model: nn.Module, shape: tuple[int, ...]) -> ModelError:
     """Where and why a model cannot be exported."""
-    lines = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-    here = str(Path(__file__).parent)
-    own = [line for line in lines if not line.startswith((str(Path(torch.__file__).parent), here, "<"))]
-    place = (
-        f"{path!r} ({own[-1]})" if path and own else repr(path) if path else own[-1] if own else "its forward method"
-    )
+    while isinstance(error, ModelError):
+        if error.__cause__ is None:  # it has its sentence already
+            return error
+        error = error.__cause__
+    path, line = layer_of(error, model), line_of(error)
+    place = f"{path!r} ({line})" if path and line else repr(path) if path else line or "its forward method"
     if type(error).__name__ in _ON_VALUES:
-        refusal = ModelError(
-            f"the model cannot be captured: it decides on the values of a tensor, or on how many images there are, at"
-            f" {place}; rewrite that without control flow on tensor values, or put it into a module of torch.nn"
-        )
+        refusal = _on_values(place)
     else:
         refusal = ModelError(
             f"the model cannot be captured: it fails at {place} on an input of shape {shape}, with"
-            f" {type(error).__name__} ({_one_line(error)}); correct it there"
+            f" {reason_of(error)}; correct it there"
         )
     refusal.__cause__ = error
     return refusal
+
+
+def _on_values(place: str) -> ModelError:
+    return ModelError(
+        "the model cannot be captured: it decides on the values of a tensor, or on how many images there are, at"
+        f" {place}; rewrite that without control flow on tensor values, or put it into a module of torch.nn"
+    )
 
 
 def _output(program: ExportedProgram) -> fx.Node:
@@ -184,16 +166,13 @@ def _output(program: ExportedProgram) -> fx.Node:
     return first
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, its modules with plain forward methods."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     plain = {module: forward for module in modes if (forward := _plain_forward(module)) is not None}
+    own = {module: module.__dict__["forward"] for module in plain if "forward" in module.__dict__}
     try:
         for module, forward in plain.items():
             module.__dict__["forward"] = forward
@@ -201,6 +180,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in plain:
             del module.__dict__["forward"]
+        for module, forward in own.items():
+            module.__dict__["forward"] = forward
         for module, training in modes.items():
             module.training = training
 
@@ -231,7 +212,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

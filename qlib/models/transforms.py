@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+from PIL import Image
+from torch import Tensor
 from torchvision import transforms as T
 
 from qlib.errors import ModelError
 from qlib.models.spec import ModelSpec, Transform
+from qlib.users_code import users_code
 
 # dataset -> (input shape, mean, std, shorter side before the crop)
 _STANDARD: dict[str, tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...], int]] = {
@@ -27,6 +32,36 @@ _DATASETS = {
     "fashion-mnist": ("mnist", 10),
     "digits": ("digits", 10),
 }
+
+
+@dataclass(frozen=True)
+class UsersTransform:
+    """A transform of a user's own, held to what a `ModelSpec` promises; `what` names it in errors."""
+
+    function: Callable[[Image.Image], Any]
+    what: str
+    shape: tuple[int, int, int]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """The tensor of an image. Raises ModelError where it fails, or is no finite float32 tensor of `shape`."""
+        with users_code(f"{self.what} fails", function=self.function):
+            value = self.function(image)
+        if not isinstance(value, Tensor):
+            raise ModelError(f"{self.what} returns {type(value).__name__!r}; make it return a tensor")
+        if value.dtype != torch.float32:
+            raise ModelError(f"{self.what} returns a tensor of {value.dtype}; make it float32, as by .float()")
+        if value.shape != self.shape:
+            raise ModelError(
+                f"{self.what} returns a tensor of {_sizes(value.shape)}, and the model has input_shape ="
+                f" {self.shape}; make them agree"
+            )
+        if not torch.isfinite(value).all():
+            raise ModelError(f"{self.what} returns NaN or infinity; make it return finite numbers")
+        return value.detach().as_subclass(Tensor)
+
+
+def _sizes(shape: torch.Size) -> str:
+    return "x".join(map(str, shape)) or "no axes"
 
 
 def known_datasets() -> tuple[str, ...]:
@@ -115,7 +150,7 @@ def normalization(spec: ModelSpec) -> tuple[tuple[float, ...], tuple[float, ...]
     >>> normalization(find_model("simplenet_cifar"))
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     """
-    transform: Any = spec.transform
+    transform: Any = spec.transform.function if isinstance(spec.transform, UsersTransform) else spec.transform
     last = transform.transforms[-1] if isinstance(transform, T.Compose) else transform
     if not hasattr(last, "mean") or not hasattr(last, "std"):
         return None

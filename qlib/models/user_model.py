@@ -7,6 +7,7 @@ by attributes: `dataset` (a name), `input_shape` (channels, height, width), `tra
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -14,14 +15,22 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qlib.errors import ModelError, did_you_mean
 from qlib.models.logits import with_logits
 from qlib.models.spec import ModelSpec
-from qlib.models.transforms import evaluation_transform, known_datasets, standard_classes, standard_input_shape
+from qlib.models.transforms import (
+    UsersTransform,
+    evaluation_transform,
+    known_datasets,
+    standard_classes,
+    standard_input_shape,
+)
+from qlib.users_code import UsersFile, users_code
 
 
 def model_spec(arch: str) -> ModelSpec:
@@ -34,31 +43,42 @@ def model_spec(arch: str) -> ModelSpec:
     if not name:
         raise ModelError(f"{arch!r} names no function; write it as path/to/file.py:function")
     function = _function(Path(f"{path}.py").expanduser(), name)
-    model = _call(function, arch, None)
+    build = partial(_build, function, arch)
+    with users_code(f"{arch!r} fails"):  # attributes may be properties
+        return _spec_of(build(None), arch, build)
+
+
+def _spec_of(model: nn.Module, arch: str, build: Callable[[int], nn.Module]) -> ModelSpec:
+    """What the model tells about itself by its attributes."""
     dataset = getattr(model, "dataset", "imagenet")
-    if dataset not in known_datasets():
-        allowed = ", ".join(known_datasets())
-        raise ModelError(f"{arch!r} has the attribute dataset = {dataset!r}; make it one of {allowed}")
+    if not isinstance(dataset, str) or dataset not in known_datasets():
+        raise _wrong(arch, "dataset", dataset, f"one of {', '.join(known_datasets())}")
     shape = _input_shape(getattr(model, "input_shape", standard_input_shape(dataset)), arch)
-    transform = getattr(model, "transform", None) or evaluation_transform(dataset, shape)
-    training = getattr(model, "train_transform", None)
-    for attribute, value in (("transform", transform), ("train_transform", training)):
+    transforms = {name: getattr(model, name, None) for name in ("transform", "train_transform")}
+    for name, value in transforms.items():
         if value is not None and not callable(value):
-            raise ModelError(f"{arch!r} has the attribute {attribute} = {value!r}; make it a function of an image")
+            raise _wrong(arch, name, value, "a function of an image")
+    own, training = (
+        UsersTransform(each, f"the {name} of {arch!r}", shape) if each else None for name, each in transforms.items()
+    )
     classes = getattr(model, "num_classes", standard_classes(dataset))
     if type(classes) is not int or classes < 1:
-        raise ModelError(f"{arch!r} has the attribute num_classes = {classes!r}; make it a number from 1")
-    build = partial(_call, function, arch)
+        raise _wrong(arch, "num_classes", classes, "a number from 1")
+    transform = own or evaluation_transform(dataset, shape)
     return ModelSpec(arch, dataset, classes, shape, transform, build, train_transform=training)
+
+
+def _wrong(arch: str, attribute: str, value: object, remedy: str) -> ModelError:
+    text = repr(value)
+    text = text if len(text) <= 100 else f"{text[:100]}..."
+    return ModelError(f"{arch!r} has the attribute {attribute} = {text}; make it {remedy}")
 
 
 def _input_shape(shape: Any, arch: str) -> tuple[int, int, int]:
     match shape:
         case (int(channels), int(height), int(width)) if min(channels, height, width) > 0:
             return channels, height, width
-    raise ModelError(
-        f"{arch!r} has the attribute input_shape = {shape!r}; make it (channels, height, width), such as (3, 224, 224)"
-    )
+    raise _wrong(arch, "input_shape", shape, "(channels, height, width), such as (3, 224, 224)")
 
 
 def _function(path: Path, name: str) -> Callable[..., Any]:
@@ -66,17 +86,15 @@ def _function(path: Path, name: str) -> Callable[..., Any]:
         raise ModelError(f"there is no model file {str(path)!r}; give a file that exists, as path/to/file.py:function")
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
     module_name = f"{path.stem}_{digest}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    loader = UsersFile(module_name, str(path))
+    spec = importlib.util.spec_from_loader(module_name, loader)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     if str(path.resolve().parent) not in sys.path:
         sys.path.append(str(path.resolve().parent))  # for what stands beside the file
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's code may raise anything
-        raise ModelError(f"{str(path)!r} {_failed(error)}") from error
+    with users_code(f"{str(path)!r} fails"):
+        loader.exec_module(module)
     functions: dict[str, Callable[..., Any]] = {key: value for key, value in vars(module).items() if callable(value)}
     if name not in functions:
         raise ModelError(
@@ -86,15 +104,30 @@ def _function(path: Path, name: str) -> Callable[..., Any]:
     return functions[name]
 
 
-def _call(function: Callable[..., Any], arch: str, num_classes: int | None) -> nn.Module:
+def _build(function: Callable[..., Any], arch: str, num_classes: int | None) -> nn.Module:
     """The function's model; without `num_classes` it is called with its own default, or 1000 if it has none."""
-    try:
+    with users_code(f"{arch!r} fails", function=function):
         model = function(**_arguments(function, num_classes))
-    except Exception as error:  # the user's code may raise anything
-        raise ModelError(f"{arch!r} {_failed(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{arch!r} returns {type(model).__name__!r}, not an nn.Module; make it return the model")
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"{arch!r} returns {type(model).__name__!r}, not an nn.Module; make it return the model")
+        _guard(model, arch)
     return with_logits(model)
+
+
+def _guard(model: nn.Module, arch: str) -> None:
+    """What the forward method raises is one sentence, wherever the model runs; copies of it have their own."""
+    if "forward" in vars(model):
+        return
+    forward = type(model).forward
+
+    @functools.wraps(forward)
+    def guarded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        shape = next(("x".join(map(str, each.shape[1:])) for each in args if isinstance(each, Tensor)), "no size")
+        remedy = "correct its forward, or give the model an attribute input_shape"
+        with users_code(f"{arch!r} fails on images of {shape},", remedy, forward):
+            return forward(self, *args, **kwargs)
+
+    model.forward = MethodType(guarded, model)
 
 
 def _arguments(function: Callable[..., Any], num_classes: int | None) -> dict[str, int]:
@@ -104,12 +137,3 @@ def _arguments(function: Callable[..., Any], num_classes: int | None) -> dict[st
     if num_classes is not None:
         return {"num_classes": num_classes} if named or takes_any else {}
     return {"num_classes": 1000} if named and named.default is named.empty else {}
-
-
-def _failed(error: Exception) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else ""
-    reason = " ".join(str(error).split())
-    return f"fails with {type(error).__name__}{f' ({reason})' if reason else ''}{where}; correct it there"

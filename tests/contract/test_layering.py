@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LINES = (
     ("errors",),
-    ("registry", "progress", "files", "yaml_tree", "values", "quant.spec", "data.names"),
+    ("registry", "progress", "files", "yaml_tree", "values", "quant.spec", "data.names", "users_code"),
     ("quant.clip_names",),
     ("quant.affine", "quant.plan", "config", "data", "metrics", "runlog", "tensor_file"),
     ("graph",),

@@ -438,8 +438,8 @@ class TestTeacher:
             pytest.param(
                 {"teacher": "net.py:fails", "resume": Path("wide.pth")},
                 ModelError,
-                "the teacher 'net.py:fails' fails on images of 1x8x8, with ValueError (no); give another one, or"
-                " correct its forward",
+                "'net.py:fails' fails on images of 1x8x8, with ValueError (no) at net.py:38; correct its forward, or"
+                " give the model an attribute input_shape",
                 id="fails",
             ),
             pytest.param(
