@@ -6,16 +6,20 @@ A flag holds text, YAML holds text, numbers, true and false. Each `Value` says h
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from qlib.errors import did_you_mean
 
-__all__ = ["FLAG", "FrozenMapping", "Interval", "Value", "among", "choice", "real", "text", "whole"]
+__all__ = ["FLAG", "FrozenMapping", "Interval", "TooLarge", "Value", "among", "choice", "real", "text", "whole"]
 
 
 T = TypeVar("T")
+
+_MOST = 10**9
+"""The largest whole number where nothing else bounds it: what counts things fits into any integer of a library."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Interval:
     def __contains__(self, number: float) -> bool:
         above = self.low < number if self.open_low else self.low <= number
         below = number < self.high if self.open_high else number <= self.high
-        return above and below and math.isfinite(number)
+        return above and below and -sys.float_info.max <= number <= sys.float_info.max
 
     def __str__(self) -> str:
         start = f"above {self.low:g}" if self.open_low else f"from {self.low:g}"
@@ -74,11 +78,17 @@ class Value:
         return True
 
     def hint(self, raw: object) -> str:
-        """The names that a wrong value may mean.
+        """What continues the words for what is allowed: how large a number may be, or the names that may be meant.
 
-        >>> choice(("sym", "asym_u")).hint("asymu")
-        '; did you mean asym_u or sym?'
+        >>> choice(("sym", "asym_u")).hint("asymu"), whole(1).hint(10**30)
+        ('; did you mean asym_u or sym?', ', and at most 1000000000')
         """
+        try:
+            self.read(raw)
+        except TooLarge as error:
+            return str(error)
+        except ValueError:
+            pass
         return did_you_mean(raw.lower(), self.names) if isinstance(raw, str) else ""
 
     def or_null(self, words: str, meaning: object = None) -> Value:
@@ -97,12 +107,23 @@ def _require(accepted: bool) -> None:
         raise ValueError
 
 
+class TooLarge(ValueError):
+    """A number that is refused for its size alone; its text continues the words for what is allowed."""
+
+
 def whole(low: int, high: int | None = None) -> Value:
-    """A whole number from `low` to `high`; neither true nor 3.0 is one."""
+    """A whole number from `low` to `high`; neither true nor 3.0 is one.
+
+    >>> whole(1).read(10**30)
+    Traceback (most recent call last):
+    qlib.values.TooLarge: , and at most 1000000000
+    """
 
     def read(raw: object) -> int:
         if type(raw) is not int or raw < low or (high is not None and raw > high):
             raise ValueError
+        if high is None and raw > _MOST:
+            raise TooLarge(f", and at most {_MOST}")
         return raw
 
     span = f"a whole number from {low}" + (f" to {high}" if high is not None else "")

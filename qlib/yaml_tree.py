@@ -1,8 +1,10 @@
-"""YAML as a tree that remembers where everything stood; nothing in a file can run code."""
+"""YAML as a tree that remembers where everything stood; nothing in a file can run code, or grow without end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,12 +18,20 @@ __all__ = ["Node", "Scalar", "load_yaml", "parse_yaml"]
 Scalar: TypeAlias = "bool | int | float | str | None"
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_MAX_DEPTH = 50
 _TAG = "tag:yaml.org,2002:"
-_SCALAR_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
+
+_MAX_DEPTH = 50
+_MAX_BYTES = 16 * 2**20
+_MAX_VALUES = 1_000_000  #: aliases counted as what they stand for
+_MAX_INTEGER = 2**63 - 1
+
+_SURPRISES = re.compile(r"[-+]?(\d[\d_]*:[\d_:.]+|0[\d_]+)")
+"""Numbers that YAML 1.1 reads otherwise than people do: 1:30 is 90, and 010 is 8."""
+
+_NO_LINES: Mapping[str, int] = {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Node:
     """One value of a YAML file, with its place.
 
@@ -32,7 +42,7 @@ class Node:
     file: str
     line: int
     value: Scalar | tuple[Node, ...] | Mapping[str, Node]
-    key_lines: Mapping[str, int] = field(default_factory=dict)
+    key_lines: Mapping[str, int] = field(default_factory=lambda: _NO_LINES)
 
     @property
     def where(self) -> str:
@@ -67,7 +77,7 @@ def load_yaml(path: str | Path) -> Node:
     """The tree of a file with one YAML document.
 
     Raises:
-        ConfigError: the file cannot be read, or for what `parse_yaml` says.
+        ConfigError: the file cannot be read, has more than 16 MiB, or for what `parse_yaml` says.
     """
     return parse_yaml(_read(str(path)), str(path))
 
@@ -79,19 +89,17 @@ def parse_yaml(text: str, file: str) -> Node:
     Node(file='a.yaml', line=1, value=4, key_lines={})
 
     Raises:
-        ConfigError: the text is empty or is not YAML; or it has tabs in its indentation, duplicate keys or tags such as
-            `!!python/object`: all of those, each with `file:line`.
+        ConfigError: the text is empty or is not YAML; it is nested more than 50 deep, or has more than a million
+            values, an alias counted as what it stands for; or it has tabs in its indentation, duplicate keys, tags such
+            as `!!python/object`, or numbers that YAML reads otherwise than people do: all of those, each with
+            `file:line`.
     """
     tabs = [n for n, line in enumerate(text.split("\n"), 1) if "\t" in line[: len(line) - len(line.lstrip(" \t"))]]
     if tabs:
         raise ConfigError([f"{file}:{n}: a tab in the indentation; YAML allows only spaces" for n in tabs])
+    reader = _Reader(file)
     try:
-        _check_depth(file, text)
-        root = yaml.compose(text, Loader=_LOADER)
-        if root is None:
-            raise ConfigError(f"{file}:1: the file is empty")
-        reader = _Reader(file)
-        node = reader.convert(root)
+        node = reader.document(yaml.parse(text, Loader=_LOADER))
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(file, text, error)) from None
     except UnicodeEncodeError as error:  # half of a surrogate pair, which no file in UTF-8 can hold
@@ -102,27 +110,22 @@ def parse_yaml(text: str, file: str) -> Node:
     return node
 
 
-def _check_depth(file: str, text: str) -> None:
-    """Stops before `compose`, which is recursive and in C: a file nested without end would crash the process."""
-    depth = 0
-    event: Any
-    for event in yaml.parse(text, Loader=_LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > _MAX_DEPTH:
-            line = event.start_mark.line + 1
-            raise ConfigError(f"{file}:{line}: lists and mappings are nested more than {_MAX_DEPTH} deep")
-
-
 def _read(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not a text file in UTF-8 (byte {error.start}); save it as UTF-8") from None
+        with open(file, "rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
+    if len(content) > _MAX_BYTES:
+        size = os.path.getsize(file) / 2**20
+        raise ConfigError(f"{file}: has {size:.0f} MiB, and a YAML file may have {_MAX_BYTES >> 20}; give another file")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not a text file in UTF-8 (byte {error.start}); save it as UTF-8") from None
 
 
-def _syntax_problem(file: str, text: str, error: yaml.YAMLError) -> str:
+def _syntax_problem(file: str, text: str, error: Any) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         context = f" ({error.context})" if error.context else ""
         return f"{file}:{error.problem_mark.line + 1}: not valid YAML: {error.problem}{context}"
@@ -130,78 +133,166 @@ def _syntax_problem(file: str, text: str, error: yaml.YAMLError) -> str:
     return f"{file}:{line}: not valid YAML: {getattr(error, 'reason', error)}"
 
 
+@dataclass
+class _Anchored:
+    """What an anchor stands for: its node (None while it is read), how many values it holds and how deep they lie."""
+
+    line: int
+    node: Node | None = None
+    values: int = 0
+    height: int = 0
+
+
 class _Reader:
-    """Turns composed YAML nodes into `Node`s and collects the problems on the way."""
+    """Turns the events of a parser into `Node`s, and collects the problems on the way.
+
+    `_depth` is that of the value at hand, `_deepest` that of the deepest one since the last anchor, and `_values`
+    counts the values. Both count an alias as what it stands for: whoever walks the tree later is safe.
+    """
 
     def __init__(self, file: str) -> None:
         self.file = file
         self.problems: list[str] = []
-        self._done: dict[int, Node | None] = {}
-        self._scalars: Any = yaml.constructor.SafeConstructor()
+        self._anchors: dict[str, _Anchored] = {}
+        self._depth = self._deepest = self._values = 0
+        self._resolver: Any = yaml.resolver.Resolver()
+        self._constructor: Any = yaml.constructor.SafeConstructor()
 
-    def convert(self, raw: Any) -> Node:
-        """The node of `raw`; an aliased one is converted once (None marks one under way)."""
-        if id(raw) not in self._done:
-            self._done[id(raw)] = None
-            self._done[id(raw)] = self._convert(raw)
-        node = self._done[id(raw)]
-        if node is None:
-            self._problem(raw, "an anchor contains itself")
-            return self._node(raw, None)
+    def document(self, events: Iterator[Any]) -> Node:
+        """The tree of the only document."""
+        self._events = events
+        next(events)
+        start = next(events)
+        if isinstance(start, yaml.StreamEndEvent):
+            raise ConfigError(f"{self.file}:1: the file is empty")
+        node = self._node(next(events))
+        next(events)
+        if not isinstance(after := next(events), yaml.StreamEndEvent):
+            raise _misplaced(after, "but found another document (expected a single document in the stream)")
         return node
 
-    def _convert(self, raw: Any) -> Node:
-        if isinstance(raw, yaml.MappingNode) and raw.tag == _TAG + "map":
-            return self._mapping(raw)
-        if isinstance(raw, yaml.SequenceNode) and raw.tag == _TAG + "seq":
-            return self._node(raw, tuple(self.convert(item) for item in raw.value))
-        if isinstance(raw, yaml.ScalarNode):
-            return self._node(raw, self._scalar(raw))
-        self._problem(raw, f"the tag {_short(raw.tag)} is not allowed; write plain values")
-        return self._node(raw, None)
+    def _node(self, event: Any) -> Node:
+        if isinstance(event, yaml.AliasEvent):
+            return self._alias(event)
+        if event.anchor is None:
+            return self._value(event)
+        if event.anchor in self._anchors:
+            raise _misplaced(event, f"found duplicate anchor {event.anchor!r}")
+        anchored = self._anchors[event.anchor] = _Anchored(_line(event))
+        before, deepest, self._deepest = self._values, self._deepest, self._depth
+        anchored.node = self._value(event)
+        anchored.values, anchored.height = self._values - before, self._deepest - self._depth
+        self._deepest = max(deepest, self._deepest)
+        return anchored.node
 
-    def _mapping(self, raw: Any) -> Node:
+    def _alias(self, event: Any) -> Node:
+        if event.anchor not in self._anchors:
+            raise _misplaced(event, f"found undefined alias {event.anchor!r}")
+        anchored = self._anchors[event.anchor]
+        self._count(event, anchored.values, anchored.height)
+        if anchored.node is None:
+            self.problems.append(f"{self.file}:{anchored.line}: an anchor contains itself")
+            return self._with(event, None)
+        return anchored.node
+
+    def _value(self, event: Any) -> Node:
+        self._count(event, 1, 0)
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event)
+        is_mapping = isinstance(event, yaml.MappingStartEvent)
+        if event.tag not in (None, "!", _TAG + ("map" if is_mapping else "seq")):
+            self._refuse_tag(event, event.tag)
+        self._depth += 1
+        node = self._mapping(event) if is_mapping else self._list(event)
+        self._depth -= 1
+        return node
+
+    def _count(self, event: Any, values: int, height: int) -> None:
+        self._values += values
+        self._deepest = max(self._deepest, self._depth + height)
+        where = f"{self.file}:{_line(event)}"
+        if self._deepest > _MAX_DEPTH:
+            raise ConfigError(f"{where}: lists and mappings are nested more than {_MAX_DEPTH} deep")
+        if self._values > _MAX_VALUES:
+            raise ConfigError(f"{where}: more than {_MAX_VALUES} values, aliases counted as what they stand for")
+
+    def _until(self, end: type) -> Iterator[Any]:
+        while not isinstance(event := next(self._events), end):
+            yield event
+
+    def _list(self, event: Any) -> Node:
+        return self._with(event, tuple(self._node(each) for each in self._until(yaml.SequenceEndEvent)))
+
+    def _mapping(self, event: Any) -> Node:
         entries: dict[str, Node] = {}
         lines: dict[str, int] = {}
         merged: list[Node] = []
-        for key, value in raw.value:
-            if not isinstance(key, yaml.ScalarNode):
+        for key in self._until(yaml.MappingEndEvent):
+            if not isinstance(key, yaml.ScalarEvent):
                 self._problem(key, "a key must be plain text, not a list or a mapping")
-            elif key.tag == _TAG + "merge":
-                sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                merged += [self.convert(source) for source in sources]
-            elif key.value in entries:
-                self._problem(key, f"duplicate key {key.value!r}, first on line {lines[key.value]}; keep one")
+                self._node(key)
+                self._node(next(self._events))
+                continue
+            name = self._key(key)
+            value = self._node(next(self._events))
+            if self._tag(key) == _TAG + "merge":
+                merged += value.value if isinstance(value.value, tuple) else [value]
+            elif name in entries:
+                self._problem(key, f"duplicate key {name!r}, first on line {lines[name]}; keep one")
             else:
-                entries[key.value] = self.convert(value)
-                lines[key.value] = key.start_mark.line + 1
+                entries[name], lines[name] = value, _line(key)
         for source in merged:
             if source.mapping is None:
                 self.problems.append(f"{source.where}: '<<' can only merge a mapping, not {source}")
             for name, node in (source.mapping or {}).items():
                 if name not in entries:
                     entries[name], lines[name] = node, source.key_lines[name]
-        return Node(self.file, raw.start_mark.line + 1, entries, lines)
+        return Node(self.file, _line(event), entries, lines)
 
-    def _scalar(self, raw: Any) -> Scalar:
-        if raw.tag == _TAG + "timestamp" and raw.style is None:
-            return str(raw.value)
-        if raw.tag not in _SCALAR_TAGS:
-            self._problem(raw, f"the tag {_short(raw.tag)} is not allowed; write plain values")
-            return None
+    def _key(self, event: Any) -> str:
+        """The text of a key, which may be anchored as any value."""
+        text = str(event.value)
+        if event.anchor is not None:
+            self._anchors[event.anchor] = _Anchored(_line(event), self._with(event, text))
+        return text
+
+    def _tag(self, event: Any) -> str:
+        if event.tag in (None, "!"):
+            return str(self._resolver.resolve(yaml.ScalarNode, event.value, event.implicit))
+        return str(event.tag)
+
+    def _scalar(self, event: Any) -> Node:
+        tag, text = self._tag(event), str(event.value)
+        kind = tag.removeprefix(_TAG)
+        if kind == "str" or (kind == "timestamp" and not event.style):
+            return self._with(event, text)
+        if kind not in ("null", "bool", "int", "float"):
+            self._refuse_tag(event, tag)
+            return self._with(event, None)
         try:
-            value: Scalar = self._scalars.construct_object(raw)
-        except (ValueError, KeyError):
-            self._problem(raw, f"{raw.value[:40]!r} is not a valid {raw.tag.removeprefix(_TAG)}")
-            return None
-        return value
+            value: Scalar = getattr(self._constructor, f"construct_yaml_{kind}")(yaml.ScalarNode(tag, text))
+        except (ValueError, LookupError, OverflowError):
+            self._problem(event, f"{text!r} is not a valid {kind}")
+            return self._with(event, None)
+        if isinstance(value, int) and abs(value) > _MAX_INTEGER:
+            self._problem(event, f"{text!r} is beyond any whole number that is allowed")
+        elif value is not None and _SURPRISES.fullmatch(text):
+            self._problem(event, f"{text} is {value} to YAML; write that, or quotes around a text")
+        return self._with(event, value)
 
-    def _node(self, raw: Any, value: Scalar | tuple[Node, ...]) -> Node:
-        return Node(self.file, raw.start_mark.line + 1, value)
+    def _with(self, event: Any, value: Scalar | tuple[Node, ...]) -> Node:
+        return Node(self.file, _line(event), value)
 
-    def _problem(self, raw: Any, sentence: str) -> None:
-        self.problems.append(f"{self.file}:{raw.start_mark.line + 1}: {sentence}")
+    def _refuse_tag(self, event: Any, tag: str) -> None:
+        self._problem(event, f"the tag {tag.replace(_TAG, '!!')} is not allowed; write plain values")
+
+    def _problem(self, event: Any, sentence: str) -> None:
+        self.problems.append(f"{self.file}:{_line(event)}: {sentence}")
 
 
-def _short(tag: str) -> str:
-    return tag.replace(_TAG, "!!")
+def _line(event: Any) -> int:
+    return int(event.start_mark.line) + 1
+
+
+def _misplaced(event: Any, problem: str) -> yaml.YAMLError:
+    return yaml.composer.ComposerError(None, None, problem, event.start_mark)

@@ -84,9 +84,8 @@ class ScheduledQuantizer:
         defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
         ours = {**self._other_outputs(folded.graph), **self._ends(folded.graph)}
         where = Path(self.spec.component.where).name
-        more = [
-            Rule(re.escape(name), settings, {}, where) for name, settings in ours.items() if not _named(rules, name)
-        ]
+        named = frozenset[str]().union(*(rule.matched(ours) for rule in rules))  # the file has the last word
+        more = [Rule(re.escape(name), settings, {}, where) for name, settings in ours.items() if name not in named]
         absorbed = {**later_relus(folded.graph), **folded.absorbed}
         found = resolve(PtqConfig(defaults, (*rules, *more)), layer_infos(folded.graph), absorbed)
         self._check_bits(found)
@@ -153,15 +152,10 @@ def _check_names(rules: Sequence[Rule], reading: Sequence[str]) -> None:
         f"{rule.where}: {rule.pattern!r} matches ReLUs and batch-norms alone, which have no bits under edges: inputs;"
         " name the layers that read what leaves them"
         for rule in rules
-        if "bits_activations" in rule.settings and not any(rule.matches(name) for name in reading)
+        if "bits_activations" in rule.settings and not rule.matched(reading)
     ]
     if problems:
         raise ConfigError(problems)
-
-
-def _named(rules: Sequence[Rule], name: str) -> bool:
-    """Whether a rule of the file speaks of a layer: it has the last word."""
-    return any(rule.matches(name) for rule in rules)
 
 
 def scheduled_quantizers(specs: Iterable[PolicySpec], folded: FoldedGraph) -> list[ScheduledQuantizer]:

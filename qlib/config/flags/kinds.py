@@ -11,7 +11,7 @@ from pathlib import Path
 from qlib import values
 from qlib.config.layers.budget import parse_budget
 from qlib.errors import UsageError, did_you_mean
-from qlib.values import FLAG, Interval, Value
+from qlib.values import FLAG, Interval, TooLarge, Value
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
 __all__ += ["names", "path", "real"]
@@ -44,8 +44,8 @@ class Kind:
         """
         try:
             return self.read(text)
-        except ValueError:
-            hint = did_you_mean(text.lower(), self.choices)
+        except ValueError as error:
+            hint = str(error) if isinstance(error, TooLarge) else did_you_mean(text.lower(), self.choices)
             raise UsageError(f"{flag} {text!r} is not allowed: it must be {self.allowed}{hint}") from None
 
 
@@ -211,4 +211,11 @@ def split_names(text: str) -> list[str]:
     >>> split_names("conv1,fc"), split_names("layer[1,2].{1,3}")
     (['conv1', 'fc'], ['layer[1,2].{1,3}'])
     """
-    return [name for name in re.split(r",(?![^\[({]*[\])}])", text) if name.strip()]
+    names, end, inside = list[str](), len(text), False
+    for place in range(len(text) - 1, -1, -1):
+        if text[place] == "," and not inside:
+            names.append(text[place + 1 : end])
+            end = place
+        elif text[place] in "[({])}":
+            inside = text[place] in "])}"
+    return [name for name in (text[:end], *reversed(names)) if name.strip()]

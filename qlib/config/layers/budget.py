@@ -10,6 +10,7 @@ __all__ = ["UNITS", "Budget", "parse_budget"]
 
 _PREFIX = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES, _MEAN, _OPERATIONS = "B", "bits", "BOPs"
+_MOST = 1e15
 UNITS = (_BYTES, _MEAN, _OPERATIONS)
 
 
@@ -58,7 +59,7 @@ def parse_budget(text: str) -> Budget:
     ('3.2MB', '12GBOPs')
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt]?)(b|bops)|(bits?))", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0 or not math.isfinite(float(found[1])):
+    if found is None or not 0 < float(found[1]) <= _MOST:
         raise ValueError(text)
     if found[4]:
         return Budget(float(found[1]), "", _MEAN)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qlib.config.flags.groups import QuantArgs
 from qlib.config.layers.keys import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_FIELDS, read_elsewhere, read_fields
-from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
+from qlib.config.layers.patterns import pattern_problem
+from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.clip_names import CLIP_PARAMETERS
 from qlib.yaml_tree import Node, load_yaml

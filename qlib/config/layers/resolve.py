@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule, pattern_problem
+from qlib.config.layers.patterns import pattern_problem
+from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.clip_names import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS
 
@@ -17,6 +19,9 @@ _OUTPUT_SETTINGS = (
     *("clip_acts", *CLIP_PARAMETERS, "clip_half_range"),
 )
 _WEIGHT_SETTINGS = ("bits_weights", "per_channel_wts", "clip_wts")
+
+_Matches: TypeAlias = Sequence[tuple[Rule, frozenset[str]]]
+"""Each rule with the names that it matches."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,9 +59,11 @@ def resolve(
     problems = [f"{rule.where}: {problem}" for rule in config.rules if (problem := pattern_problem(rule.pattern))]
     if problems:
         raise ConfigError(problems)
-    winners = {name: _winner(config.rules, name) for name in [*(layer.name for layer in layers), *absorbed]}
-    problems += _rule_problems(config.rules, layers, absorbed)
-    _warn_of_shadowed(config.rules, winners)
+    names = [*(layer.name for layer in layers), *absorbed]
+    matches = [(rule, rule.matched(names)) for rule in config.rules]
+    winners = {name: _winner(matches, name) for name in names}
+    problems += _rule_problems(matches, layers, absorbed)
+    _warn_of_shadowed(matches, winners)
     resolved = {layer.name: _settings(config.defaults, layer.name, winners, absorbed) for layer in layers}
     problems += dict.fromkeys(problem for settings in resolved.values() for problem in _clip_problems(settings))
     if config.dynamic:
@@ -66,9 +73,9 @@ def resolve(
     return resolved
 
 
-def _winner(rules: Sequence[Rule], name: str) -> Rule | None:
-    exact = next((rule for rule in rules if rule.names(name)), None)
-    return exact or next((rule for rule in rules if rule.matches(name)), None)
+def _winner(matches: _Matches, name: str) -> Rule | None:
+    exact = next((rule for rule, _ in matches if rule.names(name)), None)
+    return exact or next((rule for rule, matched in matches if name in matched), None)
 
 
 def _settings(
@@ -89,12 +96,12 @@ def _origin(rule: Rule, settings: Mapping[str, object]) -> dict[str, str]:
     return {setting: rule.lines.get(setting, rule.where) for setting in settings}
 
 
-def _rule_problems(rules: Sequence[Rule], layers: Sequence[LayerInfo], absorbed: Mapping[str, str]) -> Iterator[str]:
+def _rule_problems(matches: _Matches, layers: Sequence[LayerInfo], absorbed: Mapping[str, str]) -> Iterator[str]:
     """A sentence for each rule that matches nothing, or sets weights on layers that all have none."""
     names = [layer.name for layer in layers]
-    for rule in rules:
-        matched = [layer for layer in layers if rule.matches(layer.name)]
-        if not matched and not any(rule.matches(module) for module in absorbed):
+    for rule, names_matched in matches:
+        matched = [layer for layer in layers if layer.name in names_matched]
+        if not names_matched:
             hint = did_you_mean(rule.spellings[1], names) or "; --check lists the layers"
             yield f"{rule.where}: {rule.pattern!r} matches no layer{hint}"
         if matched and not any(layer.has_weight or layer.name in absorbed for layer in matched):
@@ -104,11 +111,11 @@ def _rule_problems(rules: Sequence[Rule], layers: Sequence[LayerInfo], absorbed:
                     yield f"{rule.where}: {rule.pattern!r} sets {setting}, but {kinds} layers have none; remove it"
 
 
-def _warn_of_shadowed(rules: Sequence[Rule], winners: Mapping[str, Rule | None]) -> None:
+def _warn_of_shadowed(matches: _Matches, winners: Mapping[str, Rule | None]) -> None:
     """Logs each rule that matches layers but wins none of them."""
     winning = {id(rule) for rule in winners.values()}
-    for rule in rules:
-        name = next((name for name in winners if rule.matches(name)), None)
+    for rule, matched in matches:
+        name = next((name for name in winners if name in matched), None)
         first = winners[name] if name else None
         if id(rule) not in winning and first is not None:
             _log.warning("%s: %r has no effect: %r (%s) wins wherever it matches", rule.where, rule.pattern,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qlib.config.layers.patterns import SlowPattern, matching, pattern_problem
+from qlib.errors import ConfigError
 from qlib.quant.clip_names import CLIP_DEFAULTS, CLIP_PARAMETERS, ClipParameters
 from qlib.quant.spec import QuantSpec
 
-__all__ = ["LayerSettings", "PtqConfig", "Rule", "pattern_problem"]
+__all__ = ["LayerSettings", "PtqConfig", "Rule"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,17 @@ class Rule:
         >>> rule.matches("layer1.0.conv1"), rule.matches("layer10.conv1"), rule.matches("block.layer1.x")
         (True, False, False)
         """
-        return any(re.fullmatch(pattern, name) for pattern in self.spellings)
+        return bool(self.matched([name]))
+
+    def matched(self, names: Iterable[str]) -> frozenset[str]:
+        """The names that the pattern matches as a whole. Raises ConfigError where that takes more than a second."""
+        names = tuple(names)
+        try:
+            return frozenset[str]().union(
+                *(matching(each, names) for each in set(self.spellings) if not pattern_problem(each))
+            )
+        except SlowPattern as error:
+            raise ConfigError(f"{self.where}: {error}") from None
 
     def names(self, name: str) -> bool:
         """Whether this is the rule for exactly that layer."""
@@ -146,17 +158,3 @@ class PtqConfig:
     save_fp_weights: bool = False
     notes: tuple[str, ...] = ()
     corrections: Mapping[str, object] = field(default_factory=dict)
-
-
-def pattern_problem(pattern: str) -> str:
-    """What is wrong with a regular expression; empty if nothing is.
-
-    >>> pattern_problem("layer1[.].*"), pattern_problem("*.conv1")
-    ('', "'*.conv1' is not a regular expression: nothing to repeat at position 0; write '.*' for any text")
-    """
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        hint = "; write '.*' for any text" if pattern.startswith("*") else ""
-        return f"{pattern!r} is not a regular expression: {error}{hint}"
-    return ""

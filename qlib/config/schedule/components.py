@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlib.config.layers.keys import Field, Settings, read_elsewhere, read_fields
-from qlib.config.layers.settings import Rule, pattern_problem
+from qlib.config.layers.patterns import pattern_problem
+from qlib.config.layers.settings import Rule
 from qlib.config.schedule.keys import (
     ABSENT_EXTENSIONS,
     BITS,
