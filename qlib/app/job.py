@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlib.checkpoint.fields import NAME, Record, check_fields
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
@@ -115,6 +116,7 @@ def _arch(config: RunConfig, checkpoint: Mapping[str, Any], file: Path | None) -
     saved = checkpoint.get("arch")
     if not isinstance(saved, str):
         return config.arch
+    check_fields(checkpoint, Record({"arch": NAME}), f"checkpoint {str(file)!r}", "save it again with its own -a")
     if is_wide(saved, config.arch):
         return saved
     if config.arch_given:

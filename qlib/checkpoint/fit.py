@@ -7,11 +7,15 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeGuard, cast
 
+import torch
 from torch import Tensor, nn
 
 from qlib.errors import CheckpointError
 
 __all__ = ["is_state", "load_state", "model_state"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COUNTER = "num_batches_tracked"
 
 
 def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -56,12 +60,13 @@ def load_state(
     source: str,
     remedy: str = "give the -a that it was made with, and data with as many classes",
 ) -> None:
-    """Loads `state` into `model`; all names and shapes must agree. The error's sentence goes from `source` to `remedy`.
+    """Loads `state` into `model`: names, shapes and types must agree. The sentence goes from `source` to `remedy`.
 
-    What only training needs may differ: auxiliary heads, and the counter that batch-norm has had since torch 0.4.1.
+    Law: loading changes no value but by rounding: floats may be of another width, and nothing else is cast. What only
+    training needs may differ: auxiliary heads, and the counter that batch-norm has had since torch 0.4.1.
 
     Raises:
-        CheckpointError: parameters are missing, too many, or of other shapes.
+        CheckpointError: parameters are missing, too many, or of other shapes or types.
     """
     wanted = model.state_dict()
     given = _without_auxiliary_heads(_with_modern_names(state), wanted)
@@ -72,13 +77,37 @@ def load_state(
     ]
     if misfits:
         raise _unfit(source, [_some("of another shape", misfits)], remedy)
+    _check_types(given, wanted, source)
     versions = getattr(state, "_metadata", None) or {"": {"version": getattr(model, "_version", None)}}
     cast(Any, given)._metadata = versions
     result = model.load_state_dict(given, strict=False)
-    missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
+    missing = [name for name in result.missing_keys if not name.endswith(_COUNTER)]
     problems = [("missing", missing), ("unexpected", result.unexpected_keys)]
     if any(names for _, names in problems):
         raise _unfit(source, [_some(what, names) for what, names in problems if names], remedy)
+
+
+def _check_types(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
+    """Raises CheckpointError for tensors whose type is not the model's; a model's floats may come in any width."""
+    wrong = [name for name in given if name in wanted and given[name].dtype not in _allowed(name, wanted[name].dtype)]
+    if wrong:
+        name, more = wrong[0], f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        allowed = ", ".join(map(_type, _allowed(name, wanted[name].dtype)))
+        raise CheckpointError(
+            f"{source} holds {name}{more} as {_type(given[name].dtype)}; allowed: {allowed}; save model.state_dict()"
+            " with the types of the model"
+        )
+
+
+def _allowed(name: str, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """The types that may stand for a model's own; the counter was cast with the rest by those who cast everything."""
+    if dtype.is_floating_point:
+        return _FLOATS if dtype in _FLOATS else (dtype, *_FLOATS)
+    return (dtype, *_FLOATS) if name.endswith(_COUNTER) else (dtype,)
+
+
+def _type(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _unfit(source: str, problems: list[str], remedy: str) -> CheckpointError:

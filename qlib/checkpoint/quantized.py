@@ -1,14 +1,23 @@
-"""Quantized checkpoints: integers, the plan and the model's name; enough to evaluate again without flags."""
+"""Quantized checkpoints: integers, the plan and the model's name; enough to evaluate again without flags.
+
+Law: what is loaded is what was written. A hash of plan and integers stands beside them, and every tensor has the type,
+shape and range that the plan gives it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from qlib.checkpoint.fields import ANY, CLASSES, NAME, TEXT, WEIGHTS, Record, check_fields, shown
+from qlib.checkpoint.fingerprint import weights_hash
 from qlib.checkpoint.fit import is_state, load_state
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
@@ -29,9 +38,15 @@ __all__ = [
     "save_quantized",
 ]
 
+_log = logging.getLogger(__name__)
+
 _FORMAT = "qlib_quantized"
 _VERSION = 1
 _FLOAT_WEIGHTS = "float_state_dict"
+_HASH = "hash"
+_HEADER = {"arch": NAME, "dataset": NAME, "num_classes": CLASSES, "plan": TEXT}
+_FIELDS = Record({"version": ANY, **_HEADER, "state_dict": WEIGHTS})
+_REMEDY = "write it again with --quantize-eval"
 
 
 @dataclass(frozen=True)
@@ -72,16 +87,22 @@ def quantized_checkpoint(
     header: QuantizedHeader, lowered: nn.Module, extras: Mapping[str, float | int | str]
 ) -> dict[str, Any]:
     """What `save_quantized` writes, for a checkpoint that holds it."""
-    return {
-        "format": _FORMAT,
-        "version": _VERSION,
+    content = {
         "arch": header.arch,
         "dataset": header.dataset,
         "num_classes": header.num_classes,
         "plan": plan_text(header.plan),
         "state_dict": _on_cpu(lowered),
-        "extras": dict(extras),
     }
+    version = {"format": _FORMAT, "version": _VERSION}
+    return {**version, **content, _HASH: _content_hash(content), "extras": dict(extras)}
+
+
+def _content_hash(checkpoint: Mapping[str, Any]) -> str:
+    """That of plan, integers and the model's name, in whatever order they stand."""
+    fields = {key: checkpoint[key] for key in _HEADER}
+    integers = weights_hash(dict(sorted(checkpoint["state_dict"].items())))
+    return hashlib.sha256(json.dumps([fields, integers], sort_keys=True).encode()).hexdigest()
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
@@ -90,23 +111,32 @@ def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
 
 def float_weights(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor] | None:
     """The weights of the float original that `save_quantized` put beside the integers, if it did."""
-    return checkpoint.get(_FLOAT_WEIGHTS)
+    kept = checkpoint.get(_FLOAT_WEIGHTS)
+    return kept if is_state(kept) else None
 
 
 def read_header(checkpoint: Mapping[str, Any], source: str) -> QuantizedHeader:
-    """The header of a checkpoint for which `is_quantized` holds. Raises CheckpointError where it is damaged."""
-    wanted = {"version": int, "arch": str, "dataset": str, "num_classes": int, "plan": str}
-    wrong = [key for key, kind in wanted.items() if not isinstance(checkpoint.get(key), kind)]
-    wrong += [] if is_state(checkpoint.get("state_dict")) else ["state_dict"]
-    if checkpoint.get("version") != _VERSION or wrong:
-        what = f"lacks {', '.join(wrong)}" if wrong else f"is of version {checkpoint.get('version')}, not {_VERSION}"
-        raise CheckpointError(f"the quantized checkpoint {source} {what}; write it again with --quantize-eval")
-    return QuantizedHeader(
-        checkpoint["arch"],
-        checkpoint["dataset"],
-        checkpoint["num_classes"],
-        plan_from_text(checkpoint["plan"], source),
-    )
+    """The header of a checkpoint for which `is_quantized` holds.
+
+    Raises CheckpointError where it is damaged, or where plan or integers are not those that were written.
+    """
+    check_fields(checkpoint, _FIELDS, f"the quantized checkpoint {source}", _REMEDY)
+    if checkpoint["version"] != _VERSION:
+        version = f"is of version {shown(checkpoint['version'])}, not {_VERSION}"
+        raise CheckpointError(f"the quantized checkpoint {source} {version}; {_REMEDY}")
+    if _HASH not in checkpoint:  # written before there was one
+        _log.warning(
+            "Warning: %s has no hash, so that a change of its plan would not be noticed; %s, which adds one",
+            source,
+            _REMEDY,
+        )
+    elif checkpoint[_HASH] != _content_hash(checkpoint):
+        raise CheckpointError(
+            f"the plan or the integers in {source} were changed after it was written; copy it again, or change the plan"
+            " in layer_quant_params.yaml and give that with --quantize-eval --qe-config-file"
+        )
+    plan = plan_from_text(checkpoint["plan"], source)
+    return QuantizedHeader(checkpoint["arch"], checkpoint["dataset"], checkpoint["num_classes"], plan)
 
 
 def restore_quantized(
@@ -114,11 +144,35 @@ def restore_quantized(
 ) -> fx.GraphModule:
     """The integer model of a checkpoint; `graph` is the folded graph of its architecture, with any weights.
 
-    Raises CheckpointError when the checkpoint is not of this architecture.
+    Raises CheckpointError when the checkpoint is not of this architecture, or holds a tensor that its plan rules out.
     """
     for node, module in layers(graph):  # corrections may have given a layer a bias
         if hasattr(module, "bias") and bias_names(node, header.plan) & checkpoint["state_dict"].keys():
             give_bias(module)
-    lowered = lower(graph, header.plan)
-    load_state(lowered, checkpoint["state_dict"], source)
+    lowered, state = lower(graph, header.plan), checkpoint["state_dict"]
+    problem = next(_ruled_out(lowered, state), None)
+    if problem is not None:
+        raise CheckpointError(f"{source} holds {problem}; it is damaged: {_REMEDY}")
+    load_state(lowered, state, source)
     return lowered
+
+
+def _is_finite(given: Tensor, own: Tensor) -> bool:
+    """Whether it holds neither NaN nor, unless the model has them itself, as masks do, infinities."""
+    return not bool(given.isnan().any()) and (bool(own.isinf().any()) or not bool(given.isinf().any()))
+
+
+def _ruled_out(lowered: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
+    """What no integer model of this plan has: another type or shape, NaN, a value out of its bounds."""
+    for name, own in lowered.state_dict().items():
+        given = state.get(name)
+        if given is not None and (given.dtype, given.shape) != (own.dtype, own.shape):
+            yield f"{name} as {shown(given)}, where the plan gives {shown(own)}"
+        elif given is not None and not _is_finite(given, own):
+            yield f"NaN or infinity in {name}"
+    for prefix, module in lowered.named_modules(remove_duplicate=False):
+        for name, (low, high) in getattr(module, "bounds", {}).items():
+            given = state.get(f"{prefix}.{name}")
+            if given is not None and not bool(((low <= given) & (given <= high)).all()):
+                found = f"{given.min().item():g} to {given.max().item():g}"
+                yield f"{prefix}.{name} from {found}, which the plan bounds to {low:g} to {high:g}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qlib.checkpoint.tensors import storage_of, with_tensors
+from qlib.checkpoint.tensors import Unsupported, storage_of, with_tensors
 from qlib.checkpoint.unpickle import Persistent, Refused, unpickle
 from qlib.errors import CheckpointError
 
@@ -81,6 +81,11 @@ def _read_torch(path: Path, start: bytes) -> Any:
         raise CheckpointError(
             f"checkpoint {str(path)!r} was not loaded because it refers to {str(error)!r}, which could run code; "
             "save the state_dict of the model instead"
+        ) from error
+    except Unsupported as error:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r} holds a {error} tensor, which no weights are; save model.state_dict() of the"
+            " float model, dense and with values"
         ) from error
     except (pickle.UnpicklingError, zipfile.BadZipFile, *_OF_ZIPFILE) as error:
         raise _damaged(path) from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlib.checkpoint.unpickle import Inert, Persistent, plain_key
 
-__all__ = ["Storages", "storage_of", "with_tensors"]
+__all__ = ["Storages", "Unsupported", "storage_of", "with_tensors"]
 
 _MAX_DEPTH, _MAX_DIMENSIONS, _MAX_VALUES = 100, 64, 2**59
 
@@ -33,9 +33,23 @@ _STORAGE_TYPES = {
     "ComplexDoubleStorage": torch.complex128,
 }
 
+_QUANTIZED_STORAGES = {"QInt8Storage", "QUInt8Storage", "QInt32Storage", "QUInt4x2Storage", "QUInt2x4Storage"}
+
 _TYPES_WITHOUT_STORAGES = {torch.uint16, torch.uint32, torch.uint64, torch.complex32} | {
     dtype for name, dtype in vars(torch).items() if name.startswith("float8_")
 }
+
+_KINDS_WITHOUT_WEIGHTS = {
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_qtensor": "quantized",
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta",
+}
+"""What torch rebuilds such tensors with -> what they are called."""
+
+
+class Unsupported(pickle.UnpicklingError):
+    """A tensor of a kind that no weights have; the text is that kind."""
+
 
 Storages = Callable[[str, int], bytearray]
 """The bytes of the storage with a key; the number is how many there should be."""
@@ -48,8 +62,9 @@ def with_tensors(value: Any, storages: Storages) -> Any:
     `storages` is asked once for each storage.
 
     Raises:
-        pickle.UnpicklingError: a call has other arguments than torch writes, a tensor lies outside its storage or is of
-            a kind that no weights have (sparse, quantized, without values), or the value contains itself.
+        pickle.UnpicklingError: a call has other arguments than torch writes, a tensor lies outside its storage, or the
+            value contains itself.
+        Unsupported: a tensor is of a kind that no weights have: sparse, quantized, or without values (meta).
 
     >>> size = Inert("torch.Size", ((2, 3),))
     >>> with_tensors({"size": size, "dtype": Inert("torch.float16")}, lambda key, count: bytearray(count))
@@ -61,13 +76,15 @@ def with_tensors(value: Any, storages: Storages) -> Any:
 def storage_of(identifier: Any) -> tuple[str, torch.dtype, int]:
     """Key, type and number of bytes of the storage that an identifier names (those of an untyped one: at least).
 
-    Raises UnpicklingError for an identifier of something else.
+    Raises UnpicklingError for an identifier of something else, Unsupported for a storage of quantized values.
     """
     match identifier:
         case ("storage", Inert(name=name, args=None), str(key), str(), int(count), *_):
             kind = name.rpartition(".")[2]
             if kind in _STORAGE_TYPES and 0 <= count <= _MAX_VALUES:
                 return key, _STORAGE_TYPES[kind], count * _STORAGE_TYPES[kind].itemsize
+            if kind in _QUANTIZED_STORAGES:
+                raise Unsupported("quantized")
             raise pickle.UnpicklingError(f"a storage of {count} values of {name}")
     raise pickle.UnpicklingError("an identifier of no storage")
 
@@ -98,6 +115,8 @@ class _Builder:
             return {key: self.built(item, depth) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self.built(item, depth) for item in value)
+        if value.args is not None and value.name in _KINDS_WITHOUT_WEIGHTS:
+            raise Unsupported(_KINDS_WITHOUT_WEIGHTS[value.name])
         args = self.built(value.args, depth)  # one tuple, however many calls share it
         items = [self.built(item, depth) for item in value.items]
         state = self.built(value.state, depth)

@@ -31,6 +31,17 @@ class ExactEmbedding(ExactLayer):
         self.register_buffer("weight_codes", codes.to(torch.int16 if plan.spec.bits < 16 else torch.int32))
         self.register_buffer("weight_scale", params.scale)
 
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """The smallest and the largest value that may stand in each tensor of the state that the plan bounds."""
+        spec = self.table_grid.params.spec
+        reach = spec.qmax - spec.qmin  # of centered codes, whatever the zero point was
+        codes = (spec.qmin, spec.qmax) if spec.symmetric else (-reach, reach)
+        return {
+            "weight_codes": codes,
+            "weight_scale": (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max),
+        }
+
     def forward(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.weight_codes).float() * self.weight_scale
 

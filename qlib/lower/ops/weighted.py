@@ -84,6 +84,14 @@ class _QuantizedWeight(ExactLayer):
         unit = QParams(torch.ones_like(self.weight_scale), self.weight_zero_point, self.spec)
         return dequantize(self.weight_codes.float(), unit)
 
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """The smallest and the largest value that may stand in each tensor of the state that the plan bounds."""
+        codes = (self.spec.qmin, self.spec.qmax)
+        scales = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+        zero_points = (0, 0) if self.spec.symmetric else codes
+        return {"weight_codes": codes, "weight_scale": scales, "weight_zero_point": zero_points}
+
     def prepare(self) -> None:
         """Derives what `forward` uses from the integers."""
         raise NotImplementedError
@@ -167,6 +175,12 @@ class ExactWeighted(_QuantizedWeight):
         for name in ("weights", "bias", "factor"):
             self.register_buffer(name, None, persistent=False)
         self.prepare()
+
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """Those of the weight, and those that the bits of the bias give."""
+        limit = 2 ** (self.plan.bits_bias - 1)
+        return {**super().bounds, "bias_codes": (-limit, limit - 1)}
 
     def _bias_codes(self, module: nn.Module) -> Tensor | None:
         bias: Tensor | None = getattr(module, "bias", None)
