@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qlib.config.flags.absent import ABSENT, why_absent
 from qlib.config.flags.checks import check_combination
 from qlib.config.flags.flag import Flag
 from qlib.config.flags.kinds import SWITCH, split_names
@@ -64,7 +65,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
         UsageError: a flag, a value or a combination that cannot be obeyed.
         ConfigError: the file of `--run-config` has mistakes.
     """
-    namespace, rest = build_parser().parse_known_args(_with_values(argv))
+    namespace, rest = build_parser().parse_known_args(_with_values(_in_full(argv)))
     words: dict[str, Any] = vars(namespace)
     file = words.pop(_RUN_CONFIG, None)
     texts: _Texts = {flag: value if isinstance(value, list) else [str(value)] for flag, value in words.items()}
@@ -79,6 +80,34 @@ def parse(argv: Sequence[str]) -> RunConfig:
         raise UsageError(_no_folder(config))
     check_combination(config)
     return config
+
+
+def _in_full(argv: Sequence[str]) -> list[str]:
+    """Writes out flags that are abbreviated, as argparse would: a beginning that only one flag has stands for it.
+
+    >>> _in_full(["--batch=4", "--eval", "--", "--cp"])
+    ['--batch-size=4', '--evaluate', '--', '--cp']
+
+    Raises:
+        UsageError: several flags begin so.
+    """
+    names = {name: flag.name for flag in FLAGS for name in flag.names}
+    names |= {name: name for name in (_RUN_CONFIG, "--help", *ABSENT) if set(" *").isdisjoint(name)}
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [*(_whole_name(word, names) for word in argv[:end]), *argv[end:]]
+
+
+def _whole_name(word: str, names: Mapping[str, str]) -> str:
+    """The word with the first of `names` that it abbreviates in full; they map to the flags that they spell."""
+    name, equals, value = word.partition("=")
+    begun = [each for each in names if each.startswith(name)] if len(name) > len("--") else []
+    if name in names or not begun:
+        return word
+    first = {names[each]: each for each in reversed(begun)}
+    if len(first) > 1:
+        *others, last = (each for each in begun if first[names[each]] == each)
+        raise UsageError(f"{name} is ambiguous: it may be {', '.join(others)} or {last}; write more of it")
+    return begun[0] + equals + value
 
 
 def _with_values(argv: Sequence[str]) -> list[str]:
@@ -96,8 +125,11 @@ def _positional(rest: Sequence[str]) -> str | None:
     end = rest.index("--") if "--" in rest else len(rest)
     for word in rest[:end]:
         if word.startswith("-"):
+            name = word.partition("=")[0]
+            if why := why_absent(name):
+                raise UsageError(f"{name} {why}")
             spellings = [name for flag in FLAGS for name in flag.names]
-            hint = did_you_mean(word.partition("=")[0], spellings) or "; --help lists the flags"
+            hint = did_you_mean(name, spellings) or "; --help lists the flags"
             raise UsageError(f"there is no flag {word}{hint}")
     found = [word for word in rest if word != "--"]
     if len(found) > 1:
@@ -130,6 +162,8 @@ def _repeated(file: Path, texts: _Texts, folder: str | None) -> tuple[_Texts, fr
 def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfig:
     values = {flag.target: _value(flag, texts[flag.name]) for flag in FLAGS if flag.name in texts}
     values["evaluate"] = bool(values.get("evaluate") or values.get("quantize_eval"))
+    if "--resume" in texts:
+        values["train.reset_optimizer"] = True
     data = Path(folder).expanduser() if folder is not None else None
     return config_from_names({**values, "data": data, "given": given})
 

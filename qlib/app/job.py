@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qlib.checkpoint.fields import NAME, Record, check_fields
-from qlib.checkpoint.fit import load_state, model_state
+from qlib.checkpoint.fit import load_state, model_state, remedy_for
+from qlib.checkpoint.masks import masked_text, masks_of, unmasked_text
 from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.run_config import RunConfig
@@ -27,7 +28,7 @@ from qlib.runlog import RunLog
 from qlib.surgery.widen import find_wide_model, is_wide
 from qlib.users_code import users_code
 
-__all__ = ["Job", "choose_device", "load_job"]
+__all__ = ["Job", "choose_device", "load_job", "tell_masks"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,13 +70,15 @@ class Job:
 
 
 def choose_device(config: RunConfig) -> torch.device:
-    """The first GPU that the flags allow, else the CPU. Raises UsageError for a GPU that is not there."""
+    """The first GPU that the flags allow; the CPU where there is none. Raises UsageError for one of others."""
     available = torch.cuda.device_count()
-    if config.cpu or (not available and not config.gpus):
+    if not available and config.gpus and not config.cpu:
+        _log.info("--gpus %s: this machine has no GPU; the run is on the CPU", ",".join(map(str, config.gpus)))
+    if config.cpu or not available:
         return torch.device("cpu")
     wrong = [gpu for gpu in config.gpus or () if gpu >= available]
     if wrong:
-        there = f"0 to {available - 1}" if available else "none"
+        there = f"0 to {available - 1}" if available > 1 else "0"
         raise UsageError(f"--gpus names GPU {wrong[0]}, but this machine has {there}; use --cpu or another number")
     if config.gpus is None or len(config.gpus) > 1:
         _log.info("One GPU is used: %d", (config.gpus or (0,))[0])
@@ -93,6 +96,8 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
     file = config.resume_from or config.exp_load_weights_from
     if config.exp_load_weights_from is not None:
         checkpoint = _weights_only(config.exp_load_weights_from)
+    elif verb_of(config) is Verb.TRAIN:
+        _refuse_masks(checkpoint, f"checkpoint {str(file)!r}")
     spec = find_wide_model(_arch(config, checkpoint, file))
     dataset = config.dataset or spec.dataset
     classes = _num_classes(config, spec, dataset)
@@ -139,8 +144,27 @@ def _load_model(
     model = create_model(spec, num_classes=num_classes, pretrained=config.pretrained and file is None)
     if file is not None:
         _log.info("=> loading checkpoint %s", file)
-        load_state(model, model_state(checkpoint), f"checkpoint {str(file)!r}")
+        source = f"checkpoint {str(file)!r}"
+        load_state(model, model_state(checkpoint), source, remedy_for(checkpoint))
+        dropped = config.exp_load_weights_from is not None
+        tell_masks(checkpoint, source, "dropped, as --exp-load-weights-from asks" if dropped else "not applied")
     return model
+
+
+def tell_masks(checkpoint: Mapping[str, Any], source: str, what: str) -> None:
+    """Logs that the masks in a checkpoint, if there are any, are dropped or not applied, and what they are."""
+    if masks := masks_of(checkpoint, source):
+        state = unmasked_text(masks, model_state(checkpoint))
+        _log.info("The masks in %s are %s: they zero %s; %s", source, what, masked_text(masks), state)
+
+
+def _refuse_masks(checkpoint: Mapping[str, Any], source: str) -> None:
+    """Raises UsageError for a checkpoint with masks, whose weights would not stay zero in training."""
+    if masks := masks_of(checkpoint, source):
+        raise UsageError(
+            f"{source} has masks that zero {masked_text(masks)}, and training does not apply masks yet: these weights"
+            " would not stay zero; give it with --exp-load-weights-from to train on without masks"
+        )
 
 
 def _check_weights(model: nn.Module, arch: str) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qlib.app.images import loader_of, open_split
-from qlib.app.job import Job
+from qlib.app.job import Job, tell_masks
 from qlib.checkpoint.fingerprint import weights_hash
-from qlib.checkpoint.fit import load_state, model_state
+from qlib.checkpoint.fit import load_state, model_state, remedy_for
 from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.groups import KdArgs
@@ -135,8 +135,9 @@ def _resumed(job: Job, spec: ModelSpec, path: Path, prefix: str) -> nn.Module:
     theirs = _classes(state, model, job.num_classes)
     if theirs != job.num_classes:
         raise _other_classes(spec, theirs, job)
-    remedy = f"give the {prefix}teacher that it was made with"
-    load_state(model, state, f"the teacher's checkpoint {str(path)!r}", remedy)
+    source, remedy = f"the teacher's checkpoint {str(path)!r}", f"give the {prefix}teacher that it was made with"
+    load_state(model, state, source, remedy_for(checkpoint, remedy))
+    tell_masks(checkpoint, source, "not applied to the teacher")
     return model
 
 

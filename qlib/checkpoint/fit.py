@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qlib.errors import CheckpointError
 
-__all__ = ["is_state", "load_state", "model_state"]
+__all__ = ["is_state", "load_state", "model_state", "own_name", "remedy_for"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTER = "num_batches_tracked"
@@ -34,10 +34,10 @@ def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(f"the checkpoint has no weights under 'state_dict', only {keys}; save model.state_dict()")
     # The layers' versions, by which a model recognizes what an older one of its kind saved.
     versions = getattr(state, "_metadata", None)
-    plain: OrderedDict[str, Tensor] = OrderedDict((_own_name(name), value) for name, value in state.items())
+    plain: OrderedDict[str, Tensor] = OrderedDict((own_name(name), value) for name, value in state.items())
     if versions is not None:
         cast(Any, plain)._metadata = {
-            _own_name(f"{name}.").rstrip("."): value
+            own_name(f"{name}.").rstrip("."): value
             for name, value in versions.items()
             if isinstance(name, str) and isinstance(value, dict) and isinstance(value.get("version"), int)
         }
@@ -49,16 +49,36 @@ def is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
-def _own_name(name: str) -> str:
-    """The name without `module.`, also behind `features.` (an alexnet or vgg of which only that part was parallel)."""
+def own_name(name: str) -> str:
+    """A parameter's name without `module.`, also behind `features.` (the only part of an alexnet that is parallel)."""
     return re.sub(r"^(features\.)?module\.", r"\1", name)
+
+
+_REMEDY = "give the -a that it was made with, and data with as many classes"
+
+_CHANGED = {
+    "thinning_recipes": "it was thinned, and a model of fewer channels is not there yet: give the checkpoint that it"
+    " was thinned from",
+    "quantizer_metadata": "it was quantized by Distiller, whose quantized models are not read: give the checkpoint in"
+    " float that it was made from",
+}
+"""What a checkpoint of Distiller's holds whose weights are not those of the model -> why, and what to do."""
+
+
+def remedy_for(checkpoint: Mapping[str, Any], remedy: str = _REMEDY) -> str:
+    """What to do about a checkpoint that does not fit its model: `remedy`, unless it tells itself why.
+
+    >>> remedy_for({"state_dict": {}, "thinning_recipes": []}, "give another")
+    'give another'
+    """
+    return next((why for key, why in _CHANGED.items() if checkpoint.get(key)), remedy)
 
 
 def load_state(
     model: nn.Module,
     state: Mapping[str, Tensor],
     source: str,
-    remedy: str = "give the -a that it was made with, and data with as many classes",
+    remedy: str = _REMEDY,
 ) -> None:
     """Loads `state` into `model`: names, shapes and types must agree. The sentence goes from `source` to `remedy`.
 

@@ -15,6 +15,7 @@ import torch
 from runs import CLASSES, Run, finish, good, make_images, run, start, user_model
 
 from qlib.checkpoint.write import write_checkpoint
+from qlib.models import create_model, find_model
 
 DIGITS = "-a digits_cnn --pretrained"
 QUANTIZE = f"{DIGITS} --quantize-eval"
@@ -108,6 +109,20 @@ def other_model(folder: Path) -> None:
     torch.save({"state_dict": weights, "arch": "digits_cnn"}, folder / "other.pth.tar")
 
 
+def distiller(folder: Path) -> None:
+    """Checkpoints with what Distiller puts beside the weights."""
+    weights = create_model(find_model("digits_cnn")).state_dict()
+    masks: dict[str, object] = {"fc.bias": None, "module.fc.weight": torch.zeros(10, 128)}
+    shapes = {**weights, "fc.weight": torch.zeros(10, 100)}
+    for name, more in {
+        "pruned": {"compression_sched": {"masks_dict": masks}},
+        "odd": {"compression_sched": {"masks_dict": {"fc.weight": [0, 1]}}},
+        "thinned": {"thinning_recipes": ["a recipe"], "state_dict": shapes},
+        "ptq": {"quantizer_metadata": {"params": {}}, "state_dict": {**weights, "fc.w_scale": torch.ones(1)}},
+    }.items():
+        torch.save({"arch": "digits_cnn", "epoch": 3, "state_dict": weights, **more}, folder / f"{name}.pth.tar")
+
+
 def schedule(body: str) -> Callable[[Path], None]:
     """Writes q.yaml, whose quantizer has the lines of `body` as well."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
@@ -172,7 +187,6 @@ TABLE = {
         "-a net.py:overflowing images -e",
         r"net.py:overflowing gives NaN or infinity for some of these images, .* --qe-calibration tells in which layer",
     ),
-    "GPU that is not there": Row(f"{DIGITS} -e --gpus 63", r"--gpus names GPU 63, but this machine has"),
     # flags
     "bits 1": Row(f"{QUANTIZE} --qe-bits-acts 1", r"--qe-bits-acts '1' is not allowed: it must be 0 .* from 2 to 16"),
     "bits 33": Row(f"{QUANTIZE} --qebw 33", r"--qe-bits-wts '33' is not allowed: it must be 0 .* from 2 to 16"),
@@ -232,6 +246,36 @@ TABLE = {
     ),
     "checkpoint of another model": Row(
         f"{DIGITS} -e --resume-from other.pth.tar", r"checkpoint 'other.pth.tar' does not fit the model: ", other_model
+    ),
+    "training on under masks": Row(
+        "--resume-from pruned.pth.tar --epochs 9",
+        r"checkpoint 'pruned.pth.tar' has masks that zero 1,280 weights in 1 parameter, and training does not apply"
+        r" masks yet: these weights would not stay zero; give it with --exp-load-weights-from to train on without",
+        distiller,
+    ),
+    "training anew under masks": Row(
+        "--resume-from pruned.pth.tar --lr 0.1 --reset-optimizer",
+        r"has masks that zero 1,280 weights in 1 p",
+        distiller,
+    ),
+    "training under masks as it was spelt": Row(
+        "--resume pruned.pth.tar --lr 0.1", r"has masks that zero 1,280 weights in 1 parameter, and", distiller
+    ),
+    "masks that are none": Row(
+        "-e --resume-from odd.pth.tar",
+        r"checkpoint 'odd.pth.tar' holds masks that are no tensors by name; save the state_dict of its model",
+        distiller,
+    ),
+    "thinned": Row(
+        "-e --resume-from thinned.pth.tar",
+        r"does not fit the model: 1 of another shape \(fc.weight is 10x100 in it and 10x128 in the model\); it was"
+        r" thinned, and a model of fewer channels is not there yet: give the checkpoint that it was thinned from",
+        distiller,
+    ),
+    "quantized by Distiller": Row(
+        "-e --exp-load-weights-from ptq.pth.tar",
+        r"1 unexpected \(fc.w_scale\); it was quantized by Distiller, whose quantized models are not read: give the",
+        distiller,
     ),
     "damaged header": Row(
         "--resume-from header.pth.tar", r"lacks dataset, num_classes, plan, state_dict", damaged_header

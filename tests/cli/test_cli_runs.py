@@ -7,10 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from runs import CLASSES, ROOT, SHARED, Run, finish, good, make_images, start, user_model
 
+from qlib.app.job import choose_device
+from qlib.config.flags.run_config import RunConfig
+from qlib.errors import UsageError
 from qlib.metrics import mcnemar, wilson_interval
+from qlib.models import create_model, find_model
 
 DIGITS = "-a digits_cnn --pretrained"
 STATS = "stats/digits_cnn_digits.yaml"
@@ -357,6 +362,83 @@ def test_corrupt_images_are_counted_and_left_out(tmp_path: Path) -> None:
     run = good(f"-a {arch} {data} -e --skip-corrupt", tmp_path)
     assert f"Warning: 1 corrupt images were left out, the first is {bad}" in run.lines
     assert run.metrics("fp32")["samples"] == "11"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "available", "device", "line"),
+    [
+        pytest.param((0,), 0, "cpu", "--gpus 0: this machine has no GPU; the run is on the CPU", id="no GPU"),
+        pytest.param((3, 5), 0, "cpu", "--gpus 3,5: this machine has no GPU; the run is on the CPU", id="other ids"),
+        pytest.param(None, 0, "cpu", "", id="no GPU, none asked for"),
+        pytest.param((1,), 2, "cuda:1", "", id="a GPU"),
+        pytest.param(None, 2, "cuda:0", "One GPU is used: 0", id="the first"),
+        pytest.param((1, 0), 2, "cuda:1", "One GPU is used: 1", id="several"),
+    ],
+)
+def test_the_device_that_the_flags_choose(
+    gpus: tuple[int, ...] | None,
+    available: int,
+    device: str,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: available)
+    caplog.set_level("INFO")
+    assert str(choose_device(RunConfig(gpus=gpus))) == device
+    assert caplog.messages == [line] * bool(line)
+
+
+def test_a_gpu_that_is_not_among_those_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"^--gpus names GPU 63, but this machine has 0 to 1; use --cpu or another"):
+        choose_device(RunConfig(gpus=(0, 63)))
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        pytest.param(
+            "-e --resume-from zero.pth",
+            "The masks in checkpoint 'zero.pth' are not applied: they zero 128 weights in 1 parameter; all of these"
+            " weights are zero in the file",
+            id="zero",
+        ),
+        pytest.param(
+            "--qe --qe-calibration 0.02 --resume-from other.pth",
+            "The masks in checkpoint 'other.pth' are not applied: they zero 138 weights in 2 parameters; 10 of these"
+            " weights are not zero (fc.bias 10)",
+            id="not zero",
+        ),
+        pytest.param(
+            "--summary sparsity --exp-load-weights-from other.pth",
+            "The masks in checkpoint 'other.pth' are dropped, as --exp-load-weights-from asks: they zero 138 weights in"
+            " 2 parameters; 10 of these weights are not zero (fc.bias 10)",
+            id="dropped",
+        ),
+        pytest.param(
+            "--lr 0.01 --epochs 1 --etrs 0.05 --evs 0.1 --exp-load-weights-from zero.pth",
+            "The masks in checkpoint 'zero.pth' are dropped, as --exp-load-weights-from asks: they zero 128 weights in"
+            " 1 parameter; all of these weights are zero in the file",
+            id="trained on",
+        ),
+        pytest.param("-e --resume-from ones.pth", None, id="masks that zero nothing"),
+    ],
+)
+def test_masks_in_a_checkpoint_are_never_dropped_silently(words: str, line: str | None, tmp_path: Path) -> None:
+    state = create_model(find_model("digits_cnn"), pretrained=True).state_dict()
+    mask = torch.ones(10, 128)
+    mask[3] = 0
+    state["fc.weight"][3] = 0
+    for name, masks in {
+        "ones": {"fc.weight": torch.ones(10, 128), "conv1.weight": None},
+        "zero": {"module.fc.weight": mask, "fc.bias": None},
+        "other": {"fc.weight": mask.bool(), "fc.bias": torch.zeros(10, dtype=torch.uint8)},
+    }.items():
+        content = {"arch": "digits_cnn", "state_dict": state, "compression_sched": {"masks_dict": masks}}
+        torch.save(content, tmp_path / f"{name}.pth")
+    run = good(f"{words} --etes 0.1", tmp_path)
+    assert [each for each in run.lines if "The masks" in each] == ([] if line is None else [line])
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")

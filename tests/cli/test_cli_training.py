@@ -260,7 +260,8 @@ def test_mistakes(words: str, sentence: str, trained: Run) -> None:
 
 
 IGNORED = {
-    "--lr 0.1 --evaluate": "--lr has no effect without --compress or --epochs",
+    "--wd 0.1 --evaluate": "--weight-decay has no effect without --compress or --epochs",
+    "--lr 0.1 --evaluate": "--lr is ignored: with --evaluate nothing is trained",
     "--epochs 3 --evaluate": "--epochs is ignored: with --evaluate nothing is trained",
     "--epochs 3 --optimizer adam --momentum 0.5": "--momentum is ignored: adam has its own",
     "--epochs 3 --amp --cpu": "--amp is ignored: mixed precision needs a GPU",

@@ -12,6 +12,7 @@ import pytest
 
 import qlib.app
 from qlib.cli import build_parser, main, parse
+from qlib.config.flags.absent import why_absent
 from qlib.config.flags.checks import startup_warnings
 from qlib.config.flags.corrections import ROUNDINGS
 from qlib.config.flags.run_config import RunConfig, settings_by_name
@@ -24,7 +25,8 @@ IN_RUN = Path("run-folder")
 
 SPELLINGS = """
 -h --help
---name -n --out-dir -o --print-freq -p --verbose -v --gpus --cpu --seed --deterministic --det --summary --check
+--name -n --out-dir -o --print-freq -p --verbose -v --gpus --cpu --load-serialized --seed --deterministic --det
+--summary --check
 --run-config
 --arch -a --pretrained --resume-from --resume --exp-load-weights-from
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
@@ -39,7 +41,8 @@ SPELLINGS = """
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
 --qe-clip-acts --qeca --qe-clip-n-stds --qe-clip-percentile --qe-clip-p --qe-clip-wts --qe-scale
 --qe-no-clip-layers --qencl --qe-no-quant-layers --qenql --qe-per-channel --qepc
---qe-scale-approx-bits --qesab --qe-reduce-range --qe-save-fp-weights --qe-pytorch-backend
+--qe-scale-approx-bits --qesab --qe-reduce-range --qe-save-fp-weights --qe-convert-pytorch --qept
+--qe-pytorch-backend
 --ptq-equalize --ptq-absorb-bias --ptq-smooth --ptq-data-free --ptq-rounding --ptq-bn-reestimation --ptq-bias-correction
 --ptq-images --ptq-iterations
 --qe-budget --qe-bits-choices
@@ -136,6 +139,7 @@ RIGHT = [
     ("-v", "verbose", True),
     ("--gpus 0,2", "gpus", (0, 2)),
     ("--cpu", "cpu", True),
+    ("--load-serialized", "load_serialized", True),
     ("--seed 7", "seed", 7),
     ("--det", "deterministic", True),
     ("-n first -o out", "name", "first"),
@@ -150,6 +154,7 @@ RIGHT = [
     ("--skip-corrupt", "skip_corrupt", True),
     ("--resume-from m.pth.tar", "resume_from", Path("m.pth.tar")),
     ("--resume m.pth.tar", "resume_from", Path("m.pth.tar")),
+    ("--resume=m.pth.tar", "train.reset_optimizer", True),
     ("--exp-load-weights-from m.pth.tar", "exp_load_weights_from", Path("m.pth.tar")),
     ("--qe", "quantize_eval", True),
     ("--quantize-eval", "evaluate", True),
@@ -173,6 +178,7 @@ RIGHT = [
     ("--qepc", "qe.per_channel", True),
     ("--qesab 8", "qe.scale_approx_bits", 8),
     ("--qe-save-fp-weights", "qe.save_fp_weights", True),
+    ("--qept", "qe.convert_pytorch", True),
     ("--qe-pytorch-backend qnnpack", "qe.pytorch_backend", "qnnpack"),
     ("--qe-calibration 1", "qe.calibration", 1.0),
     ("--qe-calibration-split VAL", "qe.calibration_split", "val"),
@@ -219,6 +225,12 @@ RIGHT = [
     ("--qe --export-encodings ort", "export_encodings", ("ort",)),
     ("--qe --export-encodings AIMET --export-encodings tensorrt", "export_encodings", ("aimet", "tensorrt")),
     ("--qe --verify", "verify", 64),
+    ("--qe --veri", "verify", 64),
+    ("--batch 3", "batch_size", 3),
+    ("--batch=3", "batch_size", 3),
+    ("--gpu 1", "gpus", (1,)),
+    ("--quant --qe-stat s.yaml", "qe.stats_file", Path("s.yaml")),
+    ("--valid 0.2", "validation_split", 0.2),
     ("--qe --verify 1", "verify", 1),
     ("--qe --verify=1000", "verify", 1000),
     ("--resume-from m.pth.tar --verify 5 --verify", "verify", 64),
@@ -298,7 +310,7 @@ WRONG = [
     ("--qe --qe-bits-choices 4,4", f"--qe-bits-choices '4,4' is not allowed: it must be {WIDTHS}"),
     ("--sense quant --sense-bits 1,8", f"--sense-bits '1,8' is not allowed: it must be {WIDTHS}"),
     ("--sense quant --sense-bits many", f"--sense-bits 'many' is not allowed: it must be {WIDTHS}"),
-    ("--sense filter", "--sense 'filter' is not allowed: it must be one of quant"),
+    ("--sense filters", "--sense 'filters' is not allowed: it must be one of quant"),
     (
         "--sense quant --qe-dynamic",
         "--sense and --qe-dynamic cannot be combined: --sense needs ranges that are the same for all images; "
@@ -372,7 +384,15 @@ WRONG = [
         "--export-onnx --export-encodings ort",
         "--export-encodings needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint",
     ),
-    ("--qe-bits 4", "there is no flag --qe-bits; did you mean --qe-bits-wts or --qe-bits-acts or --sense-bits?"),
+    ("--qe-bit-wts 4", "there is no flag --qe-bit-wts; did you mean --qe-bits-wts or --qe-bits-acts or --qe-clip-wts?"),
+    (
+        "--qe-bits=4",
+        "--qe-bits is ambiguous: it may be --qe-bits-acts, --qe-bits-wts, --qe-bits-accum or --qe-bits-choices; write"
+        " more of it",
+    ),
+    ("--resu m.pth.tar", "--resu is ambiguous: it may be --resume-from or --resume; write more of it"),
+    ("--save 5", "--save is ambiguous: it may be --save-every or --save-untrained-model; write more of it"),
+    ("--=5", "there is no flag --=5; did you mean --wd or --vs or --qe?"),
     ("--xyzzy", "there is no flag --xyzzy; --help lists the flags"),
     ("-b", "--batch-size/-b: expected one argument"),
     ("features", "one DATASET_DIR is allowed, not 2: images features"),
@@ -389,9 +409,60 @@ def test_wrong_values_end_in_one_sentence_and_exit_code_2(
     assert captured.out == ""
 
 
+PRUNING = "is not there yet, as pruning is not; "
+STATISTICS = "is not there yet; --qe-calibration collects the range, mean and deviation of each activation"
+BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the bits of each layer under a budget"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        pytest.param("--masks-sparsity", f"--masks-sparsity {PRUNING}--summary sparsity prints ", id="masks"),
+        pytest.param("--masks", f"--masks-sparsity {PRUNING}", id="abbreviated"),
+        pytest.param("--act-stats train valid", f"--act-stats {STATISTICS}", id="statistics"),
+        pytest.param("--act-hist=0.1", "--act-hist is not there; --qe-calibration collects histograms with", id="="),
+        pytest.param("--thinnify --resume-from m.pth.tar", f"--thinnify {PRUNING}the model is eval", id="thinnify"),
+        pytest.param("--greedy --greedy-target-density=0.5", f"--greedy {PRUNING}", id="greedy"),
+        pytest.param("--greedy-ft-epochs 3", f"--greedy-ft-epochs {PRUNING}", id="greedy's others"),
+        pytest.param(
+            "--sense element --sense-range 0 0.5 0.1", f"--sense-range {PRUNING}--sense quant tries the", id="range"
+        ),
+        pytest.param(
+            "--sense Filter",
+            f"--sense 'Filter' is not allowed: it must be one of quant; Filter {PRUNING}--sense quant tells",
+            id="sense",
+        ),
+        pytest.param(
+            "--summary png",
+            "--summary 'png' is not allowed: it must be one of sparsity, compute, model, modules; png is not there yet;"
+            " --summary modules lists the layers",
+            id="drawing",
+        ),
+        pytest.param("--param-hist", "--param-hist is not there yet; --summary sparsity prints", id="histograms"),
+        pytest.param("--save-untrained-model", "--save-untrained-model is not there; a model whose", id="untrained"),
+        pytest.param(
+            "--earlyexit_thresholds 1.2 0.9", "--earlyexit_thresholds is not there yet, as early exits", id="exits"
+        ),
+        pytest.param("--amc-target-density 0.5", f"--amc-target-density {BUDGET}", id="AMC"),
+        pytest.param("--netadapt", f"--netadapt {BUDGET}", id="NetAdapt"),
+    ],
+)
+def test_flags_of_distiller_that_are_not_there_say_what_to_do_instead(
+    words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["images", "-e", *words.split()]) == 2
+    assert capsys.readouterr().err.startswith(f"compress.py: error: {sentence}")
+
+
+def test_a_flag_is_there_or_absent_and_not_both() -> None:
+    assert not [name for flag in FLAGS for name in flag.names if why_absent(name)]
+
+
 def test_a_command_line_that_asks_for_nothing() -> None:
-    with pytest.raises(UsageError, match=r"^nothing to do: add --evaluate, --quantize-eval, --qe-calibration, "):
-        parse(["images"])
+    nothing = "^nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress, --epochs or --lr to train"
+    for words in ("", "--wd 0.1 --momentum 0.5"):
+        with pytest.raises(UsageError, match=nothing):
+            parse(["images", *words.split()])
 
 
 MISSING = [
@@ -521,6 +592,27 @@ WARNINGS = [
     ("power of weights", "--qe --qe-clip-wts lp --qe-clip-p 3", []),
     ("old name", "-e --resume m.pth.tar", ["--resume is deprecated: use --resume-from"]),
     (
+        "old name of another thing",
+        "--resume m.pth.tar --epochs 9",
+        [
+            "--resume is deprecated: it begins again at epoch 0 with a new optimizer; use --resume-from, which goes on,"
+            " or add --reset-optimizer to it"
+        ],
+    ),
+    ("training by its rate", "--lr 0.1 --wd 0 --kd-teacher self --kd-dw 1", []),
+    ("rate of no training", "-e --lr 0.1", ["--lr is ignored: with --evaluate nothing is trained"]),
+    ("serialized", "-e --load-serialized", ["--load-serialized is ignored: a model is never spread over several GPUs"]),
+    (
+        "PyTorch's own modules",
+        "--qe --qept --qe-pytorch-backend fbgemm",
+        [
+            "--qe-convert-pytorch stands for the integer model of this program, which is evaluated and saved anyway:"
+            " PyTorch is removing its own quantized modules; --export-onnx writes one for ONNX Runtime",
+            "--qe-pytorch-backend is ignored: it chooses how to convert to PyTorch's own quantized modules",
+        ],
+    ),
+    ("PyTorch's modules of floats", "-e --qept", ["--qe-convert-pytorch has no effect without --quantize-eval"]),
+    (
         "two sources of weights",
         "-e --pretrained --resume-from m.pth.tar",
         ["--pretrained is ignored: --resume-from gives the weights"],
@@ -615,6 +707,7 @@ VERBS = [
     ("--resume-from m.pth.tar --verify", Verb.EXPORT),
     ("--epochs 90", Verb.TRAIN),
     ("--compress s.yaml", Verb.TRAIN),
+    ("--learning-rate 0.3 --wd 0", Verb.TRAIN),
     ("--compress s.yaml -e", Verb.EVALUATE),
     ("--compress s.yaml --export-onnx", Verb.EXPORT),
     ("--resume-from m.pth.tar", Verb.NOTHING),
@@ -655,6 +748,13 @@ def test_the_command_line_overrides_a_saved_config() -> None:
     config = _parse("--run-config run.yaml --qeba 6 features")
     assert (config.qe.bits_acts, config.batch_size, config.data) == (6, 8, Path("features"))
     assert config.given == {"--quantize-eval", "--qe-bits-acts", "--batch-size"}
+
+
+def test_a_saved_run_of_the_old_resume_begins_at_epoch_0_again() -> None:
+    config = _parse("images --resume m.pth.tar --epoch 3")
+    Path("run.yaml").write_text(config.to_yaml())
+    assert config.train.reset_optimizer
+    assert _parse("--run-config run.yaml") == config
 
 
 SAVED = [
@@ -751,4 +851,5 @@ def test_the_installed_command_says_its_own_name(
 
 
 def test_the_parser_takes_no_abbreviations() -> None:
+    """They are written out before it sees them, as a flag without its value is."""
     assert not build_parser().allow_abbrev

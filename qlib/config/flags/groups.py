@@ -57,6 +57,7 @@ class QuantArgs:
     scale_approx_bits: int | None = LayerSettings.scale_approx_mult_bits
     reduce_range: str = "none"
     save_fp_weights: bool = False
+    convert_pytorch: bool = False
     pytorch_backend: str = "fbgemm"
     stats_file: Path | None = None
     dynamic: bool = False

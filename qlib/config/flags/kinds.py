@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlib import values
+from qlib.config.flags.absent import why_absent
 from qlib.config.layers.budget import parse_budget
 from qlib.errors import UsageError, did_you_mean
 from qlib.values import FLAG, Interval, TooLarge, Value
@@ -45,7 +46,9 @@ class Kind:
         try:
             return self.read(text)
         except ValueError as error:
+            why = why_absent(f"{flag} {text.lower()}")
             hint = str(error) if isinstance(error, TooLarge) else did_you_mean(text.lower(), self.choices)
+            hint = f"; {text} {why}" if why else hint
             raise UsageError(f"{flag} {text!r} is not allowed: it must be {self.allowed}{hint}") from None
 
 

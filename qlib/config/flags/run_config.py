@@ -56,6 +56,7 @@ class RunConfig:
     out_dir: Path = Path("logs")
     gpus: tuple[int, ...] | None = None
     cpu: bool = False
+    load_serialized: bool = False
     seed: int = 0
     deterministic: bool = False
     quantize_eval: bool = False
@@ -76,8 +77,8 @@ class RunConfig:
 
     @property
     def trains(self) -> bool:
-        """Whether the flags ask for training: by a schedule, or by how long it shall go on."""
-        return self.train.compress is not None or "--epochs" in self.given
+        """Whether the flags ask for training: by a schedule, by how long it shall go on, or by a learning rate."""
+        return self.train.compress is not None or not self.given.isdisjoint(("--epochs", "--lr"))
 
     @property
     def wants_onnx(self) -> bool:

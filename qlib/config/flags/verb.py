@@ -70,6 +70,6 @@ def needs_folder(config: RunConfig) -> bool:
 def nothing_to_do() -> UsageError:
     """The error of a command line that asks for nothing."""
     return UsageError(
-        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress or --epochs to train,"
-        " --export-onnx, --sense, --summary or --check"
+        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress, --epochs or --lr to"
+        " train, --export-onnx, --sense, --summary or --check"
     )

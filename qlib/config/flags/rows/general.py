@@ -40,6 +40,12 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ignored=(Ignored("is ignored: {by} overrides it", by=("--cpu",)),),
         ),
         Flag("--cpu", SWITCH, "use no GPU; overrides --gpus"),
+        Flag(
+            "--load-serialized",
+            SWITCH,
+            "accepted: a model is never spread over several GPUs",
+            ignored=(Ignored("is ignored: a model is never spread over several GPUs"),),
+        ),
         Flag("--seed", whole(0, 2**32 - 1), "seed of all that is random"),
         Flag("--deterministic --det", SWITCH, "deterministic algorithms only"),
         Flag("--summary", choice(tuple(registered("qlib.report")), many="repeat"), "print it and stop"),
@@ -63,7 +69,20 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ),
         ),
         Flag("--resume-from", existing_file(), "checkpoint to load with all that belongs to it"),
-        Flag("--resume", existing_file(), None, "resume_from", ignored=(Ignored("is deprecated: use --resume-from"),)),
+        Flag(
+            "--resume",
+            existing_file(),
+            None,
+            "resume_from",
+            ignored=(
+                Ignored(
+                    "is deprecated: it begins again at epoch 0 with a new optimizer; use --resume-from, which goes on,"
+                    " or add --reset-optimizer to it",
+                    by=("--compress", "--epochs", "--lr"),
+                ),
+                Ignored("is deprecated: use --resume-from"),
+            ),
+        ),
         Flag("--exp-load-weights-from", existing_file(), "checkpoint to load the weights from"),
     ),
     "Data": (
@@ -102,7 +121,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Ignored("has no effect without --evaluate", by=EXPORTS, unless=("--evaluate", "--quantize-eval")),
                 Ignored(
                     "is ignored: training evaluates with torch",
-                    by=("--compress", "--epochs"),
+                    by=("--compress", "--epochs", "--lr"),
                     unless=("--evaluate", "--quantize-eval", "--sense"),
                 ),
             ),

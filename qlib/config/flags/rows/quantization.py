@@ -127,6 +127,18 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ignored=(_REPLACED,),
         ),
         Flag(
+            "--qe-convert-pytorch --qept",
+            SWITCH,
+            "accepted: stands for the integer model of this program, which is made anyway",
+            needs=(Need(("--quantize-eval",), also=("--resume-from", "--resume")),),
+            ignored=(
+                Ignored(
+                    "stands for the integer model of this program, which is evaluated and saved anyway: PyTorch is"
+                    " removing its own quantized modules; --export-onnx writes one for ONNX Runtime"
+                ),
+            ),
+        ),
+        Flag(
             "--qe-pytorch-backend",
             choice(("fbgemm", "qnnpack")),
             "backend of PyTorch's own quantized modules",

@@ -15,7 +15,7 @@ __all__ = ["GROUPS"]
 _POSITIVE = real(Interval(0, open_low=True))
 _FROM_0 = real(Interval(0))
 _BELOW_1 = real(Interval(0, 1, open_high=True))
-_TRAINING = Need(("--compress", "--epochs"))
+_TRAINING = Need(("--compress", "--epochs"), also=("--lr",))
 _NOT_TRAINED = Ignored(
     "is ignored: with {by} nothing is trained",
     by=("--summary", "--sense", "--quantize-eval", "--qe-calibration", "--evaluate", *EXPORTS),

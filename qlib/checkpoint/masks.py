@@ -1,0 +1,62 @@
+"""Masks in a checkpoint: which weights a pruner of Distiller's holds at zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from qlib.checkpoint.fit import own_name
+from qlib.errors import CheckpointError
+
+__all__ = ["masked_text", "masks_of", "unmasked_text"]
+
+
+def masks_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
+    """The masks in a checkpoint that zero anything, by the model's own names of parameters.
+
+    >>> import torch
+    >>> masks = {"module.fc.weight": torch.tensor([0.0, 1.0]), "fc.bias": None, "conv.weight": torch.ones(2)}
+    >>> masks_of({"compression_sched": {"masks_dict": masks}}, "it")
+    {'fc.weight': tensor([0., 1.])}
+
+    Raises:
+        CheckpointError: what stands in place of a mask is none.
+    """
+    schedule = checkpoint.get("compression_sched")
+    found = schedule.get("masks_dict") if isinstance(schedule, dict) else None
+    masks = {} if found is None else found
+    wrong = [masks] if not isinstance(masks, dict) else [m for m in masks.values() if not isinstance(m, Tensor | None)]
+    if wrong or not all(isinstance(name, str) for name in masks):
+        raise CheckpointError(f"{source} holds masks that are no tensors by name; save the state_dict of its model")
+    return {own_name(name): mask for name, mask in masks.items() if mask is not None and bool((mask == 0).any())}
+
+
+def masked_text(masks: Mapping[str, Tensor]) -> str:
+    """How many weights masks zero.
+
+    >>> import torch
+    >>> masked_text({"fc.weight": torch.tensor([0.0, 1.0, 0.0])})
+    '2 weights in 1 parameter'
+    """
+    zeroed = sum(int((mask == 0).sum()) for mask in masks.values())
+    return f"{zeroed:,} weights in {len(masks)} parameter{'s' * (len(masks) > 1)}"
+
+
+def unmasked_text(masks: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """Whether the weights under masks are zero.
+
+    >>> import torch
+    >>> unmasked_text({"fc.weight": torch.tensor([0, 1, 0])}, {"fc.weight": torch.tensor([0.0, 3.0, -1.0])})
+    '1 of these weights is not zero (fc.weight 1)'
+    """
+    for name, mask in masks.items():
+        if name not in state or state[name].shape != mask.shape:
+            return f"that of {name!r} does not fit its weights"
+    left = {name: int(((mask == 0) & (state[name] != 0)).sum()) for name, mask in masks.items()}
+    total, found = sum(left.values()), [f"{name} {count:,}" for name, count in left.items() if count]
+    if not found:
+        return "all of these weights are zero in the file"
+    more = ", ..." * (len(found) > 3)
+    return f"{total:,} of these weights {'is' if total == 1 else 'are'} not zero ({', '.join(found[:3])}{more})"

@@ -1,0 +1,48 @@
+"""Flags and values of Distiller's command line that this program does not have, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+__all__ = ["ABSENT", "why_absent"]
+
+_PRUNING = "is not there yet, as pruning is not"
+_EXITS = "is not there yet, as early exits are not; train the same model without them"
+_BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the bits of each layer under a budget"
+_STATISTICS = "is not there yet; --qe-calibration collects the range, mean and deviation of each activation"
+_SENSE = f"{_PRUNING}; --sense quant tells what few bits in each layer do"
+_DRAWING = "is not there yet; --summary modules lists the layers, and --export-onnx writes a file that viewers draw"
+
+ABSENT: Mapping[str, str] = {
+    "--masks-sparsity": f"{_PRUNING}; --summary sparsity prints how many weights are zero",
+    "--thinnify": f"{_PRUNING}; the model is evaluated and quantized with its zeros",
+    "--greedy*": f"{_PRUNING}; --qe-budget chooses the bits of each layer under a budget",
+    "--sense-range": f"{_PRUNING}; --sense quant tries the bits of --sense-bits",
+    "--sense element": _SENSE,
+    "--sense filter": _SENSE,
+    "--sense channel": _SENSE,
+    "--activation-stats": _STATISTICS,
+    "--act-stats": _STATISTICS,
+    "--activation-histograms": "is not there; --qe-calibration collects histograms with --qe-histograms",
+    "--act-hist": "is not there; --qe-calibration collects histograms with --qe-histograms",
+    "--param-hist": "is not there yet; --summary sparsity prints the mean and the deviation of each weight",
+    "--save-untrained-model": "is not there; a model whose weights are random has the same ones for the same --seed",
+    "--earlyexit_lossweights": _EXITS,
+    "--earlyexit_thresholds": _EXITS,
+    "--summary png": _DRAWING,
+    "--summary png_w_params": _DRAWING,
+    "--amc*": _BUDGET,
+    "--netadapt*": _BUDGET,
+}
+"""A flag, a flag with its value, or how flags begin (``*``) -> the rest of the sentence."""
+
+
+def why_absent(words: str) -> str | None:
+    """Why a flag, or a flag with its value, is not there and what to do instead; None for others.
+
+    >>> print(why_absent("--greedy-ft-epochs"))
+    is not there yet, as pruning is not; --qe-budget chooses the bits of each layer under a budget
+    >>> why_absent("--sense quant")
+    """
+    return next((why for pattern, why in ABSENT.items() if fnmatchcase(words, pattern)), None)
