@@ -87,7 +87,7 @@ def randomize(model: nn.Module, images: Tensor) -> None:
             parameter.normal_(0.0, 0.02 if parameter.ndim == 2 else 0.2)
         elif parameter.ndim == 1 and bool((parameter == 1).all()):  # the weight of a normalization
             parameter.uniform_(0.5, 1.5)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(getattr(module, "running_var", None), Tensor)]
     for norm in norms:
         norm.train()
         norm.momentum = 1.0
@@ -193,7 +193,9 @@ def check(
         deployed: dict[str, float] = {}
         verification = Verification((), 0, 0, 0.0, faithful=True)
         if export:
-            deployed, verification = deploy(model, lowered, images, macs, Path(folder) / "model.onnx")
+            file = Path(folder) / "model.onnx"
+            deployed, verification = deploy(lowered, images, macs, file)
+            deployed |= times(model, file, images[:1])
         del model, lowered
         reloaded = reload(path, make, images) if restore else logits
     differing = [layer for layer in verification.layers if layer.verdict not in ("exact", "within a step")]
@@ -227,15 +229,12 @@ def check(
 
 
 def deploy(
-    model: nn.Module, lowered: fx.GraphModule, images: Tensor, macs: dict[str, int], path: Path
+    lowered: fx.GraphModule, images: Tensor, macs: dict[str, int], path: Path
 ) -> tuple[dict[str, float], Verification]:
-    """Exports and verifies the integer model, and times it beside the float one: the fields of `Row`."""
+    """Exports and verifies the integer model: the fields of `Row`."""
     export_s = seconds(lambda: export_quantized(lowered, images[:2], path, opset=OPSET, metadata={}))
     verification = verify(lowered, path, images.split(1))  # one at a time: all its tensors are held at once
     share = int8_share(placement(path, lowered, macs))
-    session, one = open_session(path, exact=False), images[:1]
-    times = [(seconds(lambda: model(one)), seconds(lambda: run_session(session, one))) for _ in range(ROUNDS)]
-    float_ms, int8_ms = (1000 * statistics.median(column) for column in zip(*times, strict=True))
     integer, others = ([each for each in verification.layers if each.integer == kind] for kind in (True, False))
     return {
         "macs_in_int8": share,
@@ -246,9 +245,15 @@ def deploy(
         "worst_share": max((each.share for each in others), default=0.0),
         "onnx_mb": sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6,
         "export_s": export_s,
-        "fp32_ms": float_ms,
-        "int8_ms": int8_ms,
     }, verification
+
+
+def times(model: nn.Module, path: Path, image: Tensor) -> dict[str, float]:
+    """Milliseconds for one image, of the model in torch and of its integer form in ONNX Runtime: fields of `Row`."""
+    session = open_session(path, exact=False)
+    both = [(seconds(lambda: model(image)), seconds(lambda: run_session(session, image))) for _ in range(ROUNDS)]
+    float_ms, int8_ms = (1000 * statistics.median(column) for column in zip(*both, strict=True))
+    return {"fp32_ms": float_ms, "int8_ms": int8_ms}
 
 
 def seconds(call: Callable[[], object]) -> float:

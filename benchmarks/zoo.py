@@ -9,18 +9,14 @@ results file is not run again, so a broken sweep goes on where it stood. The exi
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchvision
+from rows import apart, append_row, read_rows, start_processes_with
 from tabulate import tabulate
 from torch import Tensor
 from whole_path import ROUNDS, Row, check
@@ -43,42 +39,11 @@ def images_for(spec: ModelSpec, data: Path) -> Tensor:
     return torch.stack([dataset[index][0] for index in range(IMAGES)])
 
 
-def check_one(arch: str, data: Path, restore: bool) -> None:
-    """Checks one model, and prints its row as JSON."""
+def check_one(arch: str, data: Path, restore: bool) -> Row:
+    """Checks one model."""
     torch.manual_seed(0)
     spec = find_model(arch)
-    row = check(arch, lambda: create_model(spec), images_for(spec, data), restore=restore)
-    print(json.dumps(asdict(row)))
-
-
-def check_apart(arch: str, data: Path, restore: bool) -> Row:
-    """Checks one model in a process of its own; a crash is a row too."""
-    command = [sys.executable, __file__, "--one", arch, "--data", str(data), *([] if restore else ["--no-restore"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return Row(**json.loads(done.stdout))
-    print(done.stderr, file=sys.stderr)
-    return Row(arch, problems=(done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300])
-
-
-def read_rows(path: Path) -> dict[str, Row]:
-    """The rows of a results file, by model; none where it is absent."""
-    if not path.exists():
-        return {}
-    types: dict[str, Any] = {name: type(value) for name, value in asdict(Row("")).items()}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [Row(**{key: types[key](value) for key, value in row.items()}) for row in csv.DictReader(file)]
-    return {row.model: row for row in rows}
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Adds a row to the results file."""
-    new = not path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
+    return check(arch, lambda: create_model(spec), images_for(spec, data), restore=restore)
 
 
 def write_table(path: Path, rows: Iterable[Row], wanted: int) -> None:
@@ -158,15 +123,13 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("zoo.csv"), help="results so far; delete it to start anew")
     parser.add_argument("--table", type=Path, default=_ROOT / "docs/zoo.md")
     parser.add_argument("--no-restore", action="store_true", help="do not restore and compare the saved checkpoint")
-    parser.add_argument("--one", metavar="MODEL", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        check_one(args.one, args.data, not args.no_restore)
-        return 0
-    rows = read_rows(args.results)
+    start_processes_with("torch", "whole_path")
+    rows = read_rows(args.results, Row(""))
     for arch in args.models:
         if arch not in rows:
-            rows[arch] = check_apart(arch, args.data, not args.no_restore)
+            row = apart(check_one, arch, args.data, not args.no_restore)
+            rows[arch] = row if isinstance(row, Row) else Row(arch, problems=row)
             append_row(args.results, rows[arch])
             print(f"{len(rows)} {arch}: {rows[arch].problems or 'ok'}, {rows[arch].seconds:.0f} s", file=sys.stderr)
             write_table(args.table, (rows[name] for name in sorted(rows)), len(names))

@@ -11,12 +11,24 @@ from torch.export import ExportedProgram
 
 from qlib.errors import ModelError
 
-__all__ = ["images_of", "is_fixed", "with_any_batch"]
+__all__ = ["images_of", "is_fixed", "number_of", "with_any_batch"]
 
 
 def is_fixed(size: Any) -> bool:
     """Whether a dimension is the same for any number of images."""
     return isinstance(size, int) or not size.node.expr.free_symbols
+
+
+def number_of(size: Any, more: Any, batch: int) -> int:
+    """A size for `batch` images; `more` is that for three, where `size` is known for two alone, or None.
+
+    >>> number_of(8, 12, 5), number_of(8, None, 5)
+    (20, 8)
+    """
+    if is_fixed(size):
+        return int(size) if more is None else int(size) + (int(more) - int(size)) * (batch - 2)
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))
 
 
 def images_of(program: ExportedProgram) -> fx.Node:
@@ -43,7 +55,7 @@ def with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProg
     images, graph = images_of(two), two.graph
     with graph.inserting_after(images):
         count = graph.call_function(torch.ops.aten.sym_size.int, (images, 0))
-    count.meta["val"] = count.meta["more"] = 2
+    count.meta |= {"val": 2, "more": 3}
 
     def general(mine: Any, theirs: Any, place: fx.Node) -> Any:
         if isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
@@ -70,5 +82,6 @@ def with_any_batch(two: ExportedProgram, three: ExportedProgram) -> ExportedProg
 
 def _number(graph: fx.Graph, function: Any, *args: Any) -> fx.Node:
     node = graph.call_function(function, args)
-    node.meta["val"] = node.meta["more"] = 0
+    for key in ("val", "more"):
+        node.meta[key] = function(*fx.node.map_arg(args, lambda each: each.meta[key]))  # noqa: B023
     return node

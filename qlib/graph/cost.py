@@ -106,6 +106,9 @@ def _macs(module: nn.Module, inputs: list[tuple[int, ...]], ofm: tuple[int, ...]
 _PRODUCT_NAMES = "conv linear bilinear matmul einsum dot tensordot mm bmm addmm baddbmm mv attention"
 """Words in the names of functions that add up products."""
 
+_RESIZES = "upsample interpolate"
+"""Words in the names of functions that resize, by ``bilinear`` formulas too."""
+
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether a layer without a kind of its own adds up products: nobody has counted them."""
@@ -113,7 +116,8 @@ def _multiplies(module: nn.Module) -> bool:
         return False
     name = module.title if isinstance(module, Function) else ""
     matrices = any(parameter.ndim > 1 for parameter in module.parameters()) and not isinstance(module, nn.LayerNorm)
-    return matrices or not set(_PRODUCT_NAMES.split()).isdisjoint(re.split(r"[_\d]+", name))
+    words = set(re.split(r"[_\d]+", name))
+    return matrices or (not words.isdisjoint(_PRODUCT_NAMES.split()) and words.isdisjoint(_RESIZES.split()))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -19,8 +21,7 @@ def fold_batch_norm(graph: Graph) -> dict[str, str]:
     """Folds, in place, each batch-norm that alone follows a convolution or linear layer; returns batch-norm -> layer.
 
     ``W' = W * gamma / sqrt(var + eps)``, ``b' = beta + (b - mean) * gamma / sqrt(var + eps)``, per output channel
-    (Jacob et al. 2018, section 3.2). One over ``[N, C, H, W]`` that follows something else becomes a `ChannelAffine` of
-    its own name; any other stays, and is computed in float.
+    (Jacob et al. 2018, section 3.2). One that follows something else becomes a `ChannelAffine` of its own name.
     """
     calls: dict[str, int] = {}
     for node in graph.graph.nodes:
@@ -42,14 +43,34 @@ def fold_batch_norm(graph: Graph) -> dict[str, str]:
             folded[name_of(node)] = name_of(source)
             node.replace_all_uses_with(source)
             graph.graph.erase_node(node)
-        elif len(node.meta["shape"]) == 4 and calls[str(node.target)] == 1:
-            dtype = norm.running_mean.dtype
-            assert isinstance(dtype, torch.dtype)
-            gain, bias = _gain_and_bias(norm, None)
-            graph.add_submodule(str(node.target), ChannelAffine(gain.to(dtype), bias.to(dtype)).eval())
+        else:
+            _make_affine(graph, node, norm)
     graph.delete_all_unused_submodules()
     graph.recompile()
     return folded
+
+
+def _make_affine(graph: Graph, node: fx.Node, norm: nn.Module) -> None:
+    """A layer of its own in the place of a batch-norm, of ``[N, C, H, W]``: its input is reshaped to it, and back."""
+    dtype = norm.running_mean.dtype
+    assert isinstance(dtype, torch.dtype)
+    gain, bias = _gain_and_bias(norm, None)
+    graph.add_submodule(str(node.target), ChannelAffine(gain.to(dtype), bias.to(dtype)).eval())
+    for call in [each for each in graph.graph.nodes if each.op == "call_module" and each.target == node.target]:
+        shape = call.meta["shape"]
+        if len(shape) != 4:
+            before, plane = layer_inputs(call)[0], (shape[0], shape[1], math.prod(shape[2:]), 1)
+            call.replace_input_with(before, _reshaped(graph, before, call, plane))
+            back = _reshaped(graph, call, call.next, shape)
+            call.meta["shape"] = plane
+            call.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)  # noqa: B023
+
+
+def _reshaped(graph: Graph, source: fx.Node, place: fx.Node, shape: tuple[int, ...]) -> fx.Node:
+    with graph.graph.inserting_before(place):
+        node = graph.graph.call_function(torch.reshape, (source, [-1, *shape[1:]]))
+    node.meta = {**source.meta, "name": f"{name_of(source)}.reshape", "tensor": True, "shape": shape}
+    return node
 
 
 def _absorbs(graph: Graph, source: fx.Node, node: fx.Node) -> bool:

@@ -67,13 +67,6 @@ def _reshape(given: Arguments) -> Move:
     return torch.reshape, (given["self"], _sizes(given.get("size", given.get("shape"))))
 
 
-def _reshape_as(given: Arguments) -> Move:
-    shape = list(given["other"].meta["val"].shape)
-    if all(isinstance(size, int) for size in shape[1:]):
-        return torch.reshape, (given["self"], [-1, *shape[1:]])
-    return torch.Tensor.reshape_as, (given["self"], given["other"])
-
-
 def _slice(given: Arguments) -> Move:
     start, end = given["start"], given["end"]
     end = None if isinstance(end, int) and end >= 2**62 else end
@@ -97,8 +90,8 @@ _MOVES: dict[str, Callable[[Arguments], Move]] = {
     "view": _reshape,
     "reshape": _reshape,
     "_unsafe_view": _reshape,
-    "reshape_as": _reshape_as,
-    "view_as": _reshape_as,
+    "reshape_as": _same(torch.Tensor.reshape_as, "self", "other"),
+    "view_as": _same(torch.Tensor.reshape_as, "self", "other"),
     "clone": _same(torch.clone, "self"),
     "contiguous": _same(torch.clone, "self"),
     "permute": _same(torch.permute, "self", "dims"),

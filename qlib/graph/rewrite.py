@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 
 from qlib.graph import ops
-from qlib.graph.any_batch import is_fixed
+from qlib.graph.any_batch import number_of
 from qlib.graph.aten import arguments_of, layer_of
 from qlib.graph.ir import Graph
 from qlib.graph.moves import is_move, move_of
@@ -94,13 +94,7 @@ class _Rewriter:
         """The shape of a node's tensor for as many images as the example has."""
         shape = node.meta["val"].shape
         more = node.meta["more"].shape if isinstance(node.meta.get("more"), Tensor) else shape
-        return tuple(self._number(size, other) for size, other in zip(shape, more, strict=True))
-
-    def _number(self, size: Any, more: Any) -> int:
-        if is_fixed(size):
-            return int(size) + (int(more) - int(size)) * (self.batch - 2)  # `more` is that of three images, this of two
-        expression = size.node.expr
-        return int(expression.subs(dict.fromkeys(expression.free_symbols, self.batch)))
+        return tuple(number_of(size, other, self.batch) for size, other in zip(shape, more, strict=True))
 
     def _op(self, node: fx.Node) -> fx.Node:
         if not _tensor(node):

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qlib.graph.aten import arguments_of
+from qlib.graph.edit import insert, sizes_of
 from qlib.graph.moves import is_move
 from qlib.graph.names import DROPOUTS, op_of, writes
+from qlib.graph.norm_order import norm_before_moves
 from qlib.graph.trace import Trace
 
 __all__ = ["simplify"]
@@ -34,6 +36,7 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
             _drop(graph, node)
     for node in list(graph.nodes):
         _make_constant(graph, node)
+        _give_sizes(graph, node)
     tensors, paths = dict(trace.tensors), dict(trace.paths)
     trace = replace(trace, tensors=tensors, paths=paths)
     for node in list(graph.nodes):
@@ -45,6 +48,9 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
             _split_projection(trace, node)
         elif op_of(node) == "linalg_vector_norm":
             _join_normalize(graph, node)
+    for node in list(graph.nodes):
+        if op_of(node) == "batch_norm":
+            norm_before_moves(graph, node)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or writes(node))
     return trace
 
@@ -67,11 +73,19 @@ def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
     if op not in _FACTORIES or any(isinstance(size, fx.Node) for size in node.args[1]):  # type: ignore[union-attr]
         return
     value = node.args[2] if op == "new_full" else _FACTORIES[op]
-    made = _insert(graph, node, aten.full.default, list(node.args[1]), value)  # type: ignore[arg-type]
+    made = insert(graph, node, aten.full.default, list(node.args[1]), value)  # type: ignore[arg-type]
     made.kwargs = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
     made.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+
+
+def _give_sizes(graph: fx.Graph, node: fx.Node) -> None:
+    """A reshape to the shape of another tensor does not need that tensor where the shape is known."""
+    if op_of(node) in ("reshape_as", "view_as") and (sizes := sizes_of(node)) is not None:
+        made = insert(graph, node, aten.reshape.default, node.args[0], sizes)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
 
 
 def _is_same_pool(node: fx.Node) -> bool:
@@ -90,38 +104,35 @@ def _same(node: fx.Node, what: str) -> bool:
     return isinstance(before, Tensor) and isinstance(after, Tensor) and getattr(before, what) == getattr(after, what)
 
 
-def _insert(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new op before `like`, which belongs to the same module of the model."""
-    with graph.inserting_before(like):
-        node = graph.call_function(target, args)
-    node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
-    values = fx.node.map_arg(args, lambda each: each.meta["val"])
-    with like.meta["val"].fake_mode:
-        node.meta["val"] = target(*values)
-    return node
-
-
 def _split_attention(trace: Trace, node: fx.Node) -> None:
     """``softmax(q k^T / sqrt(d) + mask) v``: a product, a softmax, a product (Vaswani et al. 2017, section 3.2.1)."""
     graph, given = trace.graph.graph, arguments_of(node)
     query, key, value, mask = given["query"], given["key"], given["value"], _mask(trace, given["attn_mask"])
-    if given.get("enable_gqa") or given["dropout_p"]:
+    if given["dropout_p"]:
         return
+    if given.get("enable_gqa"):
+        key, value = (_for_each_query(graph, node, each, query) for each in (key, value))
     scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(query.meta["val"].shape[-1])
-    scaled = _insert(graph, node, aten.mul.Tensor, query, float(scale))
-    turned = _insert(graph, node, aten.transpose.int, key, -2, -1)
-    scores = _insert(graph, node, aten.matmul.default, scaled, turned)
+    scaled = insert(graph, node, aten.mul.Tensor, query, float(scale))
+    turned = insert(graph, node, aten.transpose.int, key, -2, -1)
+    scores = insert(graph, node, aten.matmul.default, scaled, turned)
     if given["is_causal"]:
-        every = _insert(graph, node, aten.full.default, [int(size) for size in scores.meta["val"].shape[-2:]], True)
+        every = insert(graph, node, aten.full.default, [int(size) for size in scores.meta["val"].shape[-2:]], True)
         every.kwargs = {"device": node.meta["val"].device}
-        mask = _insert(graph, node, aten.tril.default, every)
+        mask = insert(graph, node, aten.tril.default, every)
     if mask is not None:
         if mask.meta["val"].dtype == torch.bool:
-            mask = _insert(graph, node, aten.where.Scalar, mask, 0.0, -math.inf)
-        scores = _insert(graph, node, aten.add.Tensor, scores, mask)
-    weights = _insert(graph, node, aten.softmax.int, scores, -1)
-    node.replace_all_uses_with(_insert(graph, node, aten.matmul.default, weights, value))
+            mask = insert(graph, node, aten.where.Scalar, mask, 0.0, -math.inf)
+        scores = insert(graph, node, aten.add.Tensor, scores, mask)
+    weights = insert(graph, node, aten.softmax.int, scores, -1)
+    node.replace_all_uses_with(insert(graph, node, aten.matmul.default, weights, value))
     graph.erase_node(node)
+
+
+def _for_each_query(graph: fx.Graph, node: fx.Node, heads: fx.Node, query: fx.Node) -> fx.Node:
+    """Keys or values of which several heads of queries share one (Ainslie et al. 2023): one for each."""
+    times = int(query.meta["val"].shape[-3]) // int(heads.meta["val"].shape[-3])
+    return heads if times == 1 else insert(graph, node, aten.repeat_interleave.self_int, heads, times, -3)
 
 
 def _mask(trace: Trace, mask: fx.Node | None) -> fx.Node | None:
@@ -151,7 +162,7 @@ def _restore_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     for user in list(node.users):
         names = ("input", "weight", "bias", "running_mean", "running_var")
         norm = [*(given[name] for name in names), False, given["momentum"], given["eps"], False]
-        user.replace_all_uses_with(_insert(graph, user, aten.batch_norm.default, *norm))
+        user.replace_all_uses_with(insert(graph, user, aten.batch_norm.default, *norm))
         graph.erase_node(user)
 
 
@@ -168,7 +179,7 @@ def _split_projection(trace: Trace, node: fx.Node) -> None:
     for index, letter in enumerate("qkv"):
         tensors = [_part(trace, tensor, index, f"{owner}{letter}_proj") for tensor in (weight, bias) if tensor]
         part = next(each for each in parts if each.args[2] == index)
-        part.replace_all_uses_with(_insert(graph, part, aten.linear.default, given["input"], *tensors))
+        part.replace_all_uses_with(insert(graph, part, aten.linear.default, given["input"], *tensors))
 
 
 def _through_moves(node: fx.Node) -> list[fx.Node]:
@@ -205,5 +216,5 @@ def _join_normalize(graph: fx.Graph, node: fx.Node) -> None:
         (last,) = last.users
     if op_of(last) != "div" or last.args[0] is not source or not dims or len(dims) != 1:
         return
-    joined = _insert(graph, last, F.normalize, source, float(given["ord"]), dims[0], arguments_of(clamp)["min"])
+    joined = insert(graph, last, F.normalize, source, float(given["ord"]), dims[0], arguments_of(clamp)["min"])
     last.replace_all_uses_with(joined)

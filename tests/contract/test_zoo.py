@@ -17,8 +17,9 @@ from torchvision import models
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import whole_path
+from rows import append_row, read_rows
 from whole_path import Row, check, relative_error
-from zoo import append_row, read_rows, write_table
+from zoo import write_table
 
 from qlib.config.layers.settings import LayerSettings
 from qlib.graph import Graph, capture
@@ -173,7 +174,7 @@ def test_results_go_on_where_they_stood(tmp_path: Path) -> None:
     rows = [good, Row("b", problems="broke, somehow")]
     for row in rows:
         append_row(tmp_path / "zoo.csv", row)
-    back = read_rows(tmp_path / "zoo.csv")
+    back = read_rows(tmp_path / "zoo.csv", Row(""))
     assert back["a"] == rows[0]
     assert back["b"].problems == "broke, somehow"
     assert math.isnan(back["b"].sqnr_db)
