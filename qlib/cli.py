@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from qlib.models.names import refuse_python_file
 __all__ = ["build_parser", "main", "parse"]
 
 _RUN_CONFIG = "--run-config"
+_MOST_NAMES = 1000
 _Texts = Mapping[str, Sequence[str]]  #: canonical flag -> the words that the user gave it
 
 
@@ -87,9 +89,12 @@ def _in_full(argv: Sequence[str]) -> list[str]:
 
     >>> _in_full(["--batch=4", "--eval", "--", "--cp"])
     ['--batch-size=4', '--evaluate', '--', '--cp']
+    >>> _in_full(["-e", "-avgg11", "-evaluate"])
+    Traceback (most recent call last):
+    qlib.errors.UsageError: there is no flag -evaluate; did you mean --evaluate?
 
     Raises:
-        UsageError: several flags begin so.
+        UsageError: several flags begin so, or one has one dash only: argparse takes it for several short ones.
     """
     names = {name: flag.name for flag in FLAGS for name in flag.names}
     names |= {name: name for name in (_RUN_CONFIG, "--help", *ABSENT) if set(" *").isdisjoint(name)}
@@ -100,6 +105,8 @@ def _in_full(argv: Sequence[str]) -> list[str]:
 def _whole_name(word: str, names: Mapping[str, str]) -> str:
     """The word with the first of `names` that it abbreviates in full; they map to the flags that they spell."""
     name, equals, value = word.partition("=")
+    if re.match(r"-\w{3}", name) and (meant := [each for each in names if each.startswith(f"-{name}")]):
+        raise UsageError(f"there is no flag {name}; did you mean {' or '.join(meant[:3])}?")
     begun = [each for each in names if each.startswith(name)] if len(name) > len("--") else []
     if name in names or not begun:
         return word
@@ -148,9 +155,15 @@ def _repeated(file: Path, texts: _Texts, folder: str | None) -> tuple[_Texts, fr
             continue
         parts = [str(part) for part in (value if isinstance(value, list) else [value])]
         saved[flags[target].name] = parts if flags[target].kind.many else [",".join(parts)]
-    for flag in ("--arch", "--kd-teacher"):
-        for arch in saved.get(flag, ()) if flag not in texts else ():
-            refuse_python_file(arch, str(file), flag)
+    for flag in FLAGS:
+        if flag.name in saved.keys() - texts.keys():
+            try:
+                _value(flag, saved[flag.name])
+            except UsageError as error:
+                raise UsageError(f"{error} (in {file})") from None
+    for name in ("--arch", "--kd-teacher"):
+        for arch in saved.get(name, ()) if name not in texts else ():
+            refuse_python_file(arch, str(file), name)
     given = frozenset(saved if saved_given is None else map(str, saved_given))
     if unknown := sorted(given - {flag.name for flag in FLAGS}):
         raise ConfigError(f"{file}: 'given' names flags that do not exist: {', '.join(unknown)}")
@@ -171,7 +184,10 @@ def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfi
 def _value(flag: Flag, texts: Sequence[str]) -> object:
     if not flag.kind.many:
         return flag.kind.value(flag.name, texts[-1])
-    return tuple(flag.kind.value(flag.name, name) for text in texts for name in split_names(text))
+    names = [name for text in texts for name in split_names(text)]
+    if len(names) > _MOST_NAMES:
+        raise UsageError(f"{flag.name} lists {len(names)} names, and may list {_MOST_NAMES}; '.*' stands for any text")
+    return tuple(flag.kind.value(flag.name, name) for name in names)
 
 
 def _give_back(texts: _Texts, needed: bool) -> tuple[_Texts, str | None]:

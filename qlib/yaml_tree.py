@@ -13,7 +13,7 @@ import yaml
 
 from qlib.errors import ConfigError
 
-__all__ = ["Node", "Scalar", "load_yaml", "parse_yaml"]
+__all__ = ["MOST_SETTINGS", "Node", "Scalar", "load_yaml", "parse_yaml"]
 
 Scalar: TypeAlias = "bool | int | float | str | None"
 
@@ -22,8 +22,11 @@ _TAG = "tag:yaml.org,2002:"
 
 _MAX_DEPTH = 50
 _MAX_BYTES = 16 * 2**20
-_MAX_VALUES = 1_000_000  #: aliases counted as what they stand for
+_MAX_VALUES = 1_000_000
 _MAX_INTEGER = 2**63 - 1
+
+MOST_SETTINGS = 50_000
+"""Values of a file that people write: ten for each layer of the largest networks. Of others there may be a million."""
 
 _SURPRISES = re.compile(r"[-+]?(\d[\d_]*:[\d_:.]+|0[\d_]+)")
 """Numbers that YAML 1.1 reads otherwise than people do: 1:30 is 90, and 010 is 8."""
@@ -73,23 +76,23 @@ class Node:
         return "null" if self.value is None else repr(self.value)
 
 
-def load_yaml(path: str | Path) -> Node:
-    """The tree of a file with one YAML document.
+def load_yaml(path: str | Path, most: int = _MAX_VALUES) -> Node:
+    """The tree of a file with one YAML document, which has `most` values at most.
 
     Raises:
         ConfigError: the file cannot be read, has more than 16 MiB, or for what `parse_yaml` says.
     """
-    return parse_yaml(_read(str(path)), str(path))
+    return parse_yaml(_read(str(path)), str(path), most)
 
 
-def parse_yaml(text: str, file: str) -> Node:
+def parse_yaml(text: str, file: str, most: int = _MAX_VALUES) -> Node:
     """The tree of one YAML document; `file` is what error messages call it.
 
     >>> parse_yaml("bits: 4", "a.yaml").mapping["bits"]
     Node(file='a.yaml', line=1, value=4, key_lines={})
 
     Raises:
-        ConfigError: the text is empty or is not YAML; it is nested more than 50 deep, or has more than a million
+        ConfigError: the text is empty or is not YAML; it is nested more than 50 deep, or has more than `most`
             values, an alias counted as what it stands for; or it has tabs in its indentation, duplicate keys, tags such
             as `!!python/object`, or numbers that YAML reads otherwise than people do: all of those, each with
             `file:line`.
@@ -97,7 +100,7 @@ def parse_yaml(text: str, file: str) -> Node:
     tabs = [n for n, line in enumerate(text.split("\n"), 1) if "\t" in line[: len(line) - len(line.lstrip(" \t"))]]
     if tabs:
         raise ConfigError([f"{file}:{n}: a tab in the indentation; YAML allows only spaces" for n in tabs])
-    reader = _Reader(file)
+    reader = _Reader(file, most)
     try:
         node = reader.document(yaml.parse(text, Loader=_LOADER))
     except yaml.YAMLError as error:
@@ -150,8 +153,8 @@ class _Reader:
     counts the values. Both count an alias as what it stands for: whoever walks the tree later is safe.
     """
 
-    def __init__(self, file: str) -> None:
-        self.file = file
+    def __init__(self, file: str, most: int) -> None:
+        self.file, self._most = file, most
         self.problems: list[str] = []
         self._anchors: dict[str, _Anchored] = {}
         self._depth = self._deepest = self._values = 0
@@ -213,8 +216,8 @@ class _Reader:
         where = f"{self.file}:{_line(event)}"
         if self._deepest > _MAX_DEPTH:
             raise ConfigError(f"{where}: lists and mappings are nested more than {_MAX_DEPTH} deep")
-        if self._values > _MAX_VALUES:
-            raise ConfigError(f"{where}: more than {_MAX_VALUES} values, aliases counted as what they stand for")
+        if self._values > self._most:
+            raise ConfigError(f"{where}: more than {self._most} values, an alias counted as what it stands for")
 
     def _until(self, end: type) -> Iterator[Any]:
         while not isinstance(event := next(self._events), end):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import random
 import re
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from qlib.config.schedule.keys import EXTENSION_CLASSES, POLICY_FIELDS
 from qlib.qat.assignment import quantizer_classes
 from qlib.train.lr.schedulers import LR_CLASSES
 
-__all__ = ["bytes_cases", "command_lines", "trees", "yaml_texts"]
+__all__ = ["bytes_cases", "command_lines", "pickles", "trees", "yaml_texts"]
 
 _MODEL = f"-a digits_cnn --pretrained {SMALL}"
 _QUANTIZE = f"{_MODEL} --quantize-eval"
@@ -240,3 +243,33 @@ def yaml_texts() -> st.SearchStrategy[str]:
     signs = (": ", "- ", "\n", "  ", "[", "]", "{", "}", ", ", "&a ", "*a", "!!", "|\n", "#", "<<: ", "? ")
     pieces = st.sampled_from([*_RAW, *KEYS, *signs])
     return st.lists(st.one_of(pieces, st.text(max_size=3)), max_size=30).map("".join)
+
+
+_OPCODES = (
+    *(b"(", b".", b"0", b"1", b"2", b"N", b"]", b"}", b")", b"l", b"d", b"t", b"a", b"e", b"s", b"u", b"b", b"o", b"R"),
+    *(b"Q", b"\x81", b"\x85", b"\x86", b"\x87", b"\x88", b"\x8f", b"\x90", b"\x91", b"\x92", b"\x93", b"\x94"),
+    *(b"q\x00", b"h\x00", b"r\xff\xff\xff\x7f", b"j\xff\xff\xff\x7f", b"K\x01", b"I-1\n", b"J\x00\x00\x00\x80"),
+    *(b"X\x01\x00\x00\x00a", b"X\xff\xff\xff\xff", b"C\x01a", b"\x8a\x01\x05", b"\x95\xff\xff\xff\xff\x00\x00\x00\x00"),
+    *(b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n"),
+    *(b"X\x07\x00\x00\x00storage", b"X\x0a\x00\x00\x00state_dict", b"X\x03\x00\x00\x00cpu", b"cnumpy\ndtype\n"),
+    *(b"cos\nsystem\n",),
+)  # fmt: skip
+
+
+def pickles() -> st.SearchStrategy[bytes]:
+    """A checkpoint of the old format, or a zip file, around opcodes in any order."""
+    body = st.lists(st.one_of(st.sampled_from(_OPCODES), st.binary(max_size=3)), max_size=40)
+    return st.tuples(st.booleans(), body).map(lambda drawn: _legacy(b"".join(drawn[1])) if drawn[0] else _zip(drawn[1]))
+
+
+def _legacy(body: bytes) -> bytes:
+    header = b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    return header + b"\x80\x02" + body + b"." + pickle.dumps([], 2)
+
+
+def _zip(body: list[bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + b"".join(body) + b".")
+        archive.writestr("a/byteorder", "little")
+    return content.getvalue()

@@ -13,7 +13,7 @@ from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
 from qlib.config.flags.groups import BITS_CHOICES, GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.clip_names import CLIP_PARAMETERS, ClipParameters
-from qlib.yaml_tree import Node, load_yaml
+from qlib.yaml_tree import MOST_SETTINGS, Node, load_yaml
 
 __all__ = ["RunConfig", "config_from_names", "read_run_config", "settings_by_name"]
 
@@ -169,9 +169,10 @@ def read_run_config(path: Path) -> dict[str, Any]:
     The command line checks the values, with the same rules as those of its flags.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML, or has a key that is no setting (all of them are named).
+        ConfigError: the file cannot be read, is not YAML, or has a key that is no setting or a value that is neither a
+            scalar nor a list of them (all of them are named).
     """
-    top = _entries(load_yaml(path))
+    top = _entries(load_yaml(path, MOST_SETTINGS))
     settings = {key: node for key, node in top.items() if key not in GROUPS}
     for group in GROUPS:
         settings |= {f"{group}.{key}": node for key, node in (_entries(top[group]) if group in top else {}).items()}
@@ -181,14 +182,26 @@ def read_run_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             [f"{node.where}: there is no setting {key!r}{did_you_mean(key, allowed)}" for key, node in unknown.items()]
         )
-    return {key: _value(node) for key, node in settings.items()}
+    if problems := [problem for key, node in settings.items() if (problem := _problem(key, node))]:
+        raise ConfigError(problems)
+    return {key: [each.value for each in node.value] if isinstance(node.value, tuple) else node.value
+            for key, node in settings.items()}  # fmt: skip
+
+
+def _problem(key: str, node: Node) -> str:
+    """Why no flag can have such a value, or the empty text."""
+    is_list = isinstance(node.value, tuple)
+    if key == "given" and not is_list:
+        return f"{node.where}: given is {node}; allowed: a list of flags"
+    if key == "data" and is_list:
+        return f"{node.where}: data is a list; allowed: the path of a folder"
+    for item in node.value if isinstance(node.value, tuple) else (node,):
+        if isinstance(item.value, (tuple, dict)):
+            return f"{item.where}: {key} is {item}; allowed: a value, or a list of values"
+    return ""
 
 
 def _entries(node: Node) -> Mapping[str, Node]:
     if node.mapping is None:
         raise ConfigError(f"{node.where}: 'setting: value' lines are expected here, as in configs/run_config.yaml")
     return node.mapping
-
-
-def _value(node: Node) -> Any:
-    return [_value(item) for item in node.value] if isinstance(node.value, tuple) else node.value

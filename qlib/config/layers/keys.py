@@ -109,14 +109,16 @@ def _inputs(key: str, node: Node, problems: list[str]) -> Settings:
         if not index.isdecimal():
             problems.append(f"{node.where_key(index)}: input {index!r} of {key} is not allowed; inputs count from 0")
             continue
-        settings, _ = read_fields(entry, _INPUT_FIELDS, problems)
+        settings, _ = read_fields(entry, _INPUT_FIELDS, problems, f"{key} of {index}")
         if "from_output" in settings and len(settings) > 1:
             problems.append(f"{entry.where}: from_output stands alone; remove it or the other settings of the input")
         inputs[int(index)] = settings
     return {"input_overrides": inputs}
 
 
-def read_fields(node: Node, fields: Mapping[str, Field], problems: list[str]) -> tuple[Settings, dict[str, str]]:
+def read_fields(
+    node: Node, fields: Mapping[str, Field], problems: list[str], what: str = "settings"
+) -> tuple[Settings, dict[str, str]]:
     """The settings of a mapping node, and `file:line` of each; mistakes go to `problems`.
 
     A later field of `fields` wins over an earlier one that sets the same, whatever their order in the file.
@@ -124,7 +126,7 @@ def read_fields(node: Node, fields: Mapping[str, Field], problems: list[str]) ->
     settings: Settings = {}
     places: dict[str, str] = {}
     if node.mapping is None:
-        problems.append(f"{node.where}: settings must be a mapping of names to values, not {node}")
+        problems.append(f"{node.where}: {what} must be a mapping of names to values, not {node}")
         return settings, places
     problems += [f"{node.where_key(key)}: {unknown_key(key, fields)}" for key in node.mapping if key not in fields]
     for key, field in fields.items():

@@ -11,7 +11,7 @@ from qlib.config.layers.patterns import pattern_problem
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.clip_names import CLIP_PARAMETERS
-from qlib.yaml_tree import Node, load_yaml
+from qlib.yaml_tree import MOST_SETTINGS, Node, load_yaml
 
 __all__ = ["load_ptq_config", "ptq_config_from_flags"]
 
@@ -81,14 +81,14 @@ def load_ptq_config(path: str | Path) -> PtqConfig:
     Raises:
         ConfigError: every mistake in the file, each as `file:line: sentence`.
     """
-    root = load_yaml(path)
+    root = load_yaml(path, MOST_SETTINGS)
     problems: list[str] = []
     component = _find_quantizer(root, problems)
     if component is None:
         raise ConfigError(problems)
     settings, places = read_fields(component, _ARGUMENTS, problems)
     asked = (root.mapping or {}).get("corrections")
-    corrections = {} if asked is None else read_fields(asked, CORRECTION_FIELDS, problems)[0]
+    corrections = {} if asked is None else read_fields(asked, CORRECTION_FIELDS, problems, "corrections")[0]
     _check_float_size(component, problems)
     rules = tuple(_read_rules(component, problems))
     stats_file = _find_stats(component, settings.pop("model_activation_stats", None), problems)

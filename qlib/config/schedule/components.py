@@ -72,14 +72,17 @@ def _read_component(
         allowed = ", ".join(classes[section])
         problems.append(f"{where}: the {KIND_OF[section]} {name!r} has no class; allowed: {allowed}")
         return None
-    if problem := _class_problem(section, str(cls.value), classes):
+    if not isinstance(cls.value, str):
+        problems.append(f"{cls.where}: class is {cls}; allowed: {', '.join(classes[section])}")
+        return None
+    if problem := _class_problem(section, cls.value, classes):
         problems.append(f"{cls.where}: {problem}")
         return None
     read = _read_quantizer if section == "quantizers" else _read_other
     found: list[str] = []
-    settings, rules = read(str(cls.value), classes[section][str(cls.value)], node, where, found)
+    settings, rules = read(cls.value, classes[section][cls.value], node, where, found)
     problems += found
-    return None if found else Component(section, name, str(cls.value), settings, rules, where)
+    return None if found else Component(section, name, cls.value, settings, rules, where)
 
 
 def _class_problem(section: str, cls: str, classes: Classes) -> str:

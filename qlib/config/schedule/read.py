@@ -10,7 +10,7 @@ from qlib.config.schedule.components import KIND_OF, Declared, read_components
 from qlib.config.schedule.keys import LR_POLICY_ARGS, POLICY_FIELDS, Classes
 from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, did_you_mean
-from qlib.yaml_tree import Node, load_yaml
+from qlib.yaml_tree import MOST_SETTINGS, Node, load_yaml
 
 __all__ = ["load_schedule"]
 
@@ -28,7 +28,7 @@ def load_schedule(path: str | Path, epochs: int, classes: Classes) -> Schedule:
     Raises:
         ConfigError: every mistake in the file, each as `file:line: sentence`.
     """
-    root = load_yaml(path)
+    root = load_yaml(path, MOST_SETTINGS)
     if root.mapping is None:
         raise ConfigError(f"{root.where}: the file holds {root}; allowed: a mapping of {', '.join(_SECTIONS)}")
     problems: list[str] = []
@@ -70,7 +70,9 @@ def _unused(declared: Sequence[Declared], entries: Sequence[Node]) -> Iterator[s
 def _name_of(node: Node) -> str | None:
     """The name in a policy's reference to a component; None if there is none."""
     name = (node.mapping or {}).get("instance_name")
-    return None if name is None or name.value is None else str(name.value)
+    if name is None or name.value is None:
+        return None
+    return str(name) if isinstance(name.value, (tuple, dict)) else str(name.value)
 
 
 def _read_policy(node: Node, declared: Sequence[Declared], epochs: int, problems: list[str]) -> PolicySpec | None:
