@@ -18,7 +18,7 @@ from qlib.config.schedule.keys import EXTENSION_CLASSES, ClassFields
 from qlib.config.schedule.read import load_schedule
 from qlib.config.schedule.types import Schedule
 from qlib.errors import ConfigError
-from qlib.graph import LAYOUT, Graph, capture, fold
+from qlib.graph import Graph, capture, fold, lay_out
 from qlib.models import create_model
 from qlib.qat.assignment import quantizer_classes
 from qlib.qat.quantization import Quantization
@@ -93,7 +93,7 @@ def set_up(job: Job, schedule: Schedule) -> Setup:
     Raises UsageError, ConfigError and ModelError for what does not fit the model or contradicts itself.
     """
     wide = _widened(job, schedule)
-    module = wide.model.to(memory_format=LAYOUT)
+    module = lay_out(wide.model)
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights)
     for section in SECTIONS:
@@ -133,7 +133,7 @@ def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | Non
     specs = schedule.of("quantizers")
     if not specs:
         return None
-    graph = capture(job.model, job.example, share=True).to(memory_format=LAYOUT)
+    graph = lay_out(capture(job.model, job.example, share=True))
 
     def calibrate(folded: Graph, count: int) -> ModelStats:
         assert images is not None

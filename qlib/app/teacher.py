@@ -21,7 +21,7 @@ from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.groups import KdArgs
 from qlib.errors import CheckpointError, ModelError, UsageError
 from qlib.files import STATS
-from qlib.graph import LAYOUT
+from qlib.graph import LAYOUT, lay_out
 from qlib.metrics import MICRO_BATCH
 from qlib.models import ModelSpec, create_model, find_model
 from qlib.models.transforms import normalization
@@ -74,9 +74,7 @@ def load_teacher(job: Job, args: KdArgs, prefix: str = "--kd-") -> nn.Module:
 
 
 def _fixed(teacher: nn.Module, job: Job) -> nn.Module:
-    teacher.to(job.device)
-    teacher.to(memory_format=LAYOUT)
-    return teacher.eval().requires_grad_(False)
+    return lay_out(teacher.to(job.device)).eval().requires_grad_(False)
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

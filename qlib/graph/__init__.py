@@ -2,7 +2,7 @@
 
 from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
-from qlib.graph.folded import LAYOUT, FoldedGraph, fold, fold_copy
+from qlib.graph.folded import LAYOUT, FoldedGraph, deployed_copy, fold, fold_copy, lay_out
 from qlib.graph.fuse import activation_bounds, fused_activations
 from qlib.graph.identities import drop_dropouts
 from qlib.graph.ir import Graph
@@ -17,11 +17,13 @@ __all__ = [
     "activation_bounds",
     "after_folding",
     "capture",
+    "deployed_copy",
     "drop_dropouts",
     "fold",
     "fold_batch_norm",
     "fold_copy",
     "fused_activations",
     "kind_of",
+    "lay_out",
     "norm_statistics",
 ]

@@ -5,22 +5,39 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
+from qlib.graph.formulas import settle
 from qlib.graph.fuse import fused_activations
 from qlib.graph.identities import drop_dropouts
 from qlib.graph.ir import Graph, layer_inputs, layers, name_of
 from qlib.graph.kinds import kind_of
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
 
-__all__ = ["LAYOUT", "FoldedGraph", "fold", "fold_copy"]
+__all__ = ["LAYOUT", "FoldedGraph", "deployed_copy", "fold", "fold_copy", "lay_out"]
 
 LAYOUT = torch.channels_last
 """Memory layout of graphs and of the images they are given: convolutions take up to half the time on the CPU."""
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def lay_out(model: _Model) -> _Model:
+    """Puts, in place, the weights of plain convolutions into `LAYOUT`, and no others: a model may take views of those.
+
+    >>> lay_out(nn.Conv2d(2, 3, 3)).weight.stride()
+    (18, 1, 6, 2)
+    """
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.ConvTranspose2d):
+            module.to(memory_format=LAYOUT)
+    return model
 
 
 @dataclass(frozen=True)
@@ -56,15 +73,21 @@ def fold(model: nn.Module, example: Tensor) -> FoldedGraph:
     {'1': '0', '2': '0'}
     """
     folded = _fold(capture(model, example))
-    folded.graph.to(memory_format=LAYOUT)
+    lay_out(folded.graph)
     return folded
 
 
 def fold_copy(graph: Graph) -> FoldedGraph:
-    """As `fold`, of a copy of a captured graph, one that trains: it has no dropout any more."""
+    """As `fold`, of a copy of a captured graph, one that trains."""
+    return _fold(deployed_copy(graph))
+
+
+def deployed_copy(graph: Graph) -> Graph:
+    """A copy of a graph that trains, as it would be deployed: without dropout, and with constants for formulas."""
     graph = copy.deepcopy(graph)
     drop_dropouts(graph)
-    return _fold(graph)
+    settle(graph)
+    return graph
 
 
 def _fold(graph: Graph) -> FoldedGraph:

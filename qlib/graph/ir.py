@@ -47,15 +47,17 @@ def source_line(node: fx.Node) -> str:
 
 
 def is_constant(node: fx.Node) -> bool:
-    """A tensor held by the model: a parameter or buffer that is an operand."""
-    return node.op == "get_attr" and bool(node.meta["tensor"])
+    """A tensor that does not depend on the images: one that the model holds, or in training computes from such."""
+    reads = node.op == "get_attr" or (node.op == "call_module" and not node.all_input_nodes)
+    return reads and bool(node.meta["tensor"])
 
 
 def attribute(graph: Graph, node: fx.Node) -> torch.Tensor:
-    """The value of a `get_attr` node."""
+    """The value of a constant."""
     value: Any = graph
     for part in str(node.target).split("."):
         value = getattr(value, part)
+    value = value() if node.op == "call_module" else value
     assert isinstance(value, torch.Tensor)
     return value
 
@@ -67,7 +69,7 @@ def is_layer(graph: Graph, node: fx.Node) -> bool:
 
 def is_move(graph: Graph, node: fx.Node) -> bool:
     """Whether the node's output holds the values of its first tensor input, moved."""
-    passes = node.op not in ("placeholder", "get_attr", "output") and not is_layer(graph, node)
+    passes = node.op not in ("placeholder", "output") and not is_constant(node) and not is_layer(graph, node)
     return bool(node.meta["tensor"]) and passes
 
 
@@ -79,7 +81,7 @@ def layers(graph: Graph) -> Iterator[tuple[fx.Node, nn.Module]]:
 
 
 def parameters_of(graph: Graph) -> list[nn.Parameter]:
-    """The parameters that the graph computes with, each once; those behind its constants are not among them."""
+    """The parameters that the graph computes with, each once."""
     found: dict[nn.Parameter, None] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module":

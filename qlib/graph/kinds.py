@@ -167,7 +167,7 @@ _ROWS = (
         and_if=", over the last axis, without a mask",
         onnx=("Softmax",),
     ),
-    LayerKind("move", DROPOUTS, keeps_grid=True, moves=True),  # of a graph that trains
+    LayerKind("move", (*DROPOUTS, ops.Formula), keeps_grid=True, moves=True),  # of a graph that trains
     LayerKind("float_op", (nn.Module,), fuses_relu=True, onnx=("Sigmoid", "LeakyRelu")),
 )
 

@@ -12,6 +12,7 @@ __all__ = [
     "Add",
     "ChannelAffine",
     "Concat",
+    "Formula",
     "Function",
     "GlobalAvgPool",
     "MaskedSoftmax",
@@ -105,7 +106,10 @@ class Function(Op):
         super().__init__()
         self.function, self.args, self.kwargs = function, tuple(args), dict(kwargs)
         for index, value in enumerate(constants):
-            self.register_buffer(f"constant_{index}", value.detach())
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(f"constant_{index}", value)
+            else:
+                self.register_buffer(f"constant_{index}", value)
 
     def forward(self, *tensors: Tensor) -> Any:
         def fill(value: Any) -> Any:
@@ -130,6 +134,21 @@ class Function(Op):
 
     def extra_repr(self) -> str:
         return self.title
+
+
+class Formula(Op):
+    """Computes a tensor of a graph that trains from parameters of the model, which `program` holds; takes no input.
+
+    As a parametrization it is given the tensor that it stands for, and does not read it.
+    """
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, *_: Tensor) -> Tensor:
+        value: Tensor = self.program()
+        return value
 
 
 class MaskedSoftmax(Op):

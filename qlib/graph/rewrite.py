@@ -13,10 +13,11 @@ from torchvision.ops import FrozenBatchNorm2d, StochasticDepth
 from qlib.graph import ops
 from qlib.graph.any_batch import number_of
 from qlib.graph.aten import arguments_of, layer_of
+from qlib.graph.formulas import formula_of, train_through
 from qlib.graph.ir import Graph
 from qlib.graph.moves import is_move, move_of
 from qlib.graph.names import DROPOUTS, NORMED_BY, name_ops, op_of, owner_of, writes
-from qlib.graph.trace import DROP_PATHS, Trace, pads_values
+from qlib.graph.trace import DROP_PATHS, Trace, depends_on, pads_values
 
 __all__ = ["rewrite"]
 
@@ -28,15 +29,6 @@ def rewrite(trace: Trace, model: nn.Module, batch: int, *, share: bool) -> Graph
     that the nodes' meta tells.
     """
     return _Rewriter(trace, model, batch, share).run()
-
-
-def depends_on(graph: fx.Graph, images: fx.Node) -> frozenset[fx.Node]:
-    """The nodes whose values depend on the images, or on how many there are."""
-    found = {images}
-    for node in graph.nodes:
-        if node not in found and any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return frozenset(found)
 
 
 def constant_values(trace: Trace, depending: frozenset[fx.Node]) -> dict[fx.Node, Any]:
@@ -119,10 +111,13 @@ class _Rewriter:
             own = self.trace.tensors.get(node)
             path = self.trace.paths.get(node, "")
             target = path if path and not self._is_of_a_layer(path) else f"constant_{node.name}"
-            _put(self.root, target, self._owned(own if own is not None else value))
-            new = self._noted(self.graph.get_attr(target), node, path or target)
-            new.meta["constant"] = True
-            self.constants[node] = new
+            if self.share and (formula := formula_of(self.trace, node)) is not None:
+                _add(self.root, target, formula)
+                new = self.graph.call_module(target)
+            else:
+                _put(self.root, target, self._owned(own if own is not None else value))
+                new = self.graph.get_attr(target)
+            self.constants[node] = self._noted(new, node, path or target)
         return self.constants[node]
 
     def _is_of_a_layer(self, path: str) -> bool:
@@ -152,11 +147,20 @@ class _Rewriter:
             counter = getattr(self.modules.get(mean.rpartition(".")[0]), "num_batches_tracked", None)
             module._buffers["num_batches_tracked"] = torch.tensor(0) if counter is None else self._owned(counter)
         key = _identity(op_of(node), module, given)
+        self._train(module, given)
         if key not in self.targets:
             self.targets[key] = self._free_target(name)
             _add(self.root, self.targets[key], module.eval())
         new = self.graph.call_module(self.targets[key], tuple(self._operand(each, node) for each in inputs))
         return self._noted(new, node, name)
+
+    def _train(self, module: nn.Module, given: Mapping[str, Any]) -> None:
+        """Lets what the model computes from parameters, of the tensors of a module, train with those."""
+        own = {**module._parameters, **module._buffers}
+        for name, node in given.items() if self.share else ():
+            computed = name in own and isinstance(node, fx.Node) and node not in self.depending
+            if computed and (formula := formula_of(self.trace, node)) is not None:
+                train_through(module, name, formula)
 
     def _own_module(self, node: fx.Node, built: nn.Module) -> nn.Module | None:
         """A module like the model's own, where the op that stands for it does not tell all that it does."""
@@ -198,6 +202,7 @@ class _Rewriter:
         """An op without a module of its own, computed in float; what the model holds becomes its buffers."""
         inputs: list[fx.Node] = []
         constants: list[Tensor] = []
+        held: dict[str, fx.Node] = {}
 
         def slot(each: fx.Node) -> Any:
             if each in self.depending:
@@ -206,11 +211,14 @@ class _Rewriter:
             value = self._weight(each)
             if not isinstance(value, Tensor):
                 return value
-            constants.append(value)
+            held[f"constant_{len(held)}"] = each
+            constants.append(value if self.share else value.detach())
             return ops.Function.Slot(-len(constants))
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), slot)
-        return ops.Function(_functional(node), args, kwargs, constants), inputs
+        function = ops.Function(_functional(node), args, kwargs, constants)
+        self._train(function, held)
+        return function, inputs
 
     def _free_target(self, name: str) -> str:
         target, suffix = name, 0

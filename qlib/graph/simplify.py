@@ -15,7 +15,7 @@ from qlib.graph.edit import insert, sizes_of
 from qlib.graph.moves import is_move
 from qlib.graph.names import DROPOUTS, op_of, writes
 from qlib.graph.norm_order import norm_before_moves
-from qlib.graph.trace import Trace
+from qlib.graph.trace import Trace, depends_on
 
 __all__ = ["simplify"]
 
@@ -31,8 +31,9 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
     """
     graph = trace.graph.graph
     kept = frozenset[str]() if not dropouts else DROPOUTS
+    depending = depends_on(graph, trace.images)
     for node in list(graph.nodes):
-        if node.op == "call_function" and not (op_of(node) in kept and _drops(node)):
+        if node.op == "call_function" and not (op_of(node) in kept and _drops(node)) and not _stops(node, depending):
             _drop(graph, node)
     for node in list(graph.nodes):
         _make_constant(graph, node)
@@ -53,6 +54,11 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
             norm_before_moves(graph, node)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or writes(node))
     return trace
+
+
+def _stops(node: fx.Node, depending: frozenset[fx.Node]) -> bool:
+    """Whether it stops a gradient within what is computed from parameters, as a straight-through estimator does."""
+    return op_of(node) == "detach" and depending.isdisjoint(node.users)
 
 
 def _drop(graph: fx.Graph, node: fx.Node) -> None:

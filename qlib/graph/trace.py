@@ -22,7 +22,7 @@ from qlib.graph.any_batch import images_of, is_fixed, with_any_batch
 from qlib.graph.names import DROPOUTS, op_of, writes
 from qlib.users_code import layer_of, line_of, reason_of
 
-__all__ = ["DROP_PATHS", "Trace", "check_inputs", "pads_values", "trace"]
+__all__ = ["DROP_PATHS", "Trace", "check_inputs", "depends_on", "pads_values", "trace"]
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
 """Classes of stochastic depth: torchvision's, and what others call it."""
@@ -59,6 +59,15 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             program = program.run_decompositions({})
             _inline(program.graph_module)
     return _read(model, program)
+
+
+def depends_on(graph: fx.Graph, images: fx.Node) -> frozenset[fx.Node]:
+    """The nodes whose values depend on the images, or on how many there are."""
+    found = {images}
+    for node in graph.nodes:
+        if node not in found and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
 
 
 def check_inputs(model: nn.Module) -> None:

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
-from qlib.graph import Graph, drop_dropouts, fold_batch_norm, fold_copy, fused_activations
+from qlib.graph import Graph, deployed_copy, fold_batch_norm, fold_copy, fused_activations
+from qlib.graph.formulas import settle_layer
 from qlib.graph.ir import is_layer, layer_inputs, name_of
 from qlib.graph.walk import keeps_grid
 from qlib.graph.weights import swap_channels
@@ -102,6 +104,7 @@ class TrainableLayer(nn.Module):
     def __init__(self, module: nn.Module, norm: nn.Module | None, activation: nn.Module | None, inputs: int) -> None:
         super().__init__()
         self.module, self.norm, self.activation = module, norm, activation
+        self._kernel = [_settled(module)]  # in a list: its tensors are not those that train
         self.inputs = nn.ModuleList(nn.Identity() for _ in range(inputs))
         self.weight: WeightQuantizer | None = None
         self.output: ActivationQuantizer | None = None
@@ -124,15 +127,15 @@ class TrainableLayer(nn.Module):
     def _weighted(self, *values: Any) -> Tensor:
         """The convolution or product with the rounded weight, and the batch-norm after it."""
         rounded, scale = self.rounded_weight()
-        parameters = {"weight": rounded}
-        arriving = self.arriving
         own = getattr(self.module, "bias", None)
+        parameters = {"weight": rounded} | ({"bias": own} if isinstance(own, Tensor) else {})
+        arriving, (kernel,) = self.arriving, self._kernel
         if self.norm is None:
             if isinstance(own, Tensor) and arriving is not None:
                 parameters["bias"] = own + _rounding_error(own.detach(), arriving.scale.detach() * scale)
-            y: Tensor = torch.func.functional_call(self.module, parameters, values)
+            y: Tensor = torch.func.functional_call(kernel, parameters, values)
             return y
-        y = torch.func.functional_call(self.module, parameters, values)
+        y = torch.func.functional_call(kernel, parameters, values)
         shift = self.norm.bias
         if arriving is None or not isinstance(shift, Tensor):
             return self.norm(y)  # type: ignore[no-any-return]
@@ -191,6 +194,14 @@ class TrainableLayer(nn.Module):
             low, high = low * gain.double().abs(), high * gain.double().abs()
         spec = replace(params.spec, axis=0 if low.ndim else None)
         return WeightPlan(spec, "learned", tuple(low.reshape(-1).tolist()), tuple(high.reshape(-1).tolist()))
+
+
+def _settled(module: nn.Module) -> nn.Module:
+    """The layer itself, or where it computes its weight or bias a copy that can be given others."""
+    if parametrize.is_parametrized(module):
+        module = copy.deepcopy(module)
+        settle_layer(module)
+    return module
 
 
 def _rounding_error(value: Tensor, scale: Tensor) -> Tensor:
@@ -270,8 +281,7 @@ def convert(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, P
 
     `plan` is that from which the quantizers were made; what they have learned since replaces its grids.
     """
-    folded = copy.deepcopy(graph)
-    drop_dropouts(folded)
+    folded = deployed_copy(graph)
     plans = dict(plan.layers)
     targets = {name_of(node): str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     for name, layer in trainable_layers(lowered):

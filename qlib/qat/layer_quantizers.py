@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from qlib.config.layers.settings import LayerSettings
 from qlib.graph import Graph
-from qlib.graph.ir import layer_inputs, name_of, source_of
+from qlib.graph.ir import is_constant, layer_inputs, name_of, source_of
 from qlib.graph.kinds import KINDS
 from qlib.graph.walk import producer_of
 from qlib.graph.weights import swap_channels
@@ -98,7 +98,7 @@ def _input_quantizer(
 ) -> ActivationQuantizer:
     """The quantizer of an input: of the images, a constant, or what another layer left in float or on more bits."""
     source, start = source_of(graph, layer_inputs(node)[index]), planned.qparams()
-    if source.op == "get_attr":
+    if is_constant(source):
         return FixedActivation(start)
     bits = scheduled.settings[name_of(node)].of_input(index).bits_activations
     return scheduled.method.activation(
