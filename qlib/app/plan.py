@@ -20,6 +20,7 @@ from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.checks import searches
 from qlib.config.flags.groups import IMPLICIT_CALIBRATION
 from qlib.config.flags.run_config import RunConfig
+from qlib.config.layers.aliases import in_own_names
 from qlib.config.layers.read import load_ptq_config, ptq_config_from_flags
 from qlib.config.layers.resolve import resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig
@@ -92,13 +93,18 @@ def settings_of(job: Job, folded: FoldedGraph) -> tuple[PtqConfig, dict[str, Lay
     return ptq, resolve(ptq, layer_infos(folded.graph), folded.absorbed)
 
 
-def _read_stats(job: Job, path: Path) -> ModelStats:
+def _read_stats(job: Job, folded: FoldedGraph, path: Path) -> ModelStats:
     """Statistics from a file of them, or the ranges of a plan."""
     if is_plan_file(path):
-        return stats_from_plan(read_plan(path))
+        return stats_from_plan(_read_plan(folded, path))
     stats = read_stats(path)
     check_fingerprint(stats, job.spec.arch, weights_hash(job.model.state_dict()), job.config.ptq.of_float)
-    return stats
+    return replace(stats, layers=in_own_names(stats.layers, [*folded.layers, *folded.absorbed]))
+
+
+def _read_plan(folded: FoldedGraph, path: Path) -> Plan:
+    plan = read_plan(path)
+    return replace(plan, layers=in_own_names(plan.layers, folded.layers))
 
 
 def given_plan(job: Job, folded: FoldedGraph) -> Plan | None:
@@ -106,7 +112,7 @@ def given_plan(job: Job, folded: FoldedGraph) -> Plan | None:
     path = job.config.qe.config_file
     if path is None or not is_plan_file(path):
         return None
-    plan = read_plan(path)
+    plan = _read_plan(folded, path)
     check_plan(plan, folded.layers, str(path))
     if corrections := job.config.ptq.of_float:
         raise UsageError(f"{corrections} changes the ranges that {path} holds; give settings, or drop the --ptq flag")
@@ -146,7 +152,7 @@ def stats_for(
     fraction, stats = job.config.qe.calibration, None
     quantizes_activations = any(each.bits_activations for each in settings.values())
     if ptq.stats_file is not None:
-        stats = _read_stats(job, ptq.stats_file)
+        stats = _read_stats(job, folded, ptq.stats_file)
     elif job.config.ptq.data_free:
         stats = data_free_stats(folded.graph, folded.norms, image_range(job))
     elif fraction is not None or (quantizes_activations and not ptq.dynamic):

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from qlib.config.layers.aliases import in_own_names
 from qlib.errors import CheckpointError
 
 __all__ = ["is_state", "load_state", "model_state", "own_name", "remedy_for"]
@@ -89,7 +90,7 @@ def load_state(
         CheckpointError: parameters are missing, too many, or of other shapes or types.
     """
     wanted = model.state_dict()
-    given = _without_auxiliary_heads(_with_modern_names(state), wanted)
+    given = _without_auxiliary_heads(_in_own_names(state, wanted), wanted)
     misfits = [
         f"{name} is {_shape(value)} in it and {_shape(wanted[name])} in the model"
         for name, value in given.items()
@@ -142,10 +143,12 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _with_modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the names that torchvision's densenets have now; their published weights have older ones."""
-    old = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
-    return OrderedDict((old.sub(r"\1\2.", name), value) for name, value in state.items())
+def _in_own_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the model's own names of its layers, which may be called otherwise elsewhere."""
+    layers = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in state}
+    own = {old: new for new, old in in_own_names(layers, {name.rpartition(".")[0] for name in wanted}).items()}
+    split = ((name.rpartition("."), value) for name, value in state.items())
+    return OrderedDict((own[layer] + dot + parameter, value) for (layer, dot, parameter), value in split)
 
 
 def _without_auxiliary_heads(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:

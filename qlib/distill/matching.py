@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from qlib.config.layers.aliases import spellings_of
 from qlib.errors import ConfigError, ModelError, did_you_mean
 from qlib.graph.ir import name_of
 
@@ -72,7 +73,8 @@ def named_outputs(model: nn.Module, absorbed: Mapping[str, str] | None = None) -
         parts = name.split(".")
         containers.update({".".join(parts[:end]): module for end in range(1, len(parts))})
     leaving = {layer: name for name, layer in (absorbed or {}).items()}
-    return {**containers, **{name: layers[layer] for layer, name in leaving.items() if layer in layers}, **layers}
+    found = {**containers, **{name: layers[layer] for layer, name in leaving.items() if layer in layers}, **layers}
+    return {spelling: found[name] for name, spellings in spellings_of(found).items() for spelling in spellings}
 
 
 class ForwardHooks:

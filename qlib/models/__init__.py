@@ -31,7 +31,7 @@ def find_model(arch: str) -> ModelSpec:
     ('cifar10', 10, (3, 32, 32))
     >>> find_model("resnet8")
     Traceback (most recent call last):
-    qlib.errors.ModelError: unknown model 'resnet8'; give one of 121 names, timm/NAME, hf/FOLDER or your own as \
+    qlib.errors.ModelError: unknown model 'resnet8'; give one of 126 names, timm/NAME, hf/FOLDER or your own as \
 path/to/file.py:function; did you mean resnet18 or resnet50 or resnet34?
     """
     if names_python_file(arch):
@@ -43,8 +43,9 @@ path/to/file.py:function; did you mean resnet18 or resnet50 or resnet34?
         family = family_of(name) or ""
     if not family:
         names = model_names()
+        why = ", as models with early exits are not there yet" if name.endswith("_earlyexit") else ""
         raise ModelError(
-            f"unknown model {arch!r}; give one of {len(names)} names, timm/NAME, hf/FOLDER or your own as"
+            f"unknown model {arch!r}{why}; give one of {len(names)} names, timm/NAME, hf/FOLDER or your own as"
             " path/to/file.py:function"
             f"{did_you_mean(name, names)}"
         )

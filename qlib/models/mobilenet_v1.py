@@ -6,6 +6,7 @@ References:
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import torch
@@ -46,6 +47,23 @@ class MobileNetV1(nn.Module):
         return out
 
 
+class MobileNetV1Dropout(nn.Module):
+    """The same network with dropout before its classifier: `conv1`, `features.0` to `features.12`, `classifier.1`."""
+
+    def __init__(self, width: float, num_classes: int) -> None:
+        super().__init__()
+        plain = MobileNetV1(width, num_classes)
+        first, *blocks, _ = plain.model
+        self.conv1 = first
+        self.features = nn.Sequential(*blocks)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), plain.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, num_classes)."""
+        out: Tensor = self.classifier(self.features(self.conv1(x)).mean((2, 3)))
+        return out
+
+
 def _block(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     """A 3x3 convolution of each channel by itself, then a 1x1 convolution across them."""
     depthwise = nn.Conv2d(in_channels, in_channels, 3, stride=stride, padding=1, groups=in_channels, bias=False)
@@ -58,6 +76,7 @@ def _activated(conv: nn.Conv2d) -> tuple[nn.Module, ...]:
 
 
 def model_spec(arch: str) -> ModelSpec:
-    """The spec of `mobilenet`, or of `mobilenet_<percent>` of its channels."""
-    percent = arch.removeprefix("mobilenet").removeprefix("_") or "100"
-    return imagenet_spec(arch, partial(MobileNetV1, int(percent) / 100))
+    """The spec of `mobilenet` or `mobilenet_v1_dropout`, or of those with `_<percent>` of their channels."""
+    percent = re.fullmatch(r".*_(\d+)", arch)
+    network = MobileNetV1Dropout if "dropout" in arch else MobileNetV1
+    return imagenet_spec(arch, partial(network, int(percent[1]) / 100 if percent else 1.0))

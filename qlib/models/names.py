@@ -41,7 +41,11 @@ FAMILIES: dict[str, str] = {
     "digits_cnn": "digits_cnn",
     "alexnet_bn": "alexnet_bn",
     "preact_resnet": "preact_resnet18 preact_resnet34 preact_resnet50 preact_resnet101 preact_resnet152",
-    "mobilenet_v1": "mobilenet mobilenet_025 mobilenet_050 mobilenet_075",
+    "mobilenet_v1": """
+        mobilenet mobilenet_025 mobilenet_050 mobilenet_075
+        mobilenet_v1_dropout mobilenet_v1_dropout_025 mobilenet_v1_dropout_050 mobilenet_v1_dropout_075
+    """,
+    "resnext": "resnext101_32x4d",
 }
 
 SOURCES = {"timm/": "timm_models", "hf/": "hf_models"}
@@ -52,7 +56,7 @@ def model_names() -> list[str]:
     """Every model name, family after family.
 
     >>> len(model_names()), model_names()[0], "resnet20_cifar" in model_names()
-    (121, 'alexnet', True)
+    (126, 'alexnet', True)
     """
     return [name for names in FAMILIES.values() for name in names.split()]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,13 +84,14 @@ class ScheduledQuantizer:
         defaults = LayerSettings().with_settings(given, dict.fromkeys(given, Path(self.spec.component.where).name))
         ours = {**self._other_outputs(folded.graph), **self._ends(folded.graph)}
         where = Path(self.spec.component.where).name
-        named = frozenset[str]().union(*(rule.matched(ours) for rule in rules))  # the file has the last word
+        infos, absorbed = layer_infos(folded.graph), {**later_relus(folded.graph), **folded.absorbed}
+        matched = [(rule, rule.matched([*(info.name for info in infos), *absorbed])) for rule in rules]
+        named = frozenset[str]().union(*(names for _, names in matched))  # the file has the last word
         more = [Rule(re.escape(name), settings, {}, where) for name, settings in ours.items() if name not in named]
-        absorbed = {**later_relus(folded.graph), **folded.absorbed}
-        found = resolve(PtqConfig(defaults, (*rules, *more)), layer_infos(folded.graph), absorbed)
+        found = resolve(PtqConfig(defaults, (*rules, *more)), infos, absorbed)
         self._check_bits(found)
         if self.tensors == "inputs":
-            _check_names(rules, [name for name in found if name not in absorbed])
+            _check_names(matched, found.keys() - absorbed.keys())
         for node, module in layers(folded.graph):
             if isinstance(module, ChannelAffine) and found[name_of(node)].bits_weights:
                 # One weight a channel is exact on any grid; on that of 8 bits its bias is nearly so.
@@ -146,13 +147,13 @@ class ScheduledQuantizer:
         return bool(settings.bits_weights or settings.bits_activations)
 
 
-def _check_names(rules: Sequence[Rule], reading: Sequence[str]) -> None:
+def _check_names(matched: Sequence[tuple[Rule, Set[str]]], reading: Set[str]) -> None:
     """Raises ConfigError for rules that give activation bits to modules whose outputs have those of their readers."""
     problems = [
         f"{rule.where}: {rule.pattern!r} matches ReLUs and batch-norms alone, which have no bits under edges: inputs;"
         " name the layers that read what leaves them"
-        for rule in rules
-        if "bits_activations" in rule.settings and not rule.matched(reading)
+        for rule, names in matched
+        if "bits_activations" in rule.settings and names.isdisjoint(reading)
     ]
     if problems:
         raise ConfigError(problems)

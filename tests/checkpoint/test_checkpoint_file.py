@@ -246,6 +246,15 @@ class TestLoadState:
                     for k, v in state.items()
                 },
             ),
+            *(
+                (
+                    arch,
+                    lambda state: {
+                        k.replace(".bn2.", ".bn1_2.").replace(".bn3.", ".bn2_3."): v for k, v in state.items()
+                    },
+                )
+                for arch in ("preact_resnet18", "preact_resnet50")
+            ),
             (
                 "vit_b_32",
                 lambda state: {
@@ -253,7 +262,16 @@ class TestLoadState:
                 },
             ),
         ],
-        ids=["googlenet aux", "inception aux", "old batch-norm", "no versions", "old densenet", "old vit"],
+        ids=[
+            "googlenet aux",
+            "inception aux",
+            "old batch-norm",
+            "no versions",
+            "old densenet",
+            "preact",
+            "preact 50",
+            "old vit",
+        ],
     )
     def test_old_and_training_checkpoints(self, arch: str, change: Any) -> None:
         with torch.device("meta"):

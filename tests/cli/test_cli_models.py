@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,32 @@ class Unclear(Net):
 def unclear(num_classes=4):
     return Unclear(num_classes)
 '''
+RESNET = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return self.relu(out)
+
+def net(num_classes=4):
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)]
+    model = nn.Sequential()
+    for name, module in zip("conv1 layer1 layer2 pool flat fc".split(), [nn.Conv2d(3, 4, 1), *(
+        nn.Sequential(Block()) for _ in range(2)), *head]):
+        model.add_module(name, module)
+    model.dataset, model.input_shape = "imagefolder", (3, 8, 8)
+    return model
+"""
 QUANTIZE = "--qe --qe-calibration 1.0 --qe-mode asym_u --qe-per-channel"
 
 
@@ -90,3 +117,33 @@ def test_what_a_model_may_not_be(folder: Path, function: str, sentence: str) -> 
     assert done.code == 2
     assert sentence in done.err
     assert len(done.err.splitlines()) == 1
+
+
+def test_statistics_plans_and_settings_may_name_layers_as_distiller_does(tmp_path: Path) -> None:
+    make_images(tmp_path / "images")
+    (tmp_path / "r.py").write_text(RESNET)
+    bits = "overrides:\n      {}: {{bits_activations: 4}}\n      {}: {{bits_activations: 3}}"
+    ptq = "quantizers:\n  q:\n    class: PostTrainLinearQuantizer\n    model_activation_stats: {}.yaml\n    " + bits
+    stats = Path(good("-a r.py:net images --qe-calibration 1", tmp_path).folder / "acts_quantization_stats.yaml")
+
+    def distillers(text: str) -> str:
+        for number in (2, 1):
+            text = re.sub(rf"(layer\d\.0\.relu){'_1' * (number == 2)}:", rf"\g<1>{number}:", text)
+        return text
+
+    ours = stats.read_text()
+    (tmp_path / "ours.yaml").write_text(ours)
+    (tmp_path / "theirs.yaml").write_text(distillers(ours))
+    assert "layer2.0.relu2:" in distillers(ours) != ours
+    (tmp_path / "a.yaml").write_text(ptq.format("ours", "layer1.0.relu", ".*relu_1"))
+    (tmp_path / "b.yaml").write_text(ptq.format("theirs", "layer1.0.relu1", ".*relu2"))
+    mine = good("-a r.py:net images --qe --qe-config-file a.yaml", tmp_path)
+    theirs = good("-a r.py:net images --qe --qe-config-file b.yaml", tmp_path)
+    plan = (mine.folder / "layer_quant_params.yaml").read_text()
+    assert (theirs.folder / "layer_quant_params.yaml").read_text() == plan
+    assert "layer2.0.relu_1:" in plan
+    assert "bits: 3," in plan
+    (tmp_path / "plan.yaml").write_text(distillers(plan))
+    again = good("-a r.py:net images --qe --qe-config-file plan.yaml", tmp_path)
+    assert (again.folder / "layer_quant_params.yaml").read_text() == plan
+    assert again.score() == mine.score() == theirs.score()

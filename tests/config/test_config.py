@@ -508,6 +508,46 @@ def test_which_rule_wins(rules: list[Rule], expected: list[int]) -> None:
     assert bits(PtqConfig(rules=tuple(rules))) == dict(zip([layer.name for layer in LAYERS], expected, strict=True))
 
 
+BLOCK = ["conv1", "bn1", "relu", "conv2", "bn2", "relu_1", "conv3", "bn3", "add", "relu_2"]
+TORCHVISION = ["relu", *(f"layer{stage}.0.{name}" for stage in (1, 2) for name in BLOCK)]
+PREACT = ["relu1", "layer1.0.conv1", "layer1.0.bn2", "layer1.0.relu2", "layer1.0.bn3", "layer1.0.relu3", "layer1.1.bn2"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names", "expected"),
+    [
+        pytest.param("layer1.0.relu1", TORCHVISION, ["layer1.0.relu"], id="first ReLU of a block"),
+        pytest.param("layer2[.]0[.]relu2", TORCHVISION, ["layer2.0.relu_1"], id="second"),
+        pytest.param("layer1.0.relu3", TORCHVISION, ["layer1.0.relu_2"], id="third"),
+        pytest.param("module.layer1.0.relu3", TORCHVISION, ["layer1.0.relu_2"], id="of a parallel model"),
+        pytest.param(".*relu3", TORCHVISION, ["layer1.0.relu_2", "layer2.0.relu_2"], id="a pattern"),
+        pytest.param("layer1.*relu[12]", TORCHVISION, ["layer1.0.relu", "layer1.0.relu_1"], id="several"),
+        pytest.param("layer1.0.relu", TORCHVISION, ["layer1.0.relu"], id="our name"),
+        pytest.param("relu1", TORCHVISION, [], id="not the stem"),
+        pytest.param(".*relu1", ["layer1.0.bn", "layer1.0.relu"], [], id="a ReLU that is not used again"),
+        pytest.param(
+            ".*relu1", ["layer1.0.relu", "layer1.0.relu1", "layer1.0.relu_1"], ["layer1.0.relu1"], id="own names first"
+        ),
+        pytest.param(".*bn1_2", PREACT, ["layer1.0.bn2", "layer1.1.bn2"], id="pre-activation"),
+        pytest.param("layer1.0.relu2_3", PREACT, ["layer1.0.relu3"], id="pre-activation, ReLU"),
+        pytest.param("layer1.0.relu2", PREACT, ["layer1.0.relu2"], id="pre-activation, our name"),
+        pytest.param("features.3.residual_eltwiseadd", ["features.3.add"], ["features.3.add"], id="MobileNet-v2"),
+    ],
+)
+def test_layers_may_be_named_as_they_are_elsewhere(pattern: str, names: list[str], expected: list[str]) -> None:
+    layers = [LayerInfo(name, "relu", False) for name in names]
+    for absorbed in ({}, dict.fromkeys(names, "conv1")):
+        asked = rule(pattern, bits_activations=4)
+        assert sorted(asked.matched(names)) == expected
+        if not expected:
+            with pytest.raises(ConfigError, match="matches no layer"):
+                resolve(PtqConfig(rules=(asked,)), layers, absorbed)
+            continue
+        found = resolve(PtqConfig(rules=(rule(".*", bits_activations=8), asked)), layers, absorbed)
+        is_name = set("*[").isdisjoint(pattern)  # which beats the rule before it
+        assert [name for name, each in found.items() if each.bits_activations == 4] == (expected if is_name else [])
+
+
 def test_origin_of_each_setting() -> None:
     config = PtqConfig(
         LayerSettings(bits_weights=4, origin={"bits_weights": "a.yaml:3"}), (rule("fc", clip_acts="avg"),)

@@ -365,7 +365,7 @@ class TestTeacher:
             pytest.param(
                 {"teacher": "digits_cn"},
                 ModelError,
-                "unknown model 'digits_cn'; give one of 121 names, timm/NAME, hf/FOLDER or your own as"
+                "unknown model 'digits_cn'; give one of 126 names, timm/NAME, hf/FOLDER or your own as"
                 " path/to/file.py:function; did you mean digits_cnn?",
                 id="unknown",
             ),

@@ -91,6 +91,9 @@ def test_sizes(arch: str, weights: int) -> None:
         ("mobilenet_075", 2_568_144),
         ("mobilenet_050", 1_319_648),
         ("mobilenet_025", 463_600),
+        ("mobilenet_v1_dropout", 4_209_088),
+        ("mobilenet_v1_dropout_050", 1_319_648),
+        ("resnext101_32x4d", 44_038_848),
     ],
 )
 def test_sizes_for_imagenet(arch: str, weights: int) -> None:
@@ -121,6 +124,8 @@ def test_sizes_for_imagenet(arch: str, weights: int) -> None:
         ),
         ("preact_resnet50", "layer1.0.downsample.0 layer1.0.relu3 layer4.2.conv3"),
         ("mobilenet", "model.0.0 model.0.2 model.1.0 model.1.1 model.1.2 model.1.3 model.13.5 model.14 fc"),
+        ("mobilenet_v1_dropout", "conv1.0 conv1.2 features.0.0 features.0.4 features.12.5 classifier.0 classifier.1"),
+        ("resnext101_32x4d", "conv1 layer1.0.conv2 layer1.0.downsample.1 layer3.22.bn3 fc"),
     ],
 )
 def test_layer_names(arch: str, names: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from qlib.config.layers.aliases import spellings_of
 from qlib.config.layers.patterns import pattern_problem
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError, did_you_mean
@@ -61,7 +62,7 @@ def resolve(
         raise ConfigError(problems)
     names = [*(layer.name for layer in layers), *absorbed]
     matches = [(rule, rule.matched(names)) for rule in config.rules]
-    winners = {name: _winner(matches, name) for name in names}
+    winners = {name: _winner(matches, name, spellings) for name, spellings in spellings_of(names).items()}
     problems += _rule_problems(matches, layers, absorbed)
     _warn_of_shadowed(matches, winners)
     resolved = {layer.name: _settings(config.defaults, layer.name, winners, absorbed) for layer in layers}
@@ -73,8 +74,8 @@ def resolve(
     return resolved
 
 
-def _winner(matches: _Matches, name: str) -> Rule | None:
-    exact = next((rule for rule, _ in matches if rule.names(name)), None)
+def _winner(matches: _Matches, name: str, spellings: Sequence[str]) -> Rule | None:
+    exact = next((rule for rule, _ in matches if rule.names(*spellings)), None)
     return exact or next((rule for rule, matched in matches if name in matched), None)
 
 

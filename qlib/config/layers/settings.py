@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qlib.config.layers.aliases import spellings_of
 from qlib.config.layers.patterns import SlowPattern, matching, pattern_problem
 from qlib.errors import ConfigError
 from qlib.quant.clip_names import CLIP_DEFAULTS, CLIP_PARAMETERS, ClipParameters
@@ -105,7 +106,8 @@ class Rule:
     """An override: settings for the layers whose whole name matches a regular expression.
 
     `lines` gives the place of each setting, `where` that of the rule: `file:line` or a flag. An `exact` rule whose
-    pattern is a layer's very name beats rules that stand before it. A leading ``module.`` is tolerated.
+    pattern is a layer's very name beats rules that stand before it. A leading ``module.`` is tolerated, and a layer may
+    be named as it is called elsewhere.
     """
 
     pattern: str
@@ -129,18 +131,24 @@ class Rule:
         return bool(self.matched([name]))
 
     def matched(self, names: Iterable[str]) -> frozenset[str]:
-        """The names that the pattern matches as a whole. Raises ConfigError where that takes more than a second."""
-        names = tuple(names)
+        """Those of a model's names of layers that the pattern matches as a whole, in any of their spellings.
+
+        >>> sorted(Rule(".*relu2", {}, {}, "a.yaml:3").matched(["layer1.0.relu", "layer1.0.relu_1", "layer1.1.relu2"]))
+        ['layer1.0.relu_1', 'layer1.1.relu2']
+
+        Raises:
+            ConfigError: that takes more than a second.
+        """
+        own = {spelling: name for name, spellings in spellings_of(names).items() for spelling in spellings}
         try:
-            return frozenset[str]().union(
-                *(matching(each, names) for each in set(self.spellings) if not pattern_problem(each))
-            )
+            found = [matching(each, own) for each in set(self.spellings) if not pattern_problem(each)]
         except SlowPattern as error:
             raise ConfigError(f"{self.where}: {error}") from None
+        return frozenset(own[spelling] for each in found for spelling in each)
 
-    def names(self, name: str) -> bool:
-        """Whether this is the rule for exactly that layer."""
-        return self.exact and name in self.spellings
+    def names(self, *spellings: str) -> bool:
+        """Whether this is the rule for exactly the layer with these spellings."""
+        return self.exact and not set(spellings).isdisjoint(self.spellings)
 
 
 @dataclass(frozen=True)
