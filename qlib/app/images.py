@@ -160,6 +160,11 @@ class TrainingImages:
         changed = augmented(self.dataset, transform, config.seed, epoch)
         return loader_of(self.job, changed, order, config.batch_size)
 
+    @property
+    def steps(self) -> int:
+        """How many steps an epoch has."""
+        return -(-len(self.epoch(0).indices) // self.job.config.batch_size)
+
     def statistics(self, graph: Graph, count: int) -> ModelStats:
         """Statistics, with histograms, of training images as evaluation sees them."""
         collector = Collector(graph, histograms=True)

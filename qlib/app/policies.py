@@ -121,8 +121,7 @@ def _extensions(setup: Setup) -> Setup:
 
 @_section("lr_schedulers", LR_CLASSES)
 def _lr_schedulers(setup: Setup) -> Setup:
-    steps = -(-len(setup.images.epoch(0).indices) // setup.job.config.batch_size)
-    return setup.plus(*(LrPolicy(spec, steps) for spec in setup.schedule.of("lr_schedulers")))
+    return setup.plus(*(LrPolicy(spec, setup.images.steps) for spec in setup.schedule.of("lr_schedulers")))
 
 
 def make_quantization(job: Job, schedule: Schedule, images: TrainingImages | None = None) -> Quantization | None:

@@ -13,6 +13,7 @@ from torch import nn
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
 from qlib.app.policies import read_schedule, set_up
+from qlib.checkpoint.fields import Record, check_fields
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
 from qlib.config.schedule.types import Schedule
 from qlib.errors import UsageError
@@ -21,7 +22,9 @@ from qlib.lower import lower
 from qlib.train.best import EpochScore, nonzero, ranked
 from qlib.train.loop import Diverged, Progress, StepSettings, Trainee, run_epoch
 from qlib.train.records import MetricsWriter
+from qlib.train.saved import MAX_EPOCHS, REMEDY
 from qlib.train.state import BEST, LAST, Checkpoints, TrainingState, is_training
+from qlib.values import whole
 
 __all__ = ["train"]
 
@@ -61,16 +64,18 @@ class _Run:
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""
-        last = checkpoint.get("epoch")
-        if not isinstance(last, int) or self.args.reset_optimizer:
+        if self.args.reset_optimizer or (checkpoint.get("epoch") is None and not is_training(checkpoint)):
             return
+        source = f"checkpoint {str(self.job.config.resume_from)!r}"
+        check_fields(checkpoint, Record({"epoch": whole(-1, MAX_EPOCHS)}), source, REMEDY)
+        last: int = checkpoint["epoch"]
         if last + 1 >= self.args.epochs:
             raise UsageError(
                 f"--epochs {self.args.epochs} leaves nothing to train: {self.job.config.resume_from} has done"
                 f" {last + 1} epochs; give a higher number, or --reset-optimizer to begin at epoch 0"
             )
         if is_training(checkpoint):
-            self.state.load(checkpoint, f"checkpoint {str(self.job.config.resume_from)!r}")
+            self.state.load(checkpoint, source, self.images.steps)
         else:
             self.progress.epoch = last + 1
             _log.warning("Warning: %s holds no optimizer of ours; a new one begins", self.job.config.resume_from)

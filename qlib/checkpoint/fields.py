@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from qlib.checkpoint.fit import is_state
+from qlib.checkpoint.unpickle import Inert
 from qlib.errors import CheckpointError
 from qlib.values import Interval, Value, real, whole
 
@@ -131,6 +132,8 @@ def shown(value: object) -> str:
     """
     if isinstance(value, Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')}, {'x'.join(map(str, value.shape)) or 'a scalar'}"
+    if isinstance(value, Inert):
+        return f"an object of {value.name}"
     if not isinstance(value, (str, int, float, bool, type(None))):
         return f"a {type(value).__name__}"
     text = repr(value)

@@ -6,8 +6,6 @@ shape and range that the plan gives it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from qlib.checkpoint.fields import ANY, CLASSES, NAME, TEXT, WEIGHTS, Record, check_fields, shown
-from qlib.checkpoint.fingerprint import weights_hash
+from qlib.checkpoint.fingerprint import content_hash
 from qlib.checkpoint.fit import is_state, load_state
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
@@ -99,10 +97,8 @@ def quantized_checkpoint(
 
 
 def _content_hash(checkpoint: Mapping[str, Any]) -> str:
-    """That of plan, integers and the model's name, in whatever order they stand."""
-    fields = {key: checkpoint[key] for key in _HEADER}
-    integers = weights_hash(dict(sorted(checkpoint["state_dict"].items())))
-    return hashlib.sha256(json.dumps([fields, integers], sort_keys=True).encode()).hexdigest()
+    """That of plan, integers and the model's name."""
+    return content_hash({key: checkpoint[key] for key in (*_HEADER, "state_dict")})
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlib.checkpoint.fields import NAME, WEIGHTS, Record, Schema
 from qlib.checkpoint.fingerprint import weights_hash
+from qlib.checkpoint.fit import load_state
 from qlib.distill.matching import Matching
 from qlib.errors import CheckpointError
 from qlib.train.policy import Batch, Losses, Policy
@@ -112,6 +114,10 @@ class Distillation(Policy):
         assert len(batch.indices) == len(batch.images), "the cache needs the index of each image"
         return self._logits[torch.as_tensor(batch.indices)].to(batch.images.device)
 
+    @property
+    def saved_fields(self) -> Schema:
+        return Record({"teacher": NAME, "weights": WEIGHTS.or_null("or null")})
+
     def state_dict(self) -> dict[str, Any]:
         self._hash = self._hash or weights_hash(self._teacher.state_dict())
         weights = dict(self._teacher.state_dict()) if self._own else None
@@ -119,7 +125,7 @@ class Distillation(Policy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["weights"] is not None and self._own:
-            self._teacher.load_state_dict(state["weights"])
+            load_state(self._teacher, state["weights"], "the teacher in the checkpoint")
         self._hash = weights_hash(self._teacher.state_dict())
         if self._hash != state["teacher"]:
             raise CheckpointError(

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qlib.checkpoint.fields import TEXT, WEIGHTS, Named, Record, Schema, shown
+from qlib.checkpoint.fit import load_state
 from qlib.config.layers.settings import LayerSettings
 from qlib.config.schedule.types import PolicySpec
+from qlib.errors import CheckpointError
 from qlib.graph import FoldedGraph, Graph, fold_copy
 from qlib.graph.ir import layer_inputs, layers, name_of, parameters_of
 from qlib.graph.weights import swap_channels
@@ -30,10 +33,12 @@ from qlib.qat.drift import MAX_DRIFT, ScaleDrift
 from qlib.qat.layer_quantizers import leave_in_float, quantize_layer
 from qlib.quant.arithmetic import with_notes
 from qlib.quant.plan import LayerPlan, Plan
-from qlib.quant.plan_file import plan_from_text, plan_text
+from qlib.quant.plan_file import check_plan, plan_from_text, plan_text
 from qlib.stats.tensor_stats import ModelStats
 from qlib.train.optimizers import ParameterGroup
 from qlib.train.policy import Batch, Losses, Policy
+from qlib.train.saved import REMEDY
+from qlib.values import whole
 
 __all__ = ["Calibrate", "Quantization"]
 
@@ -54,7 +59,7 @@ class Quantization(Policy):
     def __init__(self, graph: Graph, folded: FoldedGraph, specs: Iterable[PolicySpec], calibrate: Calibrate) -> None:
         self.graph = graph
         self.module = prepare_qat(graph)
-        self._calibrate = calibrate
+        self._calibrate, self._layers = calibrate, folded.layers
         self._scheduled = scheduled_quantizers(specs, folded)
         names = [name for name, _ in trainable_layers(self.module)]
         self._assignment: dict[str, ScheduledQuantizer | None] = dict.fromkeys(names, None)
@@ -191,6 +196,10 @@ class Quantization(Policy):
                     losses = losses.plus("Dampening Loss", scheduled.common.dampening * torch.stack(terms).sum())
         return losses
 
+    @property
+    def saved_fields(self) -> Schema:
+        return Record({"epoch": whole(-1), "plan": TEXT.or_null("or null"), "modules": Named(WEIGHTS)})
+
     def state_dict(self) -> dict[str, Any]:
         modules = {name: dict(module.state_dict()) for name, module in self._quantizers().items()}
         return {"epoch": self._epoch, "plan": None if self.plan is None else plan_text(self.plan), "modules": modules}
@@ -198,16 +207,30 @@ class Quantization(Policy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state["plan"] is None:
             return
-        self._epoch, self.plan = int(state["epoch"]), plan_from_text(state["plan"], "the checkpoint's plan")
+        self._epoch, self.plan = state["epoch"], plan_from_text(state["plan"], "the checkpoint's plan")
+        check_plan(self.plan, self._layers, "the checkpoint's plan")
         self._attach(self._assignment_in(self._epoch), self.plan)
         for name, module in self._quantizers().items():
-            module.load_state_dict(state["modules"][name])
+            load_state(module, state["modules"][name], f"the quantizer {name} in the checkpoint", "give another one")
+            if bad := _no_grid(module):
+                raise CheckpointError(f"the quantizer {name} in the checkpoint has the {bad}; {REMEDY}")
 
 
 def _with_starts_of(before: LayerPlan, now: LayerPlan) -> LayerPlan:
     """The plan of a layer that keeps its quantizers, with the grids that they started from."""
     inputs = tuple(new and (old or new) for old, new in zip(before.inputs, now.inputs, strict=True))
     return replace(now, inputs=inputs, output=now.output and (before.output or now.output))
+
+
+def _no_grid(module: nn.Module) -> str | None:
+    """What of a quantizer's state gives no grid: NaN, infinity, or a scale that is not positive and does not learn."""
+    for name, value in module.state_dict().items():
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} {shown(value)} with NaN or infinity"
+    for name, value in module.named_buffers():
+        if name in ("scale", "unit") and not bool((value > 0).all()):
+            return f"{name} {float(value.min()):g}; allowed: above 0"
+    return None
 
 
 def _parts(layer: TrainableLayer) -> dict[str, nn.Module]:

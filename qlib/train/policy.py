@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qlib.checkpoint.fields import Record, Schema
 from qlib.train.optimizers import ParameterGroup
 
 __all__ = ["Batch", "Losses", "Policy"]
@@ -79,6 +80,11 @@ class Policy:
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """After validation; `metrics` are its `loss`, `top1` and `top5`."""
+
+    @property
+    def saved_fields(self) -> Schema:
+        """What `state_dict` holds: a checkpoint is held to it before it is taken over."""
+        return Record({})
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in tensors and plain values."""

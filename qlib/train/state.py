@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlib.checkpoint.fields import check_fields, shown
+from qlib.checkpoint.fingerprint import content_hash
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
 from qlib.files import move
 from qlib.train.best import EpochScore
 from qlib.train.loop import Diverged, Progress, Running, Trainee
+from qlib.train.saved import REMEDY, check_optimizer, check_training
 
 __all__ = ["BEST", "LAST", "Checkpoints", "TrainingState", "is_training"]
 
@@ -25,6 +28,8 @@ _log = logging.getLogger(__name__)
 LAST, BEST, _NEW = "checkpoint.pth.tar", "best.pth.tar", "checkpoint.new.pth.tar"
 
 _FORMAT, _VERSION = "qlib_training", 1
+_HASH = "hash"
+_NOT_TAKEN_OVER = {_HASH, "quantized", "extras"}  # the integers have a hash of their own
 
 
 def is_training(checkpoint: Mapping[str, Any]) -> bool:
@@ -66,15 +71,19 @@ class TrainingState:
             "best": [score.plain() for score in self.best],
             "quantized": quantized,
         }
-        write_checkpoint(path, checkpoint)
+        write_checkpoint(path, {**checkpoint, _HASH: _content_hash(checkpoint)})
 
-    def load(self, checkpoint: Mapping[str, Any], source: str) -> None:
+    def load(self, checkpoint: Mapping[str, Any], source: str, steps_per_epoch: int) -> None:
         """Takes over a checkpoint for which `is_training` holds, but for the weights, which the model has already.
 
-        Raises CheckpointError where it is of another optimizer or schedule.
+        Raises CheckpointError where it is damaged, was changed, or is of another optimizer or schedule.
         """
         if checkpoint.get("version") != _VERSION:
-            raise CheckpointError(f"{source} is of version {checkpoint.get('version')}, not {_VERSION}; train it again")
+            version = shown(checkpoint.get("version"))
+            raise CheckpointError(f"{source} is of version {version}, not {_VERSION}; train it again")
+        check_training(checkpoint, steps_per_epoch, source)
+        if _HASH in checkpoint and checkpoint[_HASH] != _content_hash(checkpoint):
+            raise CheckpointError(f"{source} was changed after it was written; {REMEDY}")
         optimizer, policies = self.trainee.optimizer, self.trainee.policies
         kind = type(optimizer).__name__
         if checkpoint["optimizer_type"] != kind:
@@ -89,8 +98,10 @@ class TrainingState:
                 " run with its weights"
             )
         try:
-            for policy, saved in zip(policies, checkpoint["policies"], strict=True):
+            for index, (policy, saved) in enumerate(zip(policies, checkpoint["policies"], strict=True)):
+                check_fields(saved, policy.saved_fields, f"{source}, policy {index} of its schedule,", REMEDY)
                 policy.load_state_dict(saved)
+            check_optimizer(checkpoint["optimizer_state_dict"], optimizer, source)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
         except (KeyError, ValueError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -98,9 +109,14 @@ class TrainingState:
                 f"{source} was trained under another schedule ({reason}); give the same --compress, or"
                 " --reset-optimizer to begin a new run with its weights"
             ) from error
-        self.progress.epoch, self.progress.steps = int(checkpoint["epoch"]) + 1, int(checkpoint["steps"])
-        self.progress.running = Running(dict(checkpoint["running"]["sums"]), int(checkpoint["running"]["images"]))
+        self.progress.epoch, self.progress.steps = checkpoint["epoch"] + 1, checkpoint["steps"]
+        self.progress.running = Running(dict(checkpoint["running"]["sums"]), checkpoint["running"]["images"])
         self.best[:] = [EpochScore(**each) for each in checkpoint["best"]]
+
+
+def _content_hash(checkpoint: Mapping[str, Any]) -> str:
+    """That of all that a run takes over."""
+    return content_hash({key: value for key, value in checkpoint.items() if key not in _NOT_TAKEN_OVER})
 
 
 class Checkpoints:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from qlib.checkpoint.fields import Schema
 from qlib.config.schedule.types import PolicySpec
 from qlib.train.lr.schedulers import LrScheduler, counts_steps, make_lr_scheduler
 from qlib.train.policy import Batch, Policy
@@ -32,6 +33,10 @@ class LrPolicy(Policy):
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         if not counts_steps(self._spec) and self._spec.active(epoch):
             self._scheduler.step(epoch + 1, metrics)
+
+    @property
+    def saved_fields(self) -> Schema:
+        return self._scheduler.saved_fields
 
     def state_dict(self) -> dict[str, Any]:
         return self._scheduler.state_dict()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from qlib.checkpoint.fields import NUMBER, Record
 from qlib.config.schedule.keys import FROM_0, ClassFields, count, number, one_of, table
 from qlib.config.schedule.types import Component, PolicySpec
 from qlib.errors import ConfigError
 from qlib.train.lr.formulas import ARGUMENTS, FORMULAS, MOMENTA
-from qlib.values import Interval
+from qlib.values import Interval, Value, whole
+
+_EPOCHS = whole(-1, 10**12)  # or steps
+_RESULT = Value(lambda raw: NUMBER.read(raw) if raw not in (math.inf, -math.inf) else raw, NUMBER.allowed)
 
 __all__ = ["LR_CLASSES", "FormulaLR", "LrScheduler", "PlateauLR", "counts_steps", "make_lr_scheduler"]
 
@@ -26,6 +31,9 @@ class LrScheduler(Protocol):
 
     def step(self, epoch: int, metrics: Mapping[str, float] | None = None) -> None:
         """Sets the rates for `epoch`, the one to come; `metrics` are the `loss` and `top1` of the one that ended."""
+
+    saved_fields: ClassVar[Record]
+    """What the state holds."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in plain values."""
@@ -53,6 +61,8 @@ class FormulaLR:
     >>> [group["lr"] for group in sgd.param_groups]
     [0.2, 0.025]
     """
+
+    saved_fields: ClassVar[Record] = Record({"last_epoch": _EPOCHS})
 
     def __init__(self, optimizer: Optimizer, component: Component, last_epoch: int) -> None:
         settings = dict(component.settings)
@@ -92,7 +102,7 @@ class FormulaLR:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state; the rates come with the optimizer's."""
-        self._last = int(state["last_epoch"])
+        self._last = state["last_epoch"]
 
 
 class PlateauLR:
@@ -100,6 +110,10 @@ class PlateauLR:
 
     The result is the loss, or Top1 with ``mode: max``; without a validation set, those of training.
     """
+
+    saved_fields: ClassVar[Record] = Record(
+        {"best": _RESULT, "num_bad_epochs": _EPOCHS, "cooldown_counter": _EPOCHS, "last_epoch": _EPOCHS}
+    )
 
     def __init__(self, optimizer: Optimizer, component: Component, last_epoch: int) -> None:
         settings: dict[str, Any] = dict(component.settings)
@@ -117,8 +131,8 @@ class PlateauLR:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a state."""
-        self._scheduler.load_state_dict(dict(state))
+        """Takes over what changes; the settings are those of the schedule."""
+        self._scheduler.load_state_dict({key: state[key] for key in self.saved_fields.fields})
 
 
 LR_CLASSES: Mapping[str, ClassFields] = {
