@@ -105,8 +105,9 @@ def _in_full(argv: Sequence[str]) -> list[str]:
 def _whole_name(word: str, names: Mapping[str, str]) -> str:
     """The word with the first of `names` that it abbreviates in full; they map to the flags that they spell."""
     name, equals, value = word.partition("=")
-    if re.match(r"-\w{3}", name) and (meant := [each for each in names if each.startswith(f"-{name}")]):
-        raise UsageError(f"there is no flag {name}; did you mean {' or '.join(meant[:3])}?")
+    if re.match(r"-\w[\w-]{2}", name) and (meant := [each for each in names if each.startswith(f"-{name}")]):
+        likely = [f"-{name}"] if f"-{name}" in names else meant[:3]
+        raise UsageError(f"there is no flag {name}; did you mean {' or '.join(likely)}?")
     begun = [each for each in names if each.startswith(name)] if len(name) > len("--") else []
     if name in names or not begun:
         return word
