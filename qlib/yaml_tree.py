@@ -76,16 +76,19 @@ class Node:
         return "null" if self.value is None else repr(self.value)
 
 
-def load_yaml(path: str | Path, most: int = _MAX_VALUES) -> Node:
+def load_yaml(path: str | Path, most: int = _MAX_VALUES, doubled: list[str] | None = None) -> Node:
     """The tree of a file with one YAML document, which has `most` values at most.
+
+    Duplicate keys are no error where there is a list `doubled` for sentences of them, as `file:line: sentence`: then
+    the last of them counts.
 
     Raises:
         ConfigError: the file cannot be read, has more than 16 MiB, or for what `parse_yaml` says.
     """
-    return parse_yaml(_read(str(path)), str(path), most)
+    return parse_yaml(_read(str(path)), str(path), most, doubled)
 
 
-def parse_yaml(text: str, file: str, most: int = _MAX_VALUES) -> Node:
+def parse_yaml(text: str, file: str, most: int = _MAX_VALUES, doubled: list[str] | None = None) -> Node:
     """The tree of one YAML document; `file` is what error messages call it.
 
     >>> parse_yaml("bits: 4", "a.yaml").mapping["bits"]
@@ -100,7 +103,7 @@ def parse_yaml(text: str, file: str, most: int = _MAX_VALUES) -> Node:
     tabs = [n for n, line in enumerate(text.split("\n"), 1) if "\t" in line[: len(line) - len(line.lstrip(" \t"))]]
     if tabs:
         raise ConfigError([f"{file}:{n}: a tab in the indentation; YAML allows only spaces" for n in tabs])
-    reader = _Reader(file, most)
+    reader = _Reader(file, most, doubled)
     try:
         node = reader.document(yaml.parse(text, Loader=_LOADER))
     except yaml.YAMLError as error:
@@ -153,8 +156,8 @@ class _Reader:
     counts the values. Both count an alias as what it stands for: whoever walks the tree later is safe.
     """
 
-    def __init__(self, file: str, most: int) -> None:
-        self.file, self._most = file, most
+    def __init__(self, file: str, most: int, doubled: list[str] | None) -> None:
+        self.file, self._most, self._doubled = file, most, doubled
         self.problems: list[str] = []
         self._anchors: dict[str, _Anchored] = {}
         self._depth = self._deepest = self._values = 0
@@ -240,9 +243,10 @@ class _Reader:
             value = self._node(next(self._events))
             if self._tag(key) == _TAG + "merge":
                 merged += value.value if isinstance(value.value, tuple) else [value]
-            elif name in entries:
-                self._problem(key, f"duplicate key {name!r}, first on line {lines[name]}; keep one")
-            else:
+                continue
+            if name in entries:
+                self._double(key, name, lines[name])
+            if name not in entries or self._doubled is not None:
                 entries[name], lines[name] = value, _line(key)
         for source in merged:
             if source.mapping is None:
@@ -251,6 +255,13 @@ class _Reader:
                 if name not in entries:
                     entries[name], lines[name] = node, source.key_lines[name]
         return Node(self.file, _line(event), entries, lines)
+
+    def _double(self, event: Any, name: str, first: int) -> None:
+        sentence = f"duplicate key {name!r}, first on line {first}"
+        if self._doubled is None:
+            self._problem(event, f"{sentence}; keep one")
+        else:
+            self._doubled.append(f"{self.file}:{_line(event)}: {sentence}")
 
     def _key(self, event: Any) -> str:
         """The text of a key, which may be anchored as any value."""

@@ -624,6 +624,65 @@ policies:
     ]
 
 
+LENIENT = """\
+quantizers:
+  q:
+    class: {quantizer}
+    bits_weights: 4
+    bits_weights: 3
+lr_schedulers:
+  lr: {{class: {lr}, gamma: 0.5, step_size: 3}}
+  unused: {{class: StepLR, step_size: 3}}
+policies:
+  - {{quantizer: {{instance_name: q}}, starting_epoch: 0, ending_epoch: 300}}
+  - {{lr_scheduler: {{instance_name: lr}}, starting_epoch: 30, ending_epoch: 300}}
+  - {{lr_scheduler: {{instance_name: lr}}, epochs: [10, 12]}}
+"""
+RUN = "but the run ends after epoch 9 (--epochs 10); begin earlier or raise --epochs"
+IDLE = [
+    f"a.yaml:11: the policy begins in epoch 30, {RUN}",
+    f"a.yaml:12: the policy begins in epoch 10, {RUN}",
+    "a.yaml:8: no policy uses the lr_scheduler 'unused'; add one under 'policies' or remove it",
+]
+
+
+@pytest.mark.parametrize("cls", ["PACTQuantizer", "DorefaQuantizer", "QuantAwareTrainRangeLinearQuantizer"])
+def test_what_published_files_of_distiller_have_is_a_warning(
+    tmp_path: Path, cls: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = load(tmp_path, LENIENT.format(quantizer=cls, lr="StepLR"), epochs=10)
+    doubled = "a.yaml:5: duplicate key 'bits_weights', first on line 4; the last one counts"
+    found = [message.replace(f"{tmp_path}/", "") for message in caplog.messages]
+    assert found == [f"Warning: {each}" for each in (doubled, *IDLE)]
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert settings(schedule) == {"bits_weights": 3}
+    assert [[each.component.name for each in schedule.active(epoch)] for epoch in (0, 9)] == [["q"], ["q"]]
+    assert [row[2] for row in cells(timeline(schedule, 10))[1:]] == [
+        "0 to 9 (to 299 in the file)",
+        "none (30 to 299 in the file)",
+        "none (10, 12 in the file)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "lr"),
+    [
+        pytest.param("LSQQuantizer", "StepLR", id="one of its classes is ours"),
+        pytest.param("PACTQuantiser", "StepLR", id="one of its classes is nobody's"),
+        pytest.param("DorefaQuantizer", "LinearLR", id="a scheduler of a later torch"),
+    ],
+)
+def test_in_a_file_of_ours_it_is_a_mistake(tmp_path: Path, quantizer: str, lr: str) -> None:
+    found = problems(tmp_path, LENIENT.format(quantizer=quantizer, lr=lr), epochs=10)
+    assert found[0] == "a.yaml:5: duplicate key 'bits_weights', first on line 4; keep one"
+    assert found[-3:] == IDLE
+
+
+def test_other_mistakes_in_a_file_of_distiller_stay_mistakes(tmp_path: Path) -> None:
+    text = LENIENT.format(quantizer="PACTQuantizer", lr="StepLR").replace("instance_name: q}", "instance_name: p}")
+    assert problems(tmp_path, text, epochs=10) == ["a.yaml:10: there is no quantizer 'p'; allowed: q"]
+
+
 # ------------------------------------------------------------------------------------------------ timeline
 
 

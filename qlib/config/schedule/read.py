@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qlib.config.layers.keys import Settings, read_elsewhere, read_fields
 from qlib.config.schedule.components import KIND_OF, Declared, read_components
+from qlib.config.schedule.dialect import is_distillers
 from qlib.config.schedule.keys import LR_POLICY_ARGS, POLICY_FIELDS, Classes
 from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, did_you_mean
@@ -17,21 +19,29 @@ __all__ = ["load_schedule"]
 _SECTIONS = ("version", *KIND_OF, "policies")
 _KINDS = tuple(KIND_OF.values())
 _POLICY_KEYS = {**dict.fromkeys(_KINDS, read_elsewhere), **POLICY_FIELDS}
+_log = logging.getLogger(__name__)
+
 _SPAN = ("starting_epoch", "ending_epoch", "frequency")
 
 
 def load_schedule(path: str | Path, epochs: int, classes: Classes) -> Schedule:
     """The schedule in a file, for a run over ``range(start_epoch, epochs)``; `classes` may stand in it.
 
-    A policy may end after the run does, as published schedules do, but it must begin before.
+    A policy may end after the run does, as published schedules do, but it must begin before. That, a key that stands
+    twice in a mapping and a component that no policy uses are mistakes in a file of ours, and warnings in one of
+    Distiller's, which reads them: the last of two keys counts.
 
     Raises:
         ConfigError: every mistake in the file, each as `file:line: sentence`.
     """
-    root = load_yaml(path, MOST_SETTINGS)
+    doubled: list[str] = []
+    root = load_yaml(path, MOST_SETTINGS, doubled)
+    distillers = is_distillers(root, tuple(KIND_OF))
+    problems = [] if distillers else [f"{each}; keep one" for each in doubled]
+    if problems and root.mapping is None:
+        raise ConfigError(problems)
     if root.mapping is None:
         raise ConfigError(f"{root.where}: the file holds {root}; allowed: a mapping of {', '.join(_SECTIONS)}")
-    problems: list[str] = []
     for name in root.mapping:
         if name not in _SECTIONS:
             hint = did_you_mean(name, _SECTIONS)
@@ -39,10 +49,13 @@ def load_schedule(path: str | Path, epochs: int, classes: Classes) -> Schedule:
     sections = [(name, node) for name, node in root.mapping.items() if name in KIND_OF]
     declared = [each for name, node in sections for each in read_components(name, node, classes, problems)]
     entries = _entries(root, problems)
-    policies = [policy for entry in entries if (policy := _read_policy(entry, declared, epochs, problems))]
-    problems += _unused(declared, entries)
+    policies = [policy for entry in entries if (policy := _read_policy(entry, declared, problems))]
+    idle = [*_late(entries, epochs), *_unused(declared, entries)]
+    problems += [] if distillers else idle
     if problems:
         raise ConfigError(problems)
+    for each in [*(f"{each}; the last one counts" for each in doubled), *idle]:
+        _log.warning("Warning: %s", each)
     return Schedule(tuple(policies))
 
 
@@ -56,6 +69,17 @@ def _entries(root: Node, problems: list[str]) -> Sequence[Node]:
     else:
         problems.append(f"{node.where}: policies is {node}; allowed: a list")
     return ()
+
+
+def _late(entries: Sequence[Node], epochs: int) -> Iterator[str]:
+    """A sentence for each policy that begins when the run has ended."""
+    for node in entries:
+        when = read_fields(node, _POLICY_KEYS, [])[0] if node.mapping is not None else {}
+        listed = when.get("epochs")
+        start = listed[0] if isinstance(listed, tuple) else when.get("starting_epoch")
+        if isinstance(start, int) and start >= epochs:
+            run = f"the run ends after epoch {epochs - 1} (--epochs {epochs})"
+            yield f"{node.where}: the policy begins in epoch {start}, but {run}; begin earlier or raise --epochs"
 
 
 def _unused(declared: Sequence[Declared], entries: Sequence[Node]) -> Iterator[str]:
@@ -75,14 +99,14 @@ def _name_of(node: Node) -> str | None:
     return str(name) if isinstance(name.value, (tuple, dict)) else str(name.value)
 
 
-def _read_policy(node: Node, declared: Sequence[Declared], epochs: int, problems: list[str]) -> PolicySpec | None:
+def _read_policy(node: Node, declared: Sequence[Declared], problems: list[str]) -> PolicySpec | None:
     """One policy; None if it has a mistake, or its component has."""
     if node.mapping is None:
         problems.append(f"{node.where}: a policy is {node}; allowed: a mapping, as of quantizer and starting_epoch")
         return None
     found: list[str] = []
     when, _ = read_fields(node, _POLICY_KEYS, found)
-    found += _epoch_problems(node, when, epochs)
+    found += _epoch_problems(node, when)
     kinds = [kind for kind in _KINDS if kind in node.mapping]
     if len(kinds) != 1:
         has = " and ".join(kinds) or "none"
@@ -113,7 +137,7 @@ def _span(when: Settings) -> tuple[int, int, int, tuple[int, ...] | None]:
     return start, end, frequency, None
 
 
-def _epoch_problems(node: Node, when: Settings, epochs: int) -> Iterator[str]:
+def _epoch_problems(node: Node, when: Settings) -> Iterator[str]:
     """A sentence for each mistake in a policy's epochs; `when` holds those keys of it that have a right value."""
     given = [key for key in POLICY_FIELDS if key in (node.mapping or {})]
     both = [key for key in _SPAN if key in given] if "epochs" in given else []
@@ -131,9 +155,6 @@ def _epoch_problems(node: Node, when: Settings, epochs: int) -> Iterator[str]:
     elif frequency > end - start:
         allowed = f"1 to {end - start}, the number of its epochs"
         yield f"{node.where_key('frequency')}: frequency is {frequency}; allowed: {allowed}"
-    if start >= epochs:
-        run = f"the run ends after epoch {epochs - 1} (--epochs {epochs})"
-        yield f"{node.where}: the policy begins in epoch {start}, but {run}; begin earlier or raise --epochs"
 
 
 def _find(kind: str, node: Node, declared: Sequence[Declared], problems: list[str]) -> Component | None:

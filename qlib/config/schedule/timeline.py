@@ -50,7 +50,11 @@ def _epochs(policy: PolicySpec, epochs: int) -> str:
     >>> component = Component("quantizers", "q", "DorefaQuantizer", {})
     >>> _epochs(PolicySpec(component, 3, 4), 10), _epochs(PolicySpec(component, 0, 41, 1, (0, 5, 40)), 10)
     ('3', '0, 5 (then 40 in the file)')
+    >>> _epochs(PolicySpec(component, 35, 200), 10)
+    'none (35 to 199 in the file)'
     """
+    if policy.start >= epochs:
+        return f"none ({', '.join(map(str, policy.epochs or ())) or _span(policy.start, policy.end - 1)} in the file)"
     if policy.epochs is not None:
         inside = ", ".join(str(epoch) for epoch in policy.epochs if epoch < epochs)
         cut = ", ".join(str(epoch) for epoch in policy.epochs if epoch >= epochs)
