@@ -7,7 +7,7 @@ from torch import fx
 
 from qlib.graph.aten import arguments_of
 from qlib.graph.edit import insert
-from qlib.graph.names import op_of
+from qlib.graph.names import op_of, writes
 
 __all__ = ["split_scatter"]
 
@@ -16,16 +16,11 @@ aten = torch.ops.aten
 
 def split_scatter(graph: fx.Graph, node: fx.Node) -> None:
     """Writes an op that replaces a part of a tensor as a concatenation, or as the new values where they are all."""
-    made = {"copy": _copied, "slice_scatter": _scattered, "select_scatter": _scattered}.get(op_of(node), _none)(
-        graph, node
-    )
+    rule = _RULES.get(op_of(node)) if not writes(node) else None
+    made = rule(graph, node) if rule is not None else None
     if made is not None:
         node.replace_all_uses_with(made)
         graph.erase_node(node)
-
-
-def _none(graph: fx.Graph, node: fx.Node) -> None:
-    return None
 
 
 def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
@@ -57,3 +52,6 @@ def _scattered(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     if end < size:
         parts.append(insert(graph, node, aten.slice.Tensor, given["self"], dim, end, size))
     return insert(graph, node, aten.cat.default, parts, dim) if len(parts) > 1 else source
+
+
+_RULES = {"copy": _copied, "slice_scatter": _scattered, "select_scatter": _scattered}

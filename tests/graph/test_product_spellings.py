@@ -60,6 +60,12 @@ def write_all(net: Net, x: Tensor) -> Tensor:
     return x
 
 
+def write_a_table(net: Net, x: Tensor) -> Tensor:
+    table = torch.zeros(4, 4)
+    table[1:, 1:].copy_(net.tables[0, :3, :3])
+    return x + table
+
+
 SPELLINGS = [
     pytest.param(
         einsum("bchw,hkc->bhwk", lambda net, x: (x, net.tables)), ["MatMul"], id="einsum, an axis of both in the middle"
@@ -86,6 +92,7 @@ SPELLINGS = [
     pytest.param(write_part, ["ReLU", "Concat", "Concat"], id="a part is written"),
     pytest.param(write_one, [], id="a channel is written: all values are moved"),
     pytest.param(write_last, ["Add", "Concat"], id="the last channel is added to"),
+    pytest.param(write_a_table, ["Add"], id="a part of a constant is written"),
     pytest.param(write_all, ["ReLU"], id="all is written"),
 ]
 
