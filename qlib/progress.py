@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["FILE_ONLY", "progress_line", "track"]
+__all__ = ["FILE_ONLY", "TimeUp", "progress_line", "time_limit", "track"]
 
 #: `extra` of a record that goes to the log file, not to the console.
 FILE_ONLY = {"file_only": True}
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+_deadline = math.inf  #: by the monotonic clock
+
+
+class TimeUp(Exception):
+    """The time that a `time_limit` gives is over."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeUp from the first `track` in the block that goes on for longer, and never between two of its steps.
+
+    >>> with time_limit(0.0):
+    ...     list(track([1], total_images=1, batch_size=1, description="Test", print_freq=1, count=int))
+    Traceback (most recent call last):
+    qlib.progress.TimeUp
+    """
+    global _deadline
+    before = _deadline
+    _deadline = min(before, time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _deadline = before
 
 
 def _nothing() -> Mapping[str, float]:
@@ -84,6 +112,8 @@ def track(
     )
     with bar:
         for step, batch in enumerate(batches, done_before + 1):
+            if time.monotonic() >= _deadline:
+                raise TimeUp
             yield batch
             if step % print_freq == 0:
                 shown = fields()

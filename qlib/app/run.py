@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qlib.app.auto import choose_settings
 from qlib.app.calibrate import calibrate
 from qlib.app.correct import correct_float
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
@@ -101,7 +102,7 @@ def _calibrate(job: Job) -> None:
 
 def _quantize_and_evaluate(job: Job) -> int:
     """Once, or with `--seeds` once for each draw of calibration images; only the first one is handed over."""
-    exit_code, score = _quantize_once(job)
+    exit_code, score = _quantize_once(choose_settings(job) if job.config.automatic else job)
     if job.config.seeds > 1:
         others = [_quantize_once(next_draw(job, draw))[1] for draw in range(1, job.config.seeds)]
         report_seeds(job, [score, *others])

@@ -45,6 +45,7 @@ SPELLINGS = """
 --qe-pytorch-backend
 --ptq-equalize --ptq-absorb-bias --ptq-smooth --ptq-data-free --ptq-rounding --ptq-bn-reestimation --ptq-bias-correction
 --ptq-images --ptq-iterations
+--auto --auto-agree --auto-drop --auto-minutes --auto-bits
 --qe-budget --qe-bits-choices
 --qe-lapq --qe-coordinate-search --lapq-maxiter --lapq-maxfev --lapq-method --lapq-basinhopping --lapq-bh
 --lapq-basinhopping-niter --lapq-bh-niter --lapq-init-mode --lapq-init-method --lapq-eval-size --lapq-images
@@ -212,6 +213,12 @@ RIGHT = [
     ("--sense Quant", "sense", "quant"),
     ("--sense quant --sense-bits 4,8", "sense_bits", (4, 8)),
     ("--sense-images 16", "sense_images", 16),
+    ("--auto", "automatic", True),
+    ("--auto", "quantize_eval", True),
+    ("--auto --auto-agree 98", "auto.agree", 98.0),
+    ("--auto --auto-drop 0.5", "auto.drop", 0.5),
+    ("--auto --auto-minutes 1", "auto.minutes", 1.0),
+    ("--auto --auto-bits 4", "auto.bits", 4),
     ("--compare-to images", "compare_to", Path("images")),
     ("--qe --seeds 3", "seeds", 3),
     ("--engine OnnxRuntime", "engine", "onnxruntime"),
@@ -303,6 +310,18 @@ WRONG = [
     ("--qe --qe-budget 0MB", f"--qe-budget '0MB' is not allowed: it must be {BUDGET}"),
     ("--qe --qe-budget -1bits", "--qe-budget: expected one argument"),
     ("--qe --qe-budget 4kbits", f"--qe-budget '4kbits' is not allowed: it must be {BUDGET}"),
+    (
+        "--auto --auto-agree 101",
+        "--auto-agree '101' is not allowed: it must be a number above 0 and at most 100, in percent",
+    ),
+    ("--auto --auto-drop -1", "--auto-drop '-1' is not allowed: it must be a number from 0 to 100, in points of Top1"),
+    ("--auto --auto-minutes 0", "--auto-minutes '0' is not allowed: it must be a number above 0"),
+    ("--auto --auto-bits 1", "--auto-bits '1' is not allowed: it must be a whole number from 2 to 16"),
+    (
+        "--auto --qe-dynamic",
+        "--auto and --qe-dynamic cannot be combined: --auto chooses the settings itself, and --qe-dynamic has no fixed "
+        "ranges, which its trials need; drop one of them",
+    ),
     ("--compare-to no", "--compare-to 'no' is not allowed: it must be the folder of a run, which exists"),
     ("--qe --seeds 0", "--seeds '0' is not allowed: it must be a whole number from 1 to 1000"),
     ("--qe-budget 4bits", "--qe-budget needs --quantize-eval, which quantizes the model and evaluates it"),
@@ -622,6 +641,7 @@ WARNINGS = [
     ("opset of a verified file", "--qe --verify 3 --export-opset 21", []),
     ("float engine", "-e --engine onnxruntime --export-opset 21", []),
     ("checkpoint in another engine", "--resume-from m.pth.tar --engine onnxruntime", []),
+    ("a target without a search", "--qe --auto-agree 98", ["--auto-agree has no effect without --auto"]),
     ("seeds of a float model", "-e --seeds 3", ["--seeds has no effect without --quantize-eval"]),
     (
         "seeds of known ranges",

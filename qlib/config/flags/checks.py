@@ -33,6 +33,17 @@ _EXCLUSIVE: tuple[dict[str, str], ...] = (
         "--qe-calibration": "collects activation ranges first",
         "--qe-config-file": "takes all quantization settings from a file",
     },
+    *(
+        {"--auto": "chooses the settings itself", flag: what}
+        for flag, what in {
+            "--qe-config-file": "takes all of them from a file",
+            "--qe-stats-file": "takes ranges of one float model, and some of its trials change the model",
+            "--qe-dynamic": "has no fixed ranges, which its trials need",
+            "--ptq-data-free": "uses no images, which its trials need",
+            "--sense": "only analyses",
+            "--seeds": "repeats one setting",
+        }.items()
+    ),
 )
 
 

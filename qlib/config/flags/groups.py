@@ -18,6 +18,7 @@ __all__ = [
     "IMPLICIT_CALIBRATION",
     "NORMS",
     "OPTIMIZERS",
+    "AutoArgs",
     "KdArgs",
     "LapqArgs",
     "PtqArgs",
@@ -126,6 +127,20 @@ class PtqArgs:
         return not all(CORRECTION_FLAGS[name].of_float for name in self.asked)
 
 
+@dataclass(frozen=True)
+class AutoArgs:
+    """The `--auto-*` flags: what `--auto` aims at. A field is named as its flag, without `--auto-`.
+
+    `agree`, `drop`: percent of predictions that are those of FP32, and points of Top1; `bits` are those of weights and
+    activations where no other flag gives them.
+    """
+
+    agree: float | None = None
+    drop: float | None = None
+    minutes: float = 30.0
+    bits: int = 8
+
+
 NORMS: Mapping[str, float] = {"l1": 1.0, "l2": 2.0, "l3": 3.0}
 """Starts of LAPQ that need no statistics: the ranges of least ``mean |error|^p`` of each tensor."""
 
@@ -191,5 +206,12 @@ class KdArgs:
     start_epoch: int = 0
 
 
-GROUPS: Mapping[str, type] = {"qe": QuantArgs, "ptq": PtqArgs, "lapq": LapqArgs, "train": TrainArgs, "kd": KdArgs}
+GROUPS: Mapping[str, type] = {
+    "auto": AutoArgs,
+    "qe": QuantArgs,
+    "ptq": PtqArgs,
+    "lapq": LapqArgs,
+    "train": TrainArgs,
+    "kd": KdArgs,
+}
 """The fields of `RunConfig` that hold a group of flags: `--qe-mode` is the field `mode` of `qe`."""

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
-from qlib.config.flags.groups import BITS_CHOICES, GROUPS, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
+from qlib.config.flags.groups import BITS_CHOICES, GROUPS, AutoArgs, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.clip_names import CLIP_PARAMETERS, ClipParameters
 from qlib.yaml_tree import MOST_SETTINGS, Node, load_yaml
@@ -61,6 +61,8 @@ class RunConfig:
     deterministic: bool = False
     quantize_eval: bool = False
     seeds: int = 1
+    automatic: bool = False
+    auto: AutoArgs = field(default_factory=AutoArgs)
     qe: QuantArgs = field(default_factory=QuantArgs)
     ptq: PtqArgs = field(default_factory=PtqArgs)
     lapq: LapqArgs = field(default_factory=LapqArgs)

@@ -66,7 +66,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ignored=(
                 Ignored(
                     "has no effect: --ptq-rounding {ptq.rounding} does not iterate",
-                    unless=_asking(lambda each: each.iterates),
+                    unless=("--auto", *_asking(lambda each: each.iterates)),
                 ),
             ),
         ),

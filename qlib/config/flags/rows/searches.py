@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import NORMS
-from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, whole
+from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, real, whole
+from qlib.values import Interval
 
 __all__ = ["GROUPS"]
 
@@ -14,7 +15,39 @@ _SEARCHES = ("powell", "nelder-mead", "cobyla")
 _LAPQ = Need(("--qe-lapq",))
 _STARTS_IN_NORM = tuple(f"--lapq-init-mode {norm}" for norm in NORMS)
 
+_AUTO = Need(("--auto",))
+
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
+    "The best settings that the time allows": (
+        Flag(
+            "--auto",
+            SWITCH,
+            "try settings from cheap to dear until the target or the time is reached, judged on training images that"
+            " calibration does not see, and take the best; implies --quantize-eval",
+            "automatic",
+        ),
+        Flag(
+            "--auto-agree",
+            real(Interval(0, 100, open_low=True), "a number above 0 and at most 100, in percent"),
+            "target: percent of predictions that are those of FP32 (default: 99, without --auto-drop)",
+            needs=(_AUTO,),
+        ),
+        Flag(
+            "--auto-drop",
+            real(Interval(0, 100), "a number from 0 to 100, in points of Top1"),
+            "target: points of Top1 below FP32, at most",
+            needs=(_AUTO,),
+        ),
+        Flag(
+            "--auto-minutes", real(Interval(0, open_low=True)), "minutes after which no trial goes on", needs=(_AUTO,)
+        ),
+        Flag(
+            "--auto-bits",
+            whole(2, 16),
+            "bits of weights and activations, where no other flag gives them",
+            needs=(_AUTO,),
+        ),
+    ),
     "Mixed precision (with --quantize-eval)": (
         Flag(
             "--qe-budget",
@@ -89,7 +122,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--sense-images",
             whole(1),
             "calibration images to look at, with --sense and --qe-budget",
-            needs=(Need(("--sense", "--qe-budget")),),
+            needs=(Need(("--sense", "--qe-budget"), also=("--auto",)),),
         ),
     ),
 }

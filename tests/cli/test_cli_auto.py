@@ -1,0 +1,103 @@
+"""`--auto`: a ladder of settings, judged on images that calibration does not see."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import Run, good, run
+
+import qlib.app.auto as auto
+from qlib.search.ladder import RUNGS
+
+AUTO = "-a digits_cnn --pretrained --auto --auto-bits 3 --qe-calibration 0.03 --ptq-iterations 20 --sense-images 16"
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_judges() -> object:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(auto, "_MOST_IMAGES", 64)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("auto")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Run:
+    """A target out of reach: the whole ladder."""
+    return good(f"{AUTO} --auto-agree 100 --auto-drop 0", folder)
+
+
+def test_the_whole_ladder(whole: Run) -> None:
+    table = rows(whole.folder / "auto.csv")
+    assert [row["rung"] for row in table] == [rung.name for rung in RUNGS]
+    divergences = [float(row["divergence"]) for row in table]
+    starred = next(line for line in whole.lines if line.startswith("| * "))
+    assert starred.split("|")[2].strip() == table[divergences.index(min(divergences))]["rung"]
+    assert any(line.startswith("Best: ") and line.endswith("Top1 at most 0 lower: NOT reached") for line in whole.lines)
+    assert "--auto: 39 train images calibrate, 64 others judge" in whole.lines
+    assert "Warning" not in whole.out
+
+
+def test_the_settings_repeat_the_winner(folder: Path, whole: Run) -> None:
+    again = good(f"--run-config {whole.folder / 'auto_run_config.yaml'}", folder)
+    assert again.score() == whole.score()
+    assert "auto.csv" not in again.files
+
+
+def test_what_was_tried_is_not_tried_again(folder: Path, whole: Run) -> None:
+    again = good(f"{AUTO} --auto-agree 100 --auto-drop 0", folder)
+    assert again.score() == whole.score()
+    assert (again.folder / "auto.csv").read_text() == (whole.folder / "auto.csv").read_text()
+    assert not any(line.startswith("--auto: trying") for line in again.lines)
+    assert sum("was tried before" in line for line in again.lines) == len(RUNGS)
+
+
+def test_a_broken_search_goes_on(folder: Path, whole: Run) -> None:
+    """As if it was killed in a trial: what that one left is made again, with the same result."""
+    judged = sorted((folder / "stats").glob("auto-*/*/judgement.csv"), key=lambda path: path.stat().st_mtime)
+    judged[-1].write_text("agreement,drop\n1")
+    shutil.rmtree(judged[-2].parent)
+    again = good(f"{AUTO} --auto-agree 100 --auto-drop 0", folder)
+    assert again.score() == whole.score()
+    assert sum(line.startswith("--auto: trying") for line in again.lines) == 2
+
+
+def test_it_stops_at_the_target(folder: Path, whole: Run) -> None:
+    table = rows(whole.folder / "auto.csv")
+    reached = float(table[1]["agreement"])
+    assert reached > float(table[0]["agreement"])
+    done = good(f"{AUTO} --auto-agree {reached}", folder)
+    assert [row["rung"] for row in rows(done.folder / "auto.csv")] == ["as asked", "asym_u, per channel"]
+    assert any(line.endswith(f"Target agreement {reached:g} %: reached") for line in done.lines)
+
+
+def test_it_stops_when_the_time_is_over(folder: Path) -> None:
+    done = good(f"{AUTO} --seed 3 --auto-agree 100 --auto-minutes 0.00001", folder)
+    assert [row["rung"] for row in rows(done.folder / "auto.csv")] == ["as asked"]
+    assert "--auto: 1e-05 minutes are over" in done.lines
+
+
+def test_flags_of_the_user_stay(folder: Path) -> None:
+    done = good(f"{AUTO} --qe-mode sym --qe-bits-wts 8 --auto-agree 100 --auto-minutes 0.2", folder)
+    plan = (done.folder / "layer_quant_params.yaml").read_text()
+    assert "mode: sym" in plan
+    assert "asym" not in plan
+    assert "weight: {bits: 8" in plan
+
+
+def test_images_must_be_left_to_judge_by(folder: Path) -> None:
+    done = run(f"{AUTO} --qe-calibration 1", folder)
+    assert done.code == 2
+    assert "--qe-calibration 1 leaves none; give a smaller fraction, such as 0.5" in done.err
