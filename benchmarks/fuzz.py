@@ -25,7 +25,7 @@ from tabulate import tabulate
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from hostile import bytes_cases, command_lines, trees  # noqa: E402
+from hostile import bytes_cases, command_lines, readers, trees  # noqa: E402
 from sandbox import Case, Outcome, Sandbox  # noqa: E402
 
 CHECKS = [HealthCheck.too_slow, HealthCheck.large_base_example, HealthCheck.data_too_large]
@@ -104,7 +104,7 @@ def main() -> int:
     end, campaign, number = time.monotonic() + 60 * args.minutes, Campaign(args.failing.absolute()), args.seed
     with tempfile.TemporaryDirectory() as folder:
         sandbox = Sandbox(Path(folder))
-        cases = st.one_of(command_lines(), trees(sandbox.template), bytes_cases(sandbox.template))
+        cases = st.one_of(command_lines(), trees(sandbox.template), bytes_cases(sandbox.template), readers())
 
         @settings(max_examples=200, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=CHECKS)
         @given(cases)

@@ -24,7 +24,7 @@ from qlib.config.schedule.keys import EXTENSION_CLASSES, POLICY_FIELDS
 from qlib.qat.assignment import quantizer_classes
 from qlib.train.lr.schedulers import LR_CLASSES
 
-__all__ = ["bytes_cases", "command_lines", "pickles", "trees", "yaml_texts"]
+__all__ = ["bytes_cases", "command_lines", "pickles", "readers", "trees", "yaml_texts"]
 
 _MODEL = f"-a digits_cnn --pretrained {SMALL}"
 _QUANTIZE = f"{_MODEL} --quantize-eval"
@@ -273,3 +273,11 @@ def _zip(body: list[bytes]) -> bytes:
         archive.writestr("a/data.pkl", b"\x80\x02" + b"".join(body) + b".")
         archive.writestr("a/byteorder", "little")
     return content.getvalue()
+
+
+def readers() -> st.SearchStrategy[Case]:
+    """What the reader of YAML and the unpickler are given, through command lines."""
+    settings = (*_QUANTIZE.split(), "--qe-config-file", "a.yaml", "--cpu", "-j", "0")
+    resumed = ("-a", "digits_cnn", "-e", "--resume-from", "a.pth", "--cpu", "-j", "0")
+    texts = yaml_texts().map(lambda text: Case("text of YAML", settings, {"a.yaml": text.encode(errors="replace")}))
+    return st.one_of(texts, pickles().map(lambda content: Case("opcodes of a pickle", resumed, {"a.pth": content})))
