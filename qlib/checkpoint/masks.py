@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlib.checkpoint.fit import own_name
 from qlib.errors import CheckpointError
 
 __all__ = ["masked_text", "masks_of", "unmasked_text"]
+
+
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def masks_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
@@ -27,10 +31,13 @@ def masks_of(checkpoint: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     schedule = checkpoint.get("compression_sched")
     found = schedule.get("masks_dict") if isinstance(schedule, dict) else None
     masks = {} if found is None else found
-    wrong = [masks] if not isinstance(masks, dict) else [m for m in masks.values() if not isinstance(m, Tensor | None)]
-    if wrong or not all(isinstance(name, str) for name in masks):
+    if not isinstance(masks, dict) or not all(isinstance(name, str) and _is_mask(m) for name, m in masks.items()):
         raise CheckpointError(f"{source} holds masks that are no tensors by name; save the state_dict of its model")
     return {own_name(name): mask for name, mask in masks.items() if mask is not None and bool((mask == 0).any())}
+
+
+def _is_mask(value: object) -> bool:
+    return value is None or (isinstance(value, Tensor) and (value.is_floating_point() or value.dtype in _WHOLE))
 
 
 def masked_text(masks: Mapping[str, Tensor]) -> str:
