@@ -27,8 +27,12 @@ MICRO_BATCH = 16
 
 _ROWS = "histograms."
 _SAME_VALUES = frozenset(
-    {"view", "reshape", "flatten", "permute", "transpose", "contiguous", "unsqueeze", "squeeze", "swapaxes"}
+    [
+        *("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "clone", "roll"),
+        *("permute", "transpose", "swapaxes", "swapdims", "movedim", "t", "mT"),
+    ]
 )
+"""Moves whose output holds all values of their input: it has the statistics of that, and is not measured."""
 
 
 class Collector:
@@ -175,7 +179,9 @@ class Collector:
 
 
 def _operation(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    """Its name, without the overload of an ATen op: ``transpose`` for ``transpose.int``."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.partition(".")[0]
 
 
 def _constant_stats(value: Tensor, *, with_histogram: bool) -> TensorStats:

@@ -117,6 +117,36 @@ def test_equal_to_two_passes(name: str) -> None:
     assert_all_close(collect(graph, batch).result(), two_passes(graph, batch))
 
 
+MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "transpose": (lambda x: x.transpose(1, 2), 0),
+    "swapaxes": (lambda x: x.swapaxes(1, 2), 0),
+    "movedim": (lambda x: x.movedim(1, 2), 0),
+    "squeeze of an axis": (lambda x: x.unsqueeze(1).squeeze(1), 0),
+    "contiguous": (lambda x: x.permute(0, 2, 1).contiguous(), 0),
+    "reshape": (lambda x: x.reshape(-1, 8, 2, 4).flatten(2), 0),
+    "roll": (lambda x: x.roll(1, 1), 0),
+    "a part": (lambda x: x[:, :4], 1),
+    "padding": (lambda x: F.pad(x, (0, 0, 1, 1)), 1),
+}
+
+
+@pytest.mark.parametrize(("move", "more"), MOVES.values(), ids=MOVES)
+def test_what_only_moves_all_values_is_not_measured_again(move: Callable[[Tensor], Tensor], more: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(move(self.first(x)))  # type: ignore[no-any-return]
+
+    collector = Collector(capture(Net(), torch.zeros(2, 8, 8)))
+    collector.update(torch.randn(4, 8, 8))
+    assert len(collector._nodes) == 3 + more
+    found = collector.result()
+    assert (found["second"].inputs[0] == found["first"].output) == (not more)
+
+
 @pytest.mark.parametrize("size", [1, 3, 8, 20])
 def test_batch_size_does_not_matter(size: int) -> None:
     graph, batch = mixed()
