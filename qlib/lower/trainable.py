@@ -32,6 +32,7 @@ __all__ = [
     "WeightQuantizer",
     "connect",
     "convert",
+    "nonzero",
     "prepare_qat",
     "trainable_layers",
 ]
@@ -144,7 +145,7 @@ class TrainableLayer(nn.Module):
             assert gain is not None
             assert isinstance(mean, Tensor)
             bias = shift + ((own if isinstance(own, Tensor) else 0.0) - mean) * gain
-            error = _rounding_error(bias, arriving.scale * scale * gain.abs())
+            error = _rounding_error(bias, arriving.scale * scale * nonzero(gain).abs())
         return torch.func.functional_call(self.norm, {"bias": shift + error}, (y,))  # type: ignore[no-any-return]
 
     @property
@@ -175,7 +176,7 @@ class TrainableLayer(nn.Module):
         if gain is None:
             rounded, scale = self.weight(weight)
             return swap_channels(self.module, rounded), scale
-        gain = torch.where(gain == 0, torch.ones_like(gain), gain)
+        gain = nonzero(gain)
         factor = gain.view(-1, *[1] * (weight.ndim - 1))
         rounded, scale = self.weight(weight * factor)
         return swap_channels(self.module, rounded / factor), scale / gain.abs()
@@ -187,13 +188,23 @@ class TrainableLayer(nn.Module):
         assert isinstance(weight, Tensor)
         weight, gain = swap_channels(self.module, weight.detach()), self.gain()
         if gain is not None and self.weight.folds:
-            weight = weight * torch.where(gain == 0, torch.ones_like(gain), gain).view(-1, *[1] * (weight.ndim - 1))
+            weight = weight * nonzero(gain).view(-1, *[1] * (weight.ndim - 1))
         params = self.weight.grid(weight)
         low, high = range_of_grid(params)
         if gain is not None and not self.weight.folds:
-            low, high = low * gain.double().abs(), high * gain.double().abs()
+            factor = nonzero(gain).double().abs()
+            low, high = low * factor, high * factor
         spec = replace(params.spec, axis=0 if low.ndim else None)
         return WeightPlan(spec, "learned", tuple(low.reshape(-1).tolist()), tuple(high.reshape(-1).tolist()))
+
+
+def nonzero(gain: Tensor) -> Tensor:
+    """A gain with 1 for 0, which fresh batch-norms may have: all grids hold the zeros that it makes of a weight.
+
+    >>> nonzero(torch.tensor([0.0, -0.5]))
+    tensor([ 1.0000, -0.5000])
+    """
+    return torch.where(gain == 0, torch.ones_like(gain), gain)
 
 
 def _settled(module: nn.Module) -> nn.Module:

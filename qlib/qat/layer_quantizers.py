@@ -13,7 +13,7 @@ from qlib.graph.ir import is_constant, layer_inputs, name_of, source_of
 from qlib.graph.kinds import KINDS
 from qlib.graph.walk import producer_of
 from qlib.graph.weights import swap_channels
-from qlib.lower.trainable import ActivationQuantizer, FixedActivation, TrainableLayer, WeightQuantizer
+from qlib.lower.trainable import ActivationQuantizer, FixedActivation, TrainableLayer, WeightQuantizer, nonzero
 from qlib.ptq.weight_ranges import plan_weight
 from qlib.qat.assignment import ScheduledQuantizer
 from qlib.qat.base import ActivationSite, WeightSite
@@ -70,7 +70,7 @@ def _weight_quantizer(
     site = WeightSite(weight, settings.bits_weights, _start(settings, weight), stochastic)
     quantizer = scheduled.method.weight(site)
     if quantizer.folds and gain is not None:
-        folded = weight * gain.view(-1, *[1] * (weight.ndim - 1))
+        folded = weight * nonzero(gain).view(-1, *[1] * (weight.ndim - 1))
         quantizer = scheduled.method.weight(replace(site, weight=folded, start=_start(settings, folded)))
     return quantizer
 

@@ -166,6 +166,25 @@ def test_what_trained_is_what_is_deployed(make: type[nn.Module], edges: str) -> 
     assert float((exact == trained).float().mean()) > 0.9 or float((exact - trained).abs().mean()) < 0.2 * step
 
 
+@pytest.mark.parametrize("cls", ["LSQQuantizer", "QuantAwareTrainRangeLinearQuantizer", "DorefaQuantizer"])
+def test_batch_norms_that_start_at_zero_train(cls: str) -> None:
+    model = Net()
+    work = quantization(model, spec(cls, bits_activations=8, bits_weights=8))
+    nn.init.zeros_(model.bn2.weight)
+    steps(work)
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    assert model.bn2.weight.all()
+    nn.init.zeros_(model.bn2.weight)
+    nn.init.constant_(model.bn2.bias, 0.3)
+    learned = work.convert()
+    assert learned is not None
+    with torch.no_grad():
+        exact, trained = lower(*learned)(images(64)), work.module(images(64))
+    grid = learned[1].layers["fc"].output
+    assert grid is not None
+    assert float((exact - trained).abs().max()) <= 2.01 * float(grid.qparams().scale)
+
+
 @pytest.mark.parametrize(("make", "weight"), [(Net, "conv2.weight"), (Attention, "attention.in_proj_weight")])
 def test_the_model_itself_trains(make: type[nn.Module], weight: str) -> None:
     model = make()
