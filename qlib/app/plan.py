@@ -35,7 +35,7 @@ from qlib.stats.data_free import data_free_stats
 from qlib.stats.stats_file import check_fingerprint, read_stats
 from qlib.stats.tensor_stats import ModelStats
 
-__all__ = ["Planned", "given_plan", "make_plan", "plan_of", "settings_of", "stats_for", "with_corrections"]
+__all__ = ["Planned", "fitting", "given_plan", "make_plan", "plan_of", "settings_of", "stats_for", "with_corrections"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,11 +61,11 @@ def make_plan(job: Job, folded: FoldedGraph) -> Planned:
     plan = planned.plan
     if job.config.qe.lapq:
         plan = lapq(job, folded.graph, plan, given=given is not None)
-    plan = correct_plan(job, folded, _fitting(folded, avoid_saturation(job, folded.graph, plan)))
-    return replace(planned, plan=_keep_weights(job, folded, _fitting(folded, plan)))
+    plan = correct_plan(job, folded, fitting(folded, avoid_saturation(job, folded.graph, plan)))
+    return replace(planned, plan=_keep_weights(job, folded, fitting(folded, plan)))
 
 
-def _fitting(folded: FoldedGraph, plan: Plan) -> Plan:
+def fitting(folded: FoldedGraph, plan: Plan) -> Plan:
     """The plan with weight scales so large that int32 holds every bias and accumulator."""
     plan, raised = fit_int32(folded.graph, plan)
     if raised:

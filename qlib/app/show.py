@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from qlib.app.job import Job
-from qlib.app.plan import given_plan, plan_of, settings_of, stats_for
+from qlib.app.plan import fitting, given_plan, plan_of, settings_of, stats_for
 from qlib.app.policies import make_quantization, read_schedule
 from qlib.config.schedule.timeline import timeline
 from qlib.graph import fold
@@ -32,11 +32,11 @@ def check(job: Job) -> None:
     folded = fold(job.model, job.example)
     plan = given_plan(job, folded)
     if plan is not None:
-        _log.info("%s", plan_table(folded.graph, plan))
+        _log.info("%s", plan_table(folded.graph, fitting(folded, plan)))
         return
     ptq, settings = settings_of(job, folded)
     if ptq.stats_file is not None:
-        plan_of(folded, stats_for(job, folded, ptq, settings), settings)
+        fitting(folded, plan_of(folded, stats_for(job, folded, ptq, settings), settings))
     _log.info("%s", settings_table(folded.graph, settings, folded.absorbed))
 
 

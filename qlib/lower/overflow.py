@@ -49,8 +49,9 @@ def fit_int32(graph: Graph, plan: Plan) -> tuple[Plan, dict[str, int]]:
         if bool((factor > 1).any()):
             params = lowered.weight_params
             grid = QParams(params.scale * factor.to(params.scale.dtype), params.zero_point, params.spec)
-            changed[name] = replace(changed[name], weight=weight.on_grid(grid))
             raised[name] = int((factor > 1).sum())
+            more = replace(weight.on_grid(grid), raised=max(weight.raised, raised[name]))
+            changed[name] = replace(changed[name], weight=more)
     if not raised:
         return plan, {}
     return replace(plan, layers=changed), raised

@@ -58,12 +58,14 @@ class WeightPlan:
     """Quantization of a layer's weight, per tensor or per output channel; `clip` tells how its range was chosen.
 
     `min` and `max` hold one number, or one for each channel. Where they are None, the range is that of the weight.
+    `raised` tells how many scales are larger than that, because int32 would not hold bias or accumulator.
     """
 
     spec: QuantSpec
     clip: str = "none"
     min: tuple[float, ...] | None = None
     max: tuple[float, ...] | None = None
+    raised: int = 0
 
     def __post_init__(self) -> None:
         assert self.spec.axis in (None, 0)

@@ -86,6 +86,8 @@ def _layer_lines(name: str, layer: LayerPlan) -> Iterator[str]:
         yield f"inputs: {_flow(list(layer.inputs))}"
     kind = KINDS[layer.kind]
     if kind.weighted or layer.weight is not None:
+        if layer.weight is not None and layer.weight.raised:
+            yield "# raised: so many scales are larger than their weights ask for, so that int32 holds the sums"
         yield f"weight: {'null' if layer.weight is None else _flow(_weight(layer.weight))}"
     if kind.has_output_grid or layer.output is not None:
         yield f"output: {_tensor(f'the output of {name!r}', layer.output)}"
@@ -121,6 +123,7 @@ def _weight(weight: WeightPlan) -> dict[str, object]:
     fields: dict[str, object] = {"bits": spec.bits, "mode": spec.mode, "per_channel": weight.per_channel}
     fields |= {"clip": weight.clip} if weight.clip != WeightPlan.clip else {}
     fields |= {"pow2": True} if spec.pow2 else {}
+    fields |= {"raised": weight.raised} if weight.raised else {}
     return fields | {key: [float(end) for end in each] for key, each in ends.items() if each is not None}
 
 

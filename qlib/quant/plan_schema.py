@@ -50,6 +50,7 @@ _WEIGHT = {
     "min": _NODE,
     "max": _NODE,
     "pow2": FLAG,
+    "raised": whole(0),
 }
 SCALARS: Mapping[str, Value] = {
     "bits_bias": whole(2, 32),

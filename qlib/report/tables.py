@@ -12,7 +12,7 @@ from qlib.graph.cost import layer_macs
 from qlib.graph.ir import layers, name_of
 from qlib.graph.kinds import IN_FLOAT, layer_kind
 from qlib.quant.arithmetic import float_reasons
-from qlib.quant.plan import Plan, TensorPlan
+from qlib.quant.plan import Plan, TensorPlan, WeightPlan
 
 __all__ = ["arithmetic_lines", "plan_table", "settings_table"]
 
@@ -92,24 +92,25 @@ def plan_table(graph: Graph, plan: Plan) -> str:
     for node, module in layers(graph):
         name = name_of(node)
         layer = plan.layers[name]
-        weight = layer.weight
-        grid = (
-            ""
-            if weight is None
-            else f"{weight.spec.bits} {weight.spec.mode}{' per channel' if weight.per_channel else ''}"
-        )
         rows.append(
             [
                 name_of(node),
                 kind_of(module),
                 _shape(node.meta.get("shape", ())),
-                grid,
+                _weight_grid(layer.weight),
                 _grid(layer.output),
                 reasons[name_of(node)],
             ]
         )
     headers = ["Name", "Kind", "Output", "Weight", "Activation", "Note"]
     return tabulate(rows, headers, tablefmt="psql", disable_numparse=True)
+
+
+def _weight_grid(weight: WeightPlan | None) -> str:
+    if weight is None:
+        return ""
+    raised = f", {weight.raised} raised for int32" if weight.raised else ""
+    return f"{weight.spec.bits} {weight.spec.mode}{' per channel' * weight.per_channel}{raised}"
 
 
 def _grid(tensor: TensorPlan | None) -> str:

@@ -81,6 +81,17 @@ def net(num_classes=4):
 QUANTIZE = "--qe --qe-calibration 1.0 --qe-mode asym_u --qe-per-channel"
 
 
+SETTINGS = """\
+quantizers:
+  post_train_quantizer:
+    class: PostTrainLinearQuantizer
+    bits_activations: 8
+    bits_parameters: 8
+    per_channel_wts: true
+    model_activation_stats: {stats}
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     make_images(tmp_path / "images")
@@ -96,6 +107,13 @@ def test_dead_channels_are_told_and_verified(folder: Path) -> None:
     assert "verification: exact" in done.lines
     assert not any("weights are random" in line for line in done.lines)
     plan = done.folder / "layer_quant_params.yaml"
+    comment, line = (line for line in plan.read_text().splitlines() if "raised" in line)
+    assert comment == "    # raised: so many scales are larger than their weights ask for, so that int32 holds the sums"
+    assert line.startswith("    weight: {bits: 8, mode: asym_u, per_channel: true, raised: 2, min: [")
+    shown = good(f"-a dead.py:dead images --check --qe-config-file {plan}", folder).lines
+    assert "8 asym_u per channel, 2 raised for int32" in next(row for row in shown if row.startswith("| conv "))
+    Path(folder / "ptq.yaml").write_text(SETTINGS.format(stats=done.folder / "acts_quantization_stats.yaml"))
+    assert told in good("-a dead.py:dead images --check --qe-config-file ptq.yaml", folder).lines
     again = good(f"-a dead.py:dead images --qe --qe-config-file {plan}", folder)
     assert again.score() == done.score()
     assert (again.folder / "layer_quant_params.yaml").read_bytes() == plan.read_bytes()
