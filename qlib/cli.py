@@ -23,7 +23,10 @@ from qlib.config.flags.run_config import RunConfig, config_from_names, read_run_
 from qlib.config.flags.table import FLAGS, GROUPS
 from qlib.config.flags.verb import needs_folder
 from qlib.errors import ConfigError, QlibError, UsageError, did_you_mean
+from qlib.files import expanded
 from qlib.models.names import refuse_python_file
+from qlib.streams import Stream, standard_streams
+from qlib.system import answered, unwritable
 
 __all__ = ["build_parser", "main", "parse"]
 
@@ -33,20 +36,45 @@ _Texts = Mapping[str, Sequence[str]]  #: canonical flag -> the words that the us
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C."""
-    words, program = sys.argv[1:] if argv is None else list(argv), _program()
-    try:
-        config = parse(words)
-        from qlib.app import run as application
+    """Runs a command line and returns its exit code: 0, 2 after a user's mistake, 130 after Ctrl-C.
 
-        return application.run(config)
+    It is 2 as well where what the run says cannot be written, as on a full device; a reader that leaves is no mistake.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    with standard_streams() as (out, _):
+        try:
+            code = _answer(words)
+        except SystemExit:  # --help
+            if not _is_lost(out):
+                raise
+            return 2
+        return code or 2 if _is_lost(out) else code
+
+
+def _is_lost(out: Stream) -> bool:
+    """Whether stdout did not take all of it, which is told on stderr."""
+    out.flush()
+    if out.lost is not None:
+        print(f"{_program()}: error: {unwritable('all that was said to', 'stdout', out.lost)}", file=sys.stderr)
+    return out.lost is not None
+
+
+def _answer(words: Sequence[str]) -> int:
+    """The exit code of a command line; a mistake is told on stderr."""
+    try:
+        with answered():
+            os.getcwd()  # a library that is loaded in a folder that is gone ends the process
+            config = parse(words)
+            from qlib.app import run as application
+
+            return application.run(config)
     except QlibError as error:
         if {"-v", "--verbose"} & set(words):
             traceback.print_exc()
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{_program()}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"{program}: {str(stop) or 'interrupted'}", file=sys.stderr)
+        print(f"{_program()}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -73,7 +101,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     texts: _Texts = {flag: value if isinstance(value, list) else [str(value)] for flag, value in words.items()}
     given, folder = frozenset(texts), _positional(rest)
     if file is not None:
-        texts, given, folder = _repeated(Path(file).expanduser(), texts, folder)
+        texts, given, folder = _repeated(expanded(file), texts, folder)
     config = _build(texts, folder, given)
     if folder is None:
         texts, folder = _give_back(texts, needs_folder(config))
@@ -123,7 +151,7 @@ def _with_values(argv: Sequence[str]) -> list[str]:
     defaults = {name: flag.kind.without for flag in FLAGS if flag.kind.without is not None for name in flag.names}
     words: list[str] = []
     for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="-"):
-        bare = word in defaults and (following.startswith("-") or Path(following).expanduser().is_dir())
+        bare = word in defaults and (following.startswith("-") or os.path.isdir(expanded(following)))
         words.append(f"{word}={defaults[word]}" if bare else word)
     return words
 
@@ -180,7 +208,7 @@ def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfi
     values["evaluate"] = bool(values.get("evaluate") or values.get("quantize_eval"))
     if "--resume" in texts:
         values["train.reset_optimizer"] = True
-    data = Path(folder).expanduser() if folder is not None else None
+    data = expanded(folder) if folder is not None else None
     return config_from_names({**values, "data": data, "given": given})
 
 
@@ -209,7 +237,7 @@ def _give_back(texts: _Texts, needed: bool) -> tuple[_Texts, str | None]:
 
     def rank(place: tuple[str, int]) -> int:
         word = texts[place[0]][place[1]]
-        is_folder, is_path = Path(word).expanduser().is_dir(), os.sep in word or word[0] == "~"
+        is_folder, is_path = os.path.isdir(expanded(word)), os.sep in word or word[0] == "~"
         return (3 if is_path else int(needed) * 2) if is_folder else int(needed and is_path)
 
     place = max(reversed(words), key=rank, default=None)

@@ -10,7 +10,8 @@
     |-- StatsError            activation statistics: missing, of another model, not finite
     |-- CheckpointError       a checkpoint: unreadable, truncated, hostile, of another model
     |-- ExportError           a model that cannot be handed over in the format asked for
-    `-- OutputError           a folder or file that cannot be written
+    |-- OutputError           a folder or file that cannot be written
+    `-- SystemRefusal         memory, open files, processes: what the system does not grant
 
 A programmer's mistake is an ``assert``, never one of these.
 """
@@ -81,6 +82,10 @@ class ExportError(QlibError):
 
 class OutputError(QlibError):
     """A folder or file that cannot be written."""
+
+
+class SystemRefusal(QlibError):
+    """Something that the system does not grant: memory, an open file, a process."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

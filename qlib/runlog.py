@@ -17,13 +17,15 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from qlib.errors import OutputError, QlibError
 from qlib.files import replace_whole, write_text, write_whole
 from qlib.progress import FILE_ONLY
+from qlib.streams import Stream, log_stream
+from qlib.system import answered, in_words, unwritable
 
 __all__ = ["RunLog", "open_run"]
 
@@ -59,7 +61,8 @@ def open_run(
 
     The records are ours, and the warnings of other packages. The file's lines begin with the time; the console (stdout)
     has bare messages. The first and the last line say where the file is. Python's warnings are logged, each text once.
-    An exception that leaves the block is written to the file, a user's mistake without its traceback unless `verbose`.
+    An exception that leaves the block is written to the file, a user's mistake without its traceback unless `verbose`;
+    one that comes from the system becomes the sentence that answers it.
 
     Args:
         out_dir: the folder of all runs.
@@ -70,29 +73,32 @@ def open_run(
         cpu: whether the run leaves GPUs alone.
 
     Raises:
-        OutputError: the folder cannot be made or written.
+        OutputError: the folder cannot be made or written; or, when all else is done, the log could not.
     """
     run = _make_folder(out_dir, name)
     _save_configs(run.configs, settings, inputs)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_handlers(run.file, verbose))
+        log = stack.enter_context(_handlers(run.file, verbose))
         stack.enter_context(_logged_warnings())
         _log.info("Log file for this run: %s", run.file)
         stack.callback(_log.info, "Log file for this run: %s", run.file)
         _link_latest(run)
         _log_environment(cpu)
         try:
-            yield run
+            with answered():
+                yield run
         except BaseException as error:
             _log_failure(error, verbose)
             raise
+    if log.lost is not None:
+        raise unwritable("all lines of the log", run.file, log.lost)
 
 
 def _make_folder(out_dir: Path, name: str | None) -> RunLog:
     """A new folder `[name___]YYYY.MM.DD-HHMMSS`, with `-2`, `-3`... if others began in the same second."""
-    stem = (f"{name}___" if name else "") + time.strftime("%Y.%m.%d-%H%M%S")
-    out, number = out_dir.absolute(), 1
+    stem, number = (f"{name}___" if name else "") + time.strftime("%Y.%m.%d-%H%M%S"), 1
     try:
+        out = out_dir.absolute()
         out.mkdir(parents=True, exist_ok=True)
         while True:
             folder = out / (stem if number == 1 else f"{stem}-{number}")
@@ -105,8 +111,7 @@ def _make_folder(out_dir: Path, name: str | None) -> RunLog:
         run.file.touch()
         run.configs.mkdir()
     except OSError as error:
-        reason = error.strerror or error
-        raise OutputError(f"--out-dir {out_dir} cannot be written: {reason}; give another folder") from error
+        raise OutputError(f"--out-dir {out_dir} cannot be written: {in_words(error)}; give another folder") from error
     return run
 
 
@@ -120,7 +125,7 @@ def _save_configs(folder: Path, settings: str, inputs: Iterable[Path | None]) ->
 
 
 if TYPE_CHECKING:
-    _StreamHandler = logging.StreamHandler[TextIO]
+    _StreamHandler = logging.StreamHandler[Any]
 else:  # Python 3.10 cannot subscript it
     _StreamHandler = logging.StreamHandler
 
@@ -132,18 +137,13 @@ class _Console(_StreamHandler):
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exc_info()[1], BrokenPipeError):  # `| head` has seen enough; the log file goes on
-            self.stream = open(os.devnull, "w")  # noqa: SIM115
-            os.dup2(self.stream.fileno(), sys.stdout.fileno())
-        else:
-            super().handleError(record)
-
 
 @contextlib.contextmanager
-def _handlers(file: Path, verbose: bool) -> Iterator[None]:
+def _handlers(file: Path, verbose: bool) -> Iterator[Stream]:
     """The root logger's handlers and level for the time of a run: of others, nothing below a warning is shown."""
-    to_file, console = logging.FileHandler(file, encoding="utf-8"), _Console(sys.stdout)
+    stack = contextlib.ExitStack()
+    log = stack.enter_context(log_stream(file))
+    to_file, console = logging.StreamHandler(log), _Console(sys.stdout)
     to_file.setFormatter(logging.Formatter("%(asctime)s - %(message)s"))
     console.addFilter(lambda record: not getattr(record, "file_only", False))
     root = logging.getLogger()
@@ -154,11 +154,11 @@ def _handlers(file: Path, verbose: bool) -> Iterator[None]:
     for handler in (to_file, console):
         root.addHandler(handler)
     try:
-        yield
+        yield log
     finally:
         for handler in (to_file, console):
             root.removeHandler(handler)
-        to_file.close()
+        stack.close()
         for logger, level in before.items():
             logger.setLevel(level)
 
@@ -188,7 +188,7 @@ def _link_latest(run: RunLog) -> None:
         try:
             replace_whole(Path(name), operator.methodcaller("symlink_to", target))
         except OSError as error:
-            _log.info("The link %s was not updated: %s", name, error.strerror or error)
+            _log.info("The link %s was not updated: %s", name, in_words(error))
 
 
 def _log_failure(error: BaseException, verbose: bool) -> None:

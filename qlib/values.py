@@ -6,7 +6,6 @@ A flag holds text, YAML holds text, numbers, true and false. Each `Value` says h
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,13 +17,15 @@ __all__ = ["FLAG", "FrozenMapping", "Interval", "TooLarge", "Value", "among", "c
 
 T = TypeVar("T")
 
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
 _MOST = 10**9
 """The largest whole number where nothing else bounds it: what counts things fits into any integer of a library."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The finite numbers from `low` to `high`; an `open` end is not one of them.
+    """The numbers from `low` to `high` that are finite in float32; an `open` end is not one of them.
 
     >>> share = Interval(0, 1, open_high=True)
     >>> 0 in share, 1 in share, str(share), str(Interval(50, 100, open_low=True)), str(Interval(0, open_low=True))
@@ -39,7 +40,7 @@ class Interval:
     def __contains__(self, number: float) -> bool:
         above = self.low < number if self.open_low else self.low <= number
         below = number < self.high if self.open_high else number <= self.high
-        return above and below and -sys.float_info.max <= number <= sys.float_info.max
+        return above and below and -_FLOAT32_MAX <= number <= _FLOAT32_MAX
 
     def __str__(self) -> str:
         start = f"above {self.low:g}" if self.open_low else f"from {self.low:g}"

@@ -120,8 +120,8 @@ def _read(file: str) -> str:
     try:
         with open(file, "rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise ConfigError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(content) > _MAX_BYTES:
         size = os.path.getsize(file) / 2**20
         raise ConfigError(f"{file}: has {size:.0f} MiB, and a YAML file may have {_MAX_BYTES >> 20}; give another file")

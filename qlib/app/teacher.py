@@ -20,7 +20,7 @@ from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.groups import KdArgs
 from qlib.errors import CheckpointError, ModelError, UsageError
-from qlib.files import STATS
+from qlib.files import STATS, expanded
 from qlib.graph import LAYOUT, lay_out
 from qlib.metrics import MICRO_BATCH
 from qlib.models import ModelSpec, create_model, find_model
@@ -110,7 +110,7 @@ def _published(job: Job, spec: ModelSpec, resume: str) -> nn.Module:
 
 
 def _resumed(job: Job, spec: ModelSpec, path: Path, prefix: str) -> nn.Module:
-    path = path.expanduser()
+    path = expanded(path)
     checkpoint: dict[str, Any] = read_checkpoint(path)
     if is_quantized(checkpoint):
         kept = float_weights(checkpoint)
@@ -198,7 +198,7 @@ def cached_logits(job: Job, teacher: nn.Module, arch: str) -> Tensor:
     Raises DataError where images are missing or damaged, OutputError where the file cannot be written.
     """
     dataset, config = open_split(job, "train"), job.config
-    folder = None if config.data is None else str(config.data.expanduser().resolve())
+    folder = None if config.data is None else str(expanded(config.data).resolve())
     key = (weights_hash(teacher.state_dict()), arch, job.spec.arch, job.dataset_name, folder, "train", len(dataset))
     stem = re.sub(r"[^\w.-]+", "_", f"{Path(arch).name}_{job.dataset_name}")
     path = STATS / f"{stem}_teacher_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"

@@ -42,6 +42,8 @@ def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
         CheckpointError: the checkpoint is of another run.
     """
     args = job.config.train
+    if "--epochs" not in job.config.given:
+        _log.info("Training until %d epochs are done, as --epochs does not say otherwise", args.epochs)
     schedule = read_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())
     run = _Run(job, schedule)
     run.resume(checkpoint)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from qlib.data.names import DATASETS
 from qlib.errors import DataError, ModelError, did_you_mean
+from qlib.files import expanded
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # not all that Pillow knows: it would run Ghostscript on EPS
@@ -149,7 +150,7 @@ def open_dataset(
     elif root is None:
         raise DataError(f"dataset {name} needs its folder; give it as DATASET_DIR")
     else:
-        images, labels, classes = _from_folder(name, root.expanduser(), split)
+        images, labels, classes = _from_folder(name, expanded(root), split)
     if num_classes not in (None, len(classes)):
         where = f"dataset {name}" if root is None else f"{str(root)!r} ({name})"
         raise DataError(

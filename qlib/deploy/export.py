@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from qlib.deploy.named import with_named_tensors
 from qlib.errors import ExportError
-from qlib.files import write_together
+from qlib.files import write_whole
 from qlib.graph import Graph
 from qlib.graph.ir import source_line
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
@@ -290,4 +290,4 @@ def _save(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
     model.metadata_props.update({f"qlib.{key}": value for key, value in metadata.items()})
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{path.name}.data" if size > _EXTERNAL else None
-    write_together(path, lambda file: ir.save(model, file, external_data=external), "ONNX model")
+    write_whole(path, lambda file: ir.save(model, file, external_data=external), "ONNX model")

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from qlib.graph import ops
 
-__all__ = ["Arguments", "arguments_of", "layer_of"]
+__all__ = ["Arguments", "arguments_of", "is_plain_product", "layer_of"]
 
 Arguments = dict[str, Any]
 """The arguments of an op by their names in its schema: nodes, model tensors where they are constants, plain values."""
@@ -213,18 +213,33 @@ def _mean(given: Arguments, shape: Sequence[int]) -> Layer | None:
     return ops.GlobalAvgPool(keepdim=bool(given["keepdim"])), [given["self"]]
 
 
-def _einsum(given: Arguments, shape: Sequence[int]) -> Layer | None:
-    """``"..id,..jd->..ij"`` and ``"..ij,..jd->..id"`` are matrix products; other equations stay functions."""
-    left, out = f"{given['equation']}->".replace(" ", "").split("->")[:2]
-    terms, operands = left.split(","), list(given["tensors"])
-    if len(terms) != 2 or len(operands) != 2 or not out:
+def is_plain_product(equation: str) -> bool:
+    """Whether an equation is a matrix product, batched, of the second operand as it is or transposed.
+
+    >>> is_plain_product("bhid,bhjd->bhij"), is_plain_product("bij,bjd->bid"), is_plain_product("bhwc,hkc->bhwk")
+    (True, True, False)
+    """
+    return _transposes(equation) is not None
+
+
+def _transposes(equation: str) -> bool | None:
+    """Whether a matrix product transposes its second operand; None for an equation that is none."""
+    left, out = f"{equation}->".replace(" ", "").split("->")[:2]
+    terms = left.split(",")
+    if len(terms) != 2 or not out:
         return None
     (a, b), batch = terms, terms[0][:-2]
     if not a[:-2] == b[:-2] == out[:-2] == batch or len(set(a[-2:] + b[-2:])) != 3:
         return None
     if a[-1] == b[-1] and out[-2:] == a[-2] + b[-2]:
-        return ops.MatMul(transpose=True), operands
-    return (ops.MatMul(), operands) if a[-1] == b[-2] and out[-2:] == a[-2] + b[-1] else None
+        return True
+    return False if a[-1] == b[-2] and out[-2:] == a[-2] + b[-1] else None
+
+
+def _einsum(given: Arguments, shape: Sequence[int]) -> Layer | None:
+    """``"..id,..jd->..ij"`` and ``"..ij,..jd->..id"`` are matrix products; other equations stay functions."""
+    transposes = _transposes(given["equation"])
+    return None if transposes is None else (ops.MatMul(transpose=transposes), list(given["tensors"]))
 
 
 _BUILDERS: dict[str, Callable[[Arguments, Sequence[int]], Layer | None]] = {

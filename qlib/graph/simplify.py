@@ -15,6 +15,8 @@ from qlib.graph.edit import insert, sizes_of
 from qlib.graph.moves import is_move
 from qlib.graph.names import DROPOUTS, op_of, writes
 from qlib.graph.norm_order import norm_before_moves
+from qlib.graph.products import split_product
+from qlib.graph.scatters import split_scatter
 from qlib.graph.trace import Trace, depends_on
 
 __all__ = ["simplify"]
@@ -38,6 +40,9 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
     for node in list(graph.nodes):
         _make_constant(graph, node)
         _give_sizes(graph, node)
+    for node in list(graph.nodes):
+        split_scatter(graph, node)
+        split_product(graph, node)
     tensors, paths = dict(trace.tensors), dict(trace.paths)
     trace = replace(trace, tensors=tensors, paths=paths)
     for node in list(graph.nodes):

@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from qlib.errors import ModelError
+from qlib.files import expanded
 from qlib.models.logits import with_logits
 from qlib.models.spec import ModelSpec, StateDict
 from qlib.models.transforms import evaluation_transform
@@ -34,7 +35,7 @@ def model_spec(arch: str) -> ModelSpec:
     Raises:
         ModelError: transformers is not installed, or the folder holds no image classifier.
     """
-    folder = Path(arch.removeprefix(PREFIX)).expanduser()
+    folder = expanded(arch.removeprefix(PREFIX))
     if not (folder / "config.json").is_file():
         raise ModelError(f"there is no model in the folder {str(folder)!r}; give one that save_pretrained wrote")
     config = _loaded("AutoConfig", folder)

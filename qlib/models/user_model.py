@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlib.errors import ModelError, did_you_mean
+from qlib.files import expanded
 from qlib.models.logits import with_logits
 from qlib.models.spec import ModelSpec
 from qlib.models.transforms import (
@@ -42,7 +43,7 @@ def model_spec(arch: str) -> ModelSpec:
     path, _, name = arch.partition(".py:")
     if not name:
         raise ModelError(f"{arch!r} names no function; write it as path/to/file.py:function")
-    function = _function(Path(f"{path}.py").expanduser(), name)
+    function = _function(expanded(f"{path}.py"), name)
     build = partial(_build, function, arch)
     with users_code(f"{arch!r} fails"):  # attributes may be properties
         return _spec_of(build(None), arch, build)

@@ -102,7 +102,12 @@ class Trainee:
     @property
     def lr(self) -> float:
         """The learning rate of the weights."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        return self.rates[0]
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rate of each group of parameters, that of the weights first."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
 
 
 def run_epoch(
@@ -118,7 +123,8 @@ def run_epoch(
     Law: what a step does depends on the weights, the optimizer, the policies and (seed, epoch, step), and on nothing
     that was computed before: a run that is resumed at a step goes on as if it had not been interrupted.
 
-    Raises Diverged when the loss is NaN or infinite; the weights are then those of the step before.
+    Raises Diverged when the loss is NaN or infinite, or a learning rate beyond float32; the weights are then those of
+    the step before.
     """
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp)
     done, start = progress.steps, time.monotonic()
@@ -145,6 +151,8 @@ def run_epoch(
             raise Diverged(
                 f"the loss is {losses.overall.item()} in epoch {batch.epoch}, step {batch.step + 1} of {steps}"
             )
+        if rate := next((rate for rate in trainee.rates if abs(rate) > torch.finfo(torch.float32).max), None):
+            raise Diverged(f"the learning rate is {rate:g} in epoch {batch.epoch}, which no weight can follow")
         _backward(trainee, losses, settings, scaler)
         for policy in trainee.policies:
             policy.on_minibatch_end(batch)

@@ -422,6 +422,12 @@ def test_a_gpu_that_is_not_among_those_there(monkeypatch: pytest.MonkeyPatch) ->
             " 1 parameter; all of these weights are zero in the file",
             id="trained on",
         ),
+        pytest.param(
+            "--epochs 1 --lr 0.01 --etrs 0.05 --evs 0.1 -a digits_cnn --kd-teacher digits_cnn --kd-resume zero.pth",
+            "The masks in the teacher's checkpoint 'zero.pth' are not applied to the teacher: they zero 128 weights in"
+            " 1 parameter; all of these weights are zero in the file",
+            id="a teacher's",
+        ),
         pytest.param("-e --resume-from ones.pth", None, id="masks that zero nothing"),
     ],
 )

@@ -197,6 +197,15 @@ def test_a_loss_that_is_nan_stops_the_run() -> None:
     assert contents(done.folder / "checkpoint.pth.tar")["steps"] == 0
 
 
+def test_a_learning_rate_beyond_float32_stops_the_run() -> None:
+    quantizer = "{class: LSQQuantizer, bits_weights: 4, lr_factor: 1.0e+20}"
+    policy = "{quantizer: {instance_name: q}, starting_epoch: 0, ending_epoch: 1}"
+    Path("fast.yaml").write_text(f"quantizers: {{q: {quantizer}}}\npolicies: [{policy}]\n")
+    done = run(f"{MODEL} --epochs 1 --lr 1e20 --compress fast.yaml {FAST}")
+    assert done.code == 1
+    assert "the learning rate is 1e+40 in epoch 0, which no weight can follow; lower --lr" in done.out
+
+
 def test_the_last_good_checkpoint_is_one_that_a_step_could_use() -> None:
     """What would have been saved behind the step that made the weights explode is not kept."""
     done = run(f"{MODEL} --epochs 1 --lr 1e12 --save-every 0 {FAST}")

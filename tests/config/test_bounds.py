@@ -179,6 +179,7 @@ def test_numbers_beyond_float(number: float) -> None:
         ("-b " + "9" * 5000, "it must be a whole number, 1 or more"),
         ("--lr 1e400", "--lr '1e400' is not allowed: it must be a number above 0"),
         ("--lr nan", "--lr 'nan' is not allowed"),
+        ("--lr 3.5e38", "--lr '3.5e38' is not allowed: it must be a number above 0"),
         ("--qe --qe-budget " + "9" * 300 + "TB", "it must be a number above 0 with its unit"),
         ("--qe --qe-no-quant-layers " + "a," * 100_000, "lists 100000 names, and may list 1000"),
         ("--qe --qe-mode " + "x" * 5000, r"--qe-mode 'x+\.\.\. \(4882 characters\) \.\.\.x+' is not allowed"),
@@ -186,7 +187,18 @@ def test_numbers_beyond_float(number: float) -> None:
         (" ".join(["x"] * 5000), r"one DATASET_DIR is allowed, not 5000: x x"),
     ],
     ids=[
-        *("10**30", "400 digits", "5000 digits", "1e400", "nan", "budget", "commas", "long value", "long flag"),
+        *(
+            "10**30",
+            "400 digits",
+            "5000 digits",
+            "1e400",
+            "nan",
+            "beyond float32",
+            "budget",
+            "commas",
+            "long value",
+            "long flag",
+        ),
         "many folders",
     ],
 )
@@ -201,6 +213,12 @@ def test_flags_beyond_what_can_be(words: str, sentence: str) -> None:
 @given(st.text(alphabet=",ab[](){}", max_size=30))
 def test_names_are_split_as_by_the_pattern_that_took_quadratic_time(text: str) -> None:
     assert split_names(text) == [name for name in re.split(r",(?![^\[({]*[\])}])", text) if name.strip()]
+
+
+@given(st.floats(1e-12, 1e15), st.sampled_from(["B", "KB", "MB", "bits", "GBOPs"]))
+def test_the_text_of_a_budget_is_a_budget(amount: float, unit: str) -> None:
+    budget = parse_budget(f"{amount:.20f}{unit}")
+    assert parse_budget(str(budget)).amount == pytest.approx(budget.amount, rel=1e-9)
 
 
 def test_budgets_are_finite() -> None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LINES = (
     ("errors",),
-    ("registry", "progress", "files", "yaml_tree", "values", "quant.spec", "data.names", "users_code"),
+    ("system",),
+    ("registry", "progress", "files", "streams", "yaml_tree", "values", "quant.spec", "data.names", "users_code"),
     ("quant.clip_names",),
     ("quant.affine", "quant.plan", "config", "data", "metrics", "runlog", "tensor_file"),
     ("graph",),
@@ -44,12 +45,12 @@ HOME = {
 WRITES = {"rename", "renames", "symlink_to", "write_bytes", "write_text"}
 """Methods that change the disk."""
 
-MAY_OPEN = {"checkpoint.write": "the temporary file of write_whole", "runlog": "os.devnull"}
+MAY_OPEN = {"checkpoint.write": "the temporary file of write_whole", "streams": "os.devnull, and logs, which grow"}
 """Modules beside `files` that open a file to write into it."""
 
 NOWHERE = ("torch.ao", "torch.quantization")
 MAY_PRINT = {"cli", "compress"}
-LIGHT = ("errors", "registry", "files", "yaml_tree", "values", "config", "cli")
+LIGHT = ("errors", "system", "registry", "files", "streams", "yaml_tree", "values", "config", "cli")
 """What ``--help`` imports: nothing heavy."""
 
 

@@ -17,7 +17,7 @@ from qlib import files
 from qlib.checkpoint.write import write_checkpoint
 from qlib.correct._stream import Buffer
 from qlib.errors import OutputError
-from qlib.files import append_csv, reserve, scratch_folder, write_csv, write_text, write_together, write_whole
+from qlib.files import append_csv, reserve, scratch_folder, write_csv, write_text, write_whole
 from qlib.quant.plan import LayerPlan, Plan
 from qlib.quant.plan_file import write_plan
 from qlib.stats.stats_file import write_stats
@@ -56,7 +56,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_and_nothing_else(tmp_path
         raise failure
 
     told = OutputError if isinstance(failure, OSError) else type(failure)
-    for writer in (write_whole, write_together):
+    for writer in (write_whole,):
         with pytest.raises(told) as error:
             writer(path, write, "plan")
         assert path.read_text() == "old"
@@ -71,7 +71,7 @@ def write_onnx(path: Path) -> None:
     weight = ir.tensor(TENSORS["weight"].numpy(), name="weight")
     value = ir.Value(name="weight", const_value=weight, type=ir.TensorType(weight.dtype), shape=weight.shape)
     model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 20}), ir_version=10)
-    write_together(path, lambda file: ir.save(model, file, external_data=f"{path.name}.data"), "ONNX model")
+    write_whole(path, lambda file: ir.save(model, file, external_data=f"{path.name}.data"), "ONNX model")
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
@@ -148,7 +148,7 @@ def test_a_file_and_its_parts_appear_together(tmp_path: Path) -> None:
         file.with_name(f"{file.name}.data").write_text("weights")
         assert names(tmp_path) == {file.parent.name}
 
-    write_together(tmp_path / "a.onnx", write, "model")
+    write_whole(tmp_path / "a.onnx", write, "model")
     assert names(tmp_path) == {"a.onnx", "a.onnx.data"}
 
 
@@ -202,14 +202,14 @@ RUNS = [
 def test_a_full_disk_ends_a_run_with_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, pattern: str, what: str
 ) -> None:
-    told = files._told
+    told = files.told
 
     @contextlib.contextmanager
     def full(what: str, path: Path) -> Iterator[None]:
         with told(what, path), room_for(10) if path.match(pattern) else contextlib.nullcontext():
             yield
 
-    monkeypatch.setattr(files, "_told", full)
+    monkeypatch.setattr(files, "told", full)
     done = run(words, tmp_path)
     assert done.code == 2, done
     assert done.err.startswith(f"compress.py: error: cannot write {what} '")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -12,11 +13,15 @@ from qlib import values
 from qlib.config.flags.absent import why_absent
 from qlib.config.layers.budget import parse_budget
 from qlib.errors import UsageError, did_you_mean
+from qlib.files import expanded
+from qlib.system import in_words, remedy
 from qlib.values import FLAG, Interval, TooLarge, Value
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
 __all__ += ["names", "path", "real"]
 __all__ += ["new_file", "run_folder", "run_name", "schedule_file", "split_names", "whole"]
+
+_LONGEST_NAME = 200  #: of 255 that file systems take; the rest is for what files are called after it
 
 _SCHEDULES = Path(__file__).resolve().parents[2] / "schedules"  #: in a checkout a link to the folder at its top
 
@@ -45,6 +50,8 @@ class Kind:
         """
         try:
             return self.read(text)
+        except OSError as error:
+            raise UsageError(f"{flag} {text!r} cannot be used ({in_words(error)}); {remedy(error)}") from None
         except ValueError as error:
             why = why_absent(f"{flag} {text.lower()}")
             hint = str(error) if isinstance(error, TooLarge) else did_you_mean(text.lower(), self.choices)
@@ -103,6 +110,8 @@ def run_name() -> Kind:
 
     def read(text: str) -> str:
         _require(bool(text.strip()) and not re.search(r"[/\\\0]", text) and not text.startswith("."))
+        if len(os.fsencode(text)) > _LONGEST_NAME:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         return text
 
     return Kind(read, "a name that does not begin with a dot and has no slash in it, as a folder is called so", "NAME")
@@ -112,8 +121,8 @@ def path(metavar: str = "DIR") -> Kind:
     """A path; `~` is expanded."""
 
     def read(text: str) -> Path:
-        _require(bool(text))
-        return Path(text).expanduser()
+        _require(bool(text) and "\0" not in text)
+        return expanded(text)
 
     return Kind(read, "a path", metavar)
 
@@ -122,7 +131,7 @@ def new_file(suffix: str, *, without: str) -> Kind:
     """The path of a file to write, which ends in `suffix`; `~` is expanded. `without` is left as it stands."""
 
     def read(text: str) -> Path:
-        file = Path(text).expanduser()
+        file = expanded(text)
         _require(text == without or (file.suffix == suffix and not file.is_dir() and os.access(file.parent, os.W_OK)))
         return file
 
@@ -134,7 +143,7 @@ def existing_file() -> Kind:
     """The path of a file that exists; `~` is expanded."""
 
     def read(text: str) -> Path:
-        file = Path(text).expanduser()
+        file = expanded(text)
         _require(file.is_file())
         # The run moves latest_log_dir before it reads a file that was named through it.
         return file.resolve() if file.parent.is_symlink() else file
@@ -146,7 +155,7 @@ def run_folder() -> Kind:
     """The folder of a run, as it was when the command line was read: a run moves the link `latest_log_dir`."""
 
     def read(text: str) -> Path:
-        folder = Path(text).expanduser()
+        folder = expanded(text)
         _require(folder.is_dir())
         return folder.resolve() if folder.is_symlink() else folder
 
@@ -164,7 +173,7 @@ def schedule_file() -> Kind:
     names = {f"{folder}{name}": path for folder in ("", "schedules/") for name, path in packaged.items()}
 
     def read(text: str) -> object:
-        return plain.read(text if Path(text).is_file() else str(names.get(text, text)))
+        return plain.read(text if os.path.isfile(text) else str(names.get(text, text)))
 
     allowed = f"{plain.allowed}, or one that comes with the package: {', '.join(packaged)}"
     return Kind(read, allowed, plain.metavar, tuple(packaged))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 __all__ = ["UNITS", "Budget", "parse_budget"]
 
@@ -49,14 +50,14 @@ class Budget:
         return f"{rounded.rstrip('0').rstrip('.') if '.' in rounded else rounded}{self.prefix}{self.unit}"
 
     def __str__(self) -> str:
-        return f"{self.amount:.10g}{self.prefix}{self.unit}"
+        return f"{Decimal(f'{self.amount:.10g}'):f}{self.prefix}{self.unit}"
 
 
 def parse_budget(text: str) -> Budget:
     """The budget that a text stands for, with units in any case. Raises ValueError for any other text.
 
-    >>> str(parse_budget("3.20 mb")), str(parse_budget("12gBops"))
-    ('3.2MB', '12GBOPs')
+    >>> str(parse_budget("3.20 mb")), str(parse_budget("12gBops")), str(parse_budget("20000000000b"))
+    ('3.2MB', '12GBOPs', '20000000000B')
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt]?)(b|bops)|(bits?))", text.strip(), re.IGNORECASE)
     if found is None or not 0 < float(found[1]) <= _MOST:

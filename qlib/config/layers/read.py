@@ -10,6 +10,7 @@ from qlib.config.layers.keys import CORRECTION_FIELDS, LAYER_FIELDS, QUANTIZER_F
 from qlib.config.layers.patterns import pattern_problem
 from qlib.config.layers.settings import LayerSettings, PtqConfig, Rule
 from qlib.errors import ConfigError, did_you_mean
+from qlib.files import expanded
 from qlib.quant.clip_names import CLIP_PARAMETERS
 from qlib.yaml_tree import MOST_SETTINGS, Node, load_yaml
 
@@ -174,7 +175,7 @@ def _check_float_size(node: Node, problems: list[str]) -> None:
 def _find_stats(component: Node, name: object, problems: list[str]) -> Path | None:
     if name is None:
         return None
-    given = Path(str(name)).expanduser()
+    given = expanded(str(name))
     for candidate in (Path(component.file).parent / given, given):
         if candidate.is_file():
             return candidate
