@@ -17,7 +17,7 @@ from qlib.errors import OutputError, QlibError, SystemRefusal
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["answered", "in_words", "refusal", "remedy", "unwritable"]
+__all__ = ["answered", "in_words", "refusal", "remedy", "shortage", "unwritable"]
 
 _ROOM = "make room for it"
 _REMEDIES: Mapping[int | None, str] = {
@@ -35,7 +35,7 @@ _WORDS = (
         "the processes that read images have no room in shared memory, /dev/shm; give -j 0, or enlarge it",
     ),
     (
-        r"DataLoader worker .*(killed by signal|exited unexpectedly)|Connection reset by peer",
+        r"DataLoader worker .*(killed by signal|exited unexpectedly)",
         "a process that reads images was killed, as systems do that are short of memory; give a lower -j or -b,"
         " or -j 0",
     ),
@@ -86,15 +86,25 @@ def refusal(error: BaseException) -> QlibError | None:
         return SystemRefusal("the current folder is no longer there; change to one that is")
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return SystemRefusal(f"cannot use {str(error.filename)!r} ({in_words(error)}); {remedy(error)}")
-    if isinstance(error, (OSError, RuntimeError, MemoryError, ImportError, SystemError)):
-        text = f"{error} out of memory" if isinstance(error, MemoryError) else str(error)
-        found = next((sentence for words, sentence in _WORDS if re.search(words, text)), None)
-        if found is not None:
-            return SystemRefusal(found)
+    if found := shortage(error):
+        return found
     if isinstance(error, OSError) and error.errno is not None:
         do = remedy(error, "try again")
         return SystemRefusal(f"the system refuses a file or process ({in_words(error)}); {do}")
     return None
+
+
+def shortage(error: BaseException) -> SystemRefusal | None:
+    """The sentence for an exception that tells of too little memory or the like, whoever's code raised it.
+
+    >>> str(shortage(MemoryError()))
+    'there is not enough memory; give a lower -b or -j, a smaller model, or end other programs'
+    """
+    if not isinstance(error, (OSError, RuntimeError, MemoryError, ImportError, SystemError)):
+        return None
+    text = "out of memory" if isinstance(error, MemoryError) else str(error)
+    found = next((sentence for words, sentence in _WORDS if re.search(words, text)), None)
+    return None if found is None else SystemRefusal(found)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from qlib.errors import ModelError, QlibError
+from qlib.system import shortage
 
 __all__ = ["UsersFile", "in_users_files", "layer_of", "line_of", "reason_of", "users_code"]
 
@@ -33,8 +34,8 @@ class UsersFile(SourceFileLoader):
 def users_code(what: str, remedy: str = "correct it there", function: object = None) -> Iterator[None]:
     """Where the code of a user runs. Raises ModelError, as the sentence ``{what} with ... at FILE:LINE; {remedy}``.
 
-    Mistakes that have their sentence already pass, and so does Ctrl-C. The line is that of `function` where the error
-    came by none of the user's, as for arguments that it does not take.
+    Mistakes that have their sentence already pass, and so does Ctrl-C; a lack of memory has a sentence of its own. The
+    line is that of `function` where the error came by none of the user's, as for arguments that it does not take.
 
     >>> with users_code("'net.py:make' fails"):
     ...     raise SystemExit(0)
@@ -46,6 +47,8 @@ def users_code(what: str, remedy: str = "correct it there", function: object = N
     except (QlibError, KeyboardInterrupt):
         raise
     except BaseException as error:  # a user's code may raise anything
+        if refused := shortage(error):
+            raise refused from error
         raise ModelError(f"{what} with {reason_of(error)}{_place(error, function)}; {remedy}") from error
 
 

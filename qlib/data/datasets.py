@@ -21,6 +21,7 @@ from PIL import Image
 from qlib.data.names import DATASETS
 from qlib.errors import DataError, ModelError, did_you_mean
 from qlib.files import expanded
+from qlib.system import shortage
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # not all that Pillow knows: it would run Ghostscript on EPS
@@ -103,10 +104,13 @@ class ImageDataset:
         Raises:
             DataError: the image cannot be decoded.
             ModelError: the transform, a user's own, fails.
+            SystemRefusal: too little memory, or too many open files: no fault of the image.
         """
         try:
             image = self.images.read(index)
         except _UNREADABLE as error:
+            if refused := shortage(error):
+                raise refused from error
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"cannot read image {self.path(index)!r}, number {index + 1:,} of {len(self):,} ({reason}); "

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qlib.data.datasets import ImageDataset
-from qlib.errors import DataError, ModelError
+from qlib.errors import DataError, ModelError, QlibError, SystemRefusal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class _Unreadable:
     sentence: str
 
 
-_Item = tuple[Any, int] | _Unreadable | ModelError
+_Item = tuple[Any, int] | _Unreadable | QlibError
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +36,16 @@ class _Reader:
             return self.dataset[index]
         except DataError as error:
             return _Unreadable(self.dataset.path(index), str(error))
-        except ModelError as error:  # of a user's transform; its cause need not survive the way out of a worker
-            return ModelError(str(error))
+        except (ModelError, SystemRefusal) as error:  # its cause need not survive the way out of a worker
+            return type(error)(str(error))
 
 
-def _collate(items: list[_Item]) -> tuple[Any, Any, list[_Unreadable], ModelError | None]:
+def _collate(items: list[_Item]) -> tuple[Any, Any, list[_Unreadable], QlibError | None]:
     import torch
 
     good = [item for item in items if isinstance(item, tuple)]
     bad = [item for item in items if isinstance(item, _Unreadable)]
-    failed = next((item for item in items if isinstance(item, ModelError)), None)
+    failed = next((item for item in items if isinstance(item, QlibError)), None)
     images = torch.utils.data.default_collate([image for image, _ in good]) if good else None
     return images, torch.tensor([label for _, label in good]), bad, failed
 
@@ -99,7 +99,7 @@ class Loader:
                 f"all {len(self.skipped)} images are damaged, the first is {self.skipped[0]!r}; replace them"
             )
 
-    def _batches(self) -> Iterator[tuple[Any, Any, list[_Unreadable], ModelError | None]]:
+    def _batches(self) -> Iterator[tuple[Any, Any, list[_Unreadable], QlibError | None]]:
         import torch
         from torch.utils.data import DataLoader
 

@@ -22,6 +22,7 @@ QUANTIZE = f"{DIGITS} --quantize-eval"
 USER = "-a net.py:brightest images"
 STATS = "stats/digits_cnn_digits.yaml"
 CHECKPOINT = "quantized_checkpoint.pth.tar"
+LONG = "a" * 300
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,19 @@ TABLE = {
         r"'net.py:brightest' returns a tensor of 2x4 for 2 images, and the dataset has 5 classes; make it return",
         lambda folder: [(folder / "images" / split / "white").mkdir() for split in ("train", "val")],
     ),
+    "folder of nobody": Row("-a net.py:brightest ~nosuchuser/x -e", r"no dataset folder '~nosuchuser/x'; give"),
+    "long name of a folder": Row(
+        f"-a net.py:brightest {LONG} -e", r"cannot use 'a+.+' \(File name too long\); give a shorter name"
+    ),
+    "zero byte in the name of a folder": Row(
+        "-a net.py:brightest --run-config c.yaml -e",
+        r"there is no dataset folder 'a\\x00b'",
+        write("c.yaml", 'data: "a\\0b"\n'),
+    ),
     # the model
+    "model file of nobody": Row("-a ~nosuchuser/n.py:f images -e", r"there is no model file '~nosuchuser/n.py'; give"),
+    "long name of a model file": Row(f"-a {LONG}.py:f images -e", r"cannot use 'a+.+.py' \(File name too long\)"),
+    "model folder of nobody": Row("-a hf/~nosuchuser images -e", r"no model in the folder '~nosuchuser'"),
     "unknown model": Row("-a resnet8 images -e", r"unknown model 'resnet8'; .* did you mean resnet18 or"),
     "missing model file": Row("-a no.py:make images -e", r"there is no model file 'no.py'"),
     "missing function": Row("-a net.py:brightness images -e", r"'net.py' has no function .*; did you mean brightest"),
@@ -234,6 +247,11 @@ TABLE = {
         not_a_number,
     ),
     # checkpoints
+    "checkpoint of nobody": Row(f"{DIGITS} -e --resume-from ~nosuchuser/c", r"--resume-from '~nosuchuser/c' is not"),
+    "long name of a checkpoint": Row(
+        f"{DIGITS} -e --resume-from {LONG}",
+        r"--resume-from '.+' cannot be used \(File name too long\); give",
+    ),
     "missing checkpoint": Row(f"{DIGITS} -e --resume-from no.pth", r"--resume-from 'no.pth' .* a file that exists"),
     "not a checkpoint": Row(f"{DIGITS} -e --resume-from net.py", r"'net.py' is not a checkpoint"),
     "empty checkpoint": Row(f"{DIGITS} -e --resume-from e.pth", r"'e.pth' is empty; copy or", write("e.pth", "")),
@@ -322,7 +340,23 @@ TABLE = {
     "plan with wrong bits": Row(
         f"{QUANTIZE} --qe-config-file plan.yaml", r"plan.yaml:\d+: .*bits", edit("plan.yaml", "bits: 8", "bits: 88")
     ),
+    "long name of a layer": Row(
+        f"{QUANTIZE} --qe-dynamic --qe-no-quant-layers {LONG}", r"--qe-no-quant-layers: '.+' matches no layer"
+    ),
+    "settings of nobody": Row(f"{DIGITS} -e --run-config ~nosuchuser/c", r"~nosuchuser/c.*: "),
     # output
+    "long name of a run": Row(
+        f"{DIGITS} -e -n {LONG}", r"--name '.+' cannot be used \(File name too long\); give a shorter name"
+    ),
+    "long name of an output folder": Row(f"{DIGITS} -e -o {LONG}", r"--out-dir a+.+ cannot be written: File name"),
+    "zero byte in the name of an output folder": Row(
+        "--run-config c.yaml",
+        r"--out-dir 'a\\x00b' is not allowed: it must be a path",
+        write("c.yaml", 'out_dir: "a\\0b"\narch: digits_cnn\nevaluate: true\n'),
+    ),
+    "long name of an ONNX file": Row(
+        f"{DIGITS} --export-onnx {LONG}.onnx", r"--export-onnx '.+' cannot be used \(File name too long\)"
+    ),
     "output folder": Row(
         f"{DIGITS} -e -o net.py/out", r"--out-dir net.py/out cannot be written: Not a directory; give"
     ),
