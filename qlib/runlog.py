@@ -183,8 +183,14 @@ def _logged_warnings() -> Iterator[None]:
 
 
 def _link_latest(run: RunLog) -> None:
-    """Points `latest_log_dir` and `latest_log_file` of the current folder at this run, where that is possible."""
+    """Points `latest_log_dir` and `latest_log_file` of the current folder at this run, where that is possible.
+
+    Only a link is replaced: a file or folder of that name is the user's own.
+    """
     for name, target in (("latest_log_dir", run.folder), ("latest_log_file", run.file)):
+        if os.path.lexists(name) and not os.path.islink(name):
+            _log.warning("Warning: %s is no link to a run but yours, and stays; rename it to have the link", name)
+            continue
         try:
             replace_whole(Path(name), operator.methodcaller("symlink_to", target))
         except OSError as error:

@@ -1,17 +1,25 @@
-"""Tensors by name in a `.safetensors` file, with a few texts beside them."""
+"""Tensors by name in a `.safetensors` file, with a few texts beside them.
+
+The format has no checksum, so that ours stands among the texts: a file of ours that was damaged or changed is not read.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, uint8
 
 from qlib.files import write_whole
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "tensor_bytes", "write_tensors"]
+
+_HASH = "qlib_hash"
+_BYTES_OF_LENGTH, _ALIGNMENT = 8, 8
 
 
 def write_tensors(
@@ -22,19 +30,52 @@ def write_tensors(
     *,
     parents: bool = False,
 ) -> None:
-    """Writes the file whole or not at all. Raises OutputError where it cannot be written.
+    """Writes the file whole or not at all, the same bytes for the same content. Raises OutputError where it cannot.
 
     The library would write to `path` itself: with the mode of a private file, and an error of its own for a full disk.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    content = save(plain, None if metadata is None else dict(metadata))
+    texts = dict(metadata or {})
+    content = _in_order(save(plain, {**texts, _HASH: _hash(plain, texts)}))
     write_whole(path, lambda file: file.write_bytes(content), what, parents=parents)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, on the CPU, and the texts. Raises OSError where the file cannot be read, or is damaged."""
+def read_tensors(path: Path, *, ours: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, on the CPU, and the texts; a file that is `ours` has a hash, one of others may have none.
+
+    Raises OSError where the file cannot be read, or is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors, texts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    found = texts.pop(_HASH, None)
+    if found != _hash(tensors, texts) and (found is not None or ours):
+        raise OSError("it does not hold what was written")
+    return tensors, texts
+
+
+def tensor_bytes(value: Tensor) -> bytes:
+    """The values of a tensor, row by row."""
+    plain = value.detach().cpu().contiguous().view(-1)
+    return plain.view(uint8).numpy().tobytes() if len(plain) else b""
+
+
+def _hash(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(texts), sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name!r} {value.dtype} {tuple(value.shape)}:".encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+def _in_order(content: bytes) -> bytes:
+    """The file with its texts in order: the library writes them in any."""
+    start = _BYTES_OF_LENGTH + int.from_bytes(content[:_BYTES_OF_LENGTH], "little")
+    header = json.loads(content[_BYTES_OF_LENGTH:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(_BYTES_OF_LENGTH, "little") + text + content[start:]

@@ -100,7 +100,7 @@ class _Unfinished:
 
     def load(self, collector: Collector, total: int) -> int:
         """Takes up what was kept; returns how many images are done."""
-        done = collector.load(self.path, self.key)
+        done = collector.load(self.path, self.key, total)
         if self.path.exists() and not done:
             _log.info("The unfinished collection in %s is of other settings, or damaged, and is replaced", self.path)
         if done:

@@ -32,7 +32,7 @@ from qlib.quant.plan import Plan
 from qlib.quant.plan_file import check_plan, is_plan_file, read_plan, stats_from_plan
 from qlib.search.lapq import starting_clips
 from qlib.stats.data_free import data_free_stats
-from qlib.stats.stats_file import check_fingerprint, read_stats
+from qlib.stats.stats_file import check_fingerprint, check_layers, read_stats
 from qlib.stats.tensor_stats import ModelStats
 
 __all__ = ["Planned", "fitting", "given_plan", "make_plan", "plan_of", "settings_of", "stats_for", "with_corrections"]
@@ -94,12 +94,16 @@ def settings_of(job: Job, folded: FoldedGraph) -> tuple[PtqConfig, dict[str, Lay
 
 
 def _read_stats(job: Job, folded: FoldedGraph, path: Path) -> ModelStats:
-    """Statistics from a file of them, or the ranges of a plan."""
+    """Statistics from a file of them, or the ranges of a plan; both of layers of this model, or of modules in them."""
+    names = [*folded.layers, *folded.absorbed]
     if is_plan_file(path):
-        return stats_from_plan(_read_plan(folded, path))
-    stats = read_stats(path)
-    check_fingerprint(stats, job.spec.arch, weights_hash(job.model.state_dict()), job.config.ptq.of_float)
-    return replace(stats, layers=in_own_names(stats.layers, [*folded.layers, *folded.absorbed]))
+        stats = stats_from_plan(_read_plan(folded, path))
+    else:
+        stats = read_stats(path)
+        check_fingerprint(stats, job.spec.arch, weights_hash(job.model.state_dict()), job.config.ptq.of_float)
+        stats = replace(stats, layers=in_own_names(stats.layers, names))
+    check_layers(stats, {*names, *dict(job.model.named_modules())}, str(path))
+    return stats
 
 
 def _read_plan(folded: FoldedGraph, path: Path) -> Plan:

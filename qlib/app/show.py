@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from qlib.app.distill import make_distillation
 from qlib.app.job import Job
 from qlib.app.plan import fitting, given_plan, plan_of, settings_of, stats_for
 from qlib.app.policies import make_quantization, read_schedule
@@ -45,6 +46,7 @@ def _check_schedule(job: Job, path: Path) -> None:
     schedule = read_schedule(path, job.config.train.epochs)
     _log.info("%s", timeline(schedule, job.config.train.epochs))
     folded, quantization = fold(job.model, job.example), make_quantization(job, schedule)
+    make_distillation(job, quantization.module if quantization else job.model, schedule)
     for spec, settings in quantization.settings if quantization else []:
         table = settings_table(folded.graph, settings, folded.absorbed)
         _log.info("%s (%s), from epoch %d on:\n%s", spec.component.name, spec.component.cls, spec.start, table)

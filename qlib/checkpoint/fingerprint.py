@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from qlib.tensor_file import tensor_bytes
 
 __all__ = ["content_hash", "weights_hash"]
 
@@ -15,13 +16,14 @@ __all__ = ["content_hash", "weights_hash"]
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """A short hash of names, types, shapes and values of all weights, on whatever device they are.
 
+    >>> import torch
     >>> weights_hash({"fc.bias": torch.zeros(2)}), weights_hash({"fc.bias": torch.zeros(2, 1)})
     ('42febe43ae36e0b1', 'b8da6626c33ea05b')
     """
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
+        digest.update(tensor_bytes(value))
     return digest.hexdigest()[:16]
 
 
@@ -44,7 +46,7 @@ def content_hash(value: Any) -> str:
 def _parts(value: Any) -> Iterator[bytes]:
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}:".encode()
-        yield _bytes(value)
+        yield tensor_bytes(value)
     elif isinstance(value, dict):
         yield f"{len(value)} items:".encode()
         for key in sorted(value, key=repr):
@@ -56,8 +58,3 @@ def _parts(value: Any) -> Iterator[bytes]:
             yield from _parts(each)
     else:
         yield f"{type(value).__name__} {value!r};".encode()
-
-
-def _bytes(value: Tensor) -> bytes:
-    plain = value.detach().cpu().contiguous().view(-1)
-    return plain.view(torch.uint8).numpy().tobytes() if len(plain) else b""

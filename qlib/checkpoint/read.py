@@ -21,6 +21,7 @@ from torch import Tensor
 from qlib.checkpoint.tensors import Unsupported, storage_of, with_tensors
 from qlib.checkpoint.unpickle import Persistent, Refused, unpickle
 from qlib.errors import CheckpointError
+from qlib.tensor_file import read_tensors
 
 __all__ = ["read_checkpoint"]
 
@@ -62,12 +63,11 @@ def _damaged(path: Path) -> CheckpointError:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        return read_tensors(path)[0]
+    except OSError as error:
+        if error.errno is not None:
+            raise
         raise _damaged(path) from error
 
 

@@ -241,7 +241,7 @@ class _Partial:
     def load(self) -> list[str]:
         """The names of the parts that are done, whose weights and scales are put into the model."""
         try:
-            state, header = read_tensors(self.path)
+            state, header = read_tensors(self.path, ours=True)
         except OSError:
             return self.done
         if header.get("key") == self.key:

@@ -40,8 +40,8 @@ _SATURATING = ((nn.Sigmoid, 6.0), (nn.Tanh, 4.0))
 
 def layer_infos(graph: Graph) -> list[LayerInfo]:
     """The layers of a graph, as the settings are resolved against them."""
-    kinds = {name_of(node): layer_kind(module) for node, module in layers(graph)}
-    return [LayerInfo(name, kind.name, kind.weighted) for name, kind in kinds.items()]
+    found = {name_of(node): (layer_kind(module), len(layer_inputs(node))) for node, module in layers(graph)}
+    return [LayerInfo(name, kind.name, kind.weighted, inputs) for name, (kind, inputs) in found.items()]
 
 
 def plan_post_train_linear(

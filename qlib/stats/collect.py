@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,23 +159,40 @@ class Collector:
         texts = {"qlib": json.dumps(header, sort_keys=True)}
         write_tensors(path, tensors, "the statistics so far", texts, parents=True)
 
-    def load(self, path: Path, fingerprint: Mapping[str, Any]) -> int:
-        """Goes on from a file of `save`: how many images it consumed; 0 where absent or of another calibration."""
+    def load(self, path: Path, fingerprint: Mapping[str, Any], total: int) -> int:
+        """Goes on from a file of `save`: how many of `total` images it consumed.
+
+        0 where it is absent, damaged, of another calibration, or claims what cannot be.
+        """
         try:
-            tensors, texts = read_tensors(path)
+            tensors, texts = read_tensors(path, ours=True)
         except OSError:
             return 0
         header = json.loads(texts.get("qlib", "{}"))
         if header.get("fingerprint") != json.loads(json.dumps(fingerprint)):
             return 0
         rows = {name.removeprefix(_ROWS): tensors.pop(name) for name in list(tensors) if name.startswith(_ROWS)}
-        if bool(rows) != (self._rows is not None):
+        if bool(rows) != (self._rows is not None) or not self._may_be(tensors, total):
             return 0
         device = self._observer.device
         self._state = Sums(**{name: value.to(device) for name, value in tensors.items()})
         self._rows = HistogramRows.of_state(rows, device) if rows else None
         self._shapes = header["shapes"]
         return int(self._state.consumed)
+
+    def _may_be(self, tensors: Mapping[str, Tensor], total: int) -> bool:
+        """Whether these can be the sums of so many images at most, over the tensors that are measured."""
+        counts = {"samples", "consumed"}
+        if set(tensors) != {field.name for field in fields(Sums)} or not all(map(_is_finite, tensors.values())):
+            return False
+        rows = {name: 1 if name in counts else len(self._nodes) for name in tensors}
+        if any(value.shape != (rows[name],) for name, value in tensors.items()):
+            return False
+        return bool(0 < tensors["samples"] <= tensors["consumed"] <= total)
+
+
+def _is_finite(value: Tensor) -> bool:
+    return value.dtype == torch.float64 and bool(torch.isfinite(value).all())
 
 
 def _operation(node: fx.Node) -> str:

@@ -2,13 +2,14 @@
 
 ::
 
-    qlib_stats: {version: 1, arch: resnet20_cifar, weights: <hash>, ...}    absent in a file of Distiller
+    qlib_stats: {version: 1, arch: resnet20_cifar, weights: <hash>, hash: <hash>, ...}    absent in a file of Distiller
     conv1:
       inputs:
         0: {min: ., max: ., avg_min: ., avg_max: ., mean: ., std: ., b: ., shape: (128, 3, 32, 32), total_numel: .,
             samples: .}
       output: {min: ., ...}
 
+The hash is that of the file without it, so that no number changes in silence; a file from before it has none.
 Histograms, where they were collected, lie in a `.safetensors` file beside it, which the header names by its hash.
 """
 
@@ -18,7 +19,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,10 +31,10 @@ from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 from qlib.values import whole
 from qlib.yaml_tree import Node, load_yaml
 
-__all__ = ["check_fingerprint", "read_stats", "write_stats"]
+__all__ = ["check_fingerprint", "check_layers", "read_stats", "write_stats"]
 
 _HEADER = "qlib_stats"
-_HISTOGRAMS = "histograms"
+_HISTOGRAMS, _HASH = "histograms", "hash"
 _VERSION = 1
 _FLOATS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
 _KEYS = (*_FLOATS, "shape", "total_numel", "samples")
@@ -52,15 +53,25 @@ def write_stats(path: str | Path, stats: ModelStats) -> None:
         OutputError: the file cannot be written.
     """
     path, histograms = Path(path), histogram_bytes(stats.layers)
-    text = "".join(_lines(stats, None if histograms is None else content_hash(histograms)))
+    text = _text_of(stats, None if histograms is None else content_hash(histograms))
     if histograms is not None:
         write_histograms(histogram_path(path), histograms)
     write_text(path, text, "statistics", parents=True)
 
 
-def _lines(stats: ModelStats, histograms: str | None) -> Iterator[str]:
+def _text_of(stats: ModelStats, histograms: str | None) -> str:
+    """The file's text, with the hash of what it would be without one."""
+    return "".join(_lines(stats, histograms, _own_hash(stats, histograms)))
+
+
+def _own_hash(stats: ModelStats, histograms: object) -> str:
+    return content_hash("".join(_lines(stats, histograms)).encode())
+
+
+def _lines(stats: ModelStats, histograms: object, own_hash: str | None = None) -> Iterator[str]:
     yield f"{_HEADER}:\n  version: {_VERSION}\n"
-    named = {} if histograms is None else {_HISTOGRAMS: histograms}
+    named: dict[str, object] = {} if histograms is None else {_HISTOGRAMS: histograms}
+    named |= {} if own_hash is None else {_HASH: own_hash}
     for key, value in {**stats.fingerprint, **named}.items():
         yield f"  {_text(key)}: {value if isinstance(value, int) else json.dumps(value, ensure_ascii=False)}\n"
     for name, layer in stats.layers.items():
@@ -128,10 +139,17 @@ def read_stats(path: str | Path) -> ModelStats:
     if not found:
         raise StatsError(f"{root.where}: the file holds no statistics; collect them with --qe-calibration")
     fingerprint = {} if header is None else _fingerprint(header)
+    written = fingerprint.pop(_HASH, None)
     expected, beside = fingerprint.pop(_HISTOGRAMS, None), histogram_path(Path(path))
+    stats = ModelStats(found, fingerprint)
+    if written is not None and written != _own_hash(stats, expected):
+        raise StatsError(
+            f"the statistics in {path} were changed after they were collected; collect them again with"
+            f" --qe-calibration, or delete the line {_HASH!r} in their header to use them as they are"
+        )
     if expected is not None and beside.exists():
-        found = _with_histograms(found, read_histograms(beside, str(expected), Path(path)))
-    return ModelStats(found, fingerprint)
+        return replace(stats, layers=_with_histograms(found, read_histograms(beside, str(expected), Path(path))))
+    return stats
 
 
 def _with_histograms(
@@ -145,6 +163,25 @@ def _with_histograms(
             records = (replace(each, histogram=one) for each, one in zip(layer.inputs, inputs, strict=True))
             joined[name] = LayerStats(tuple(records), replace(layer.output, histogram=output))
     return joined
+
+
+def check_layers(stats: ModelStats, known: Collection[str], source: str) -> None:
+    """Checks that statistics are of layers that the model has, those `known`. Raises StatsError naming others.
+
+    >>> from qlib.stats.tensor_stats import EMPTY
+    >>> check_layers(ModelStats({"conv": LayerStats((), EMPTY)}), ["conv1"], "a.yaml")
+    Traceback (most recent call last):
+    qlib.errors.StatsError: a.yaml holds statistics of 1 layer that the model does not have (conv); give those of this \
+model, or collect them again with --qe-calibration
+    """
+    unknown = [name for name in stats.layers if name not in known]
+    if unknown:
+        listed = ", ".join(unknown[:3]) + ", ..." * (len(unknown) > 3)
+        count = f"{len(unknown)} layer{'s' * (len(unknown) > 1)}"
+        raise StatsError(
+            f"{source} holds statistics of {count} that the model does not have ({listed}); give those of this model,"
+            " or collect them again with --qe-calibration"
+        )
 
 
 def check_fingerprint(stats: ModelStats, arch: str, weights_hash: str, corrections: str = "") -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from runs import CLASSES, Run, finish, good, make_images, run, start, user_model
 
+from qlib.checkpoint.read import read_checkpoint
 from qlib.checkpoint.write import write_checkpoint
 from qlib.models import create_model, find_model
 
@@ -70,9 +71,16 @@ def cut(name: str) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
 
+def without_hash(folder: Path) -> str:
+    """Deletes the line that would tell that the statistics were changed; their text."""
+    text = re.sub(r"\n  hash: .*", "", (folder / STATS).read_text())
+    (folder / STATS).write_text(text)
+    return text
+
+
 def without_layer(folder: Path) -> None:
     """Takes `fc` out of the statistics."""
-    text = (folder / STATS).read_text()
+    text = without_hash(folder)
     (folder / STATS).write_text(text[: text.index("\nfc:") + 1])
 
 
@@ -122,6 +130,16 @@ def distiller(folder: Path) -> None:
         "ptq": {"quantizer_metadata": {"params": {}}, "state_dict": {**weights, "fc.w_scale": torch.ones(1)}},
     }.items():
         torch.save({"arch": "digits_cnn", "epoch": 3, "state_dict": weights, **more}, folder / f"{name}.pth.tar")
+
+
+def cast(folder: Path) -> None:
+    state = create_model(find_model("digits_cnn")).state_dict()
+    torch.save({name: value.to(torch.int8) for name, value in state.items()}, folder / "cast.pth")
+
+
+def changed_plan(folder: Path) -> None:
+    checkpoint = read_checkpoint(folder / CHECKPOINT)
+    write_checkpoint(folder / CHECKPOINT, {**checkpoint, "plan": checkpoint["plan"].replace("max: ", "max: 1", 1)})
 
 
 def schedule(body: str) -> Callable[[Path], None]:
@@ -225,7 +243,30 @@ TABLE = {
     "statistics of another model": Row(
         f"{QUANTIZE} --qe-stats-file {STATS}",
         r"the statistics are of another model \(arch 'vgg11', this one is 'digits_cnn'\)",
-        edit(STATS, 'arch: "digits_cnn"', 'arch: "vgg11"'),
+        lambda folder: (without_hash(folder), edit(STATS, 'arch: "digits_cnn"', 'arch: "vgg11"')(folder)),
+    ),
+    "changed statistics": Row(
+        f"{QUANTIZE} --qe-stats-file {STATS}",
+        rf"the statistics in {STATS} were changed after they were collected; collect them again with",
+        edit(STATS, "max: ", "max: 1"),
+    ),
+    "statistics of layers that are not there": Row(
+        f"{QUANTIZE} --qe-stats-file {STATS}",
+        rf"{STATS} holds statistics of 1 layer that the model does not have \(head\); give those of this model",
+        lambda folder: (folder / STATS).write_text(f"{without_hash(folder)}head:\n  output: {{min: 0.0, max: 1.0}}\n"),
+    ),
+    "cast weights": Row(
+        f"{DIGITS} -e --resume-from cast.pth",
+        r"checkpoint 'cast.pth' holds \S+ and \d+ more as int8; allowed: float16, bfloat16, float32, float64; save",
+        cast,
+    ),
+    "input that a layer does not have": Row(
+        CONFIG,
+        r"q.yaml:5: input_overrides names input 99, and fc has 1 input, from 0 on; remove it",
+        schedule("overrides:\n  fc: {input_overrides: {99: {bits_activations: 4}}}"),
+    ),
+    "changed plan in a checkpoint": Row(
+        f"--resume-from {CHECKPOINT}", r"the plan or the integers in checkpoint '\S+' were changed after", changed_plan
     ),
     "statistics of other weights": Row(
         f"-a digits_cnn --quantize-eval --qe-stats-file {STATS}", r"of another model \(weights '\w{16}', this one is"

@@ -453,7 +453,7 @@ def test_a_flag_with_a_broken_pattern() -> None:
 LAYERS = [
     LayerInfo("conv1", "conv", True),
     LayerInfo("layer1.0.conv1", "conv", True),
-    LayerInfo("layer1.0.add", "add", False),
+    LayerInfo("layer1.0.add", "add", False, 2),
     LayerInfo("avgpool", "avg_pool", False),
     LayerInfo("fc", "linear", True),
 ]
@@ -608,9 +608,19 @@ def test_no_quant_wins_over_no_clip_even_by_exact_name() -> None:
             id="n_std without a width, once",
         ),
         pytest.param(
-            PtqConfig(rules=(rule("fc", input_overrides={1: {"clip_acts": "n_std"}}),)),
+            PtqConfig(rules=(rule("layer1.0.add", input_overrides={1: {"clip_acts": "n_std"}}),)),
             ["a.yaml:10: clip_acts n_std of input 1 needs clip_n_stds above 0"],
             id="n_std of an input",
+        ),
+        pytest.param(
+            PtqConfig(rules=(rule("fc", input_overrides={99: {"bits_activations": 4}}),)),
+            ["a.yaml:10: input_overrides names input 99, and fc has 1 input, from 0 on; remove it"],
+            id="an input that is not there",
+        ),
+        pytest.param(
+            PtqConfig(rules=(rule(".*", input_overrides={0: {}, 1: {}, 2: {}}),)),
+            ["a.yaml:10: input_overrides names input 2, and layer1.0.add has 2 inputs, from 0 on; remove it"],
+            id="an input that no layer has",
         ),
     ],
 )

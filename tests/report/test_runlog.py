@@ -107,11 +107,18 @@ def test_links_point_at_the_latest_run() -> None:
     assert {file.name for file in Path().iterdir()} == {"logs", "latest_log_dir", "latest_log_file"}
 
 
-def test_links_that_cannot_be_made_are_told_in_the_log() -> None:
-    (Path("latest_log_dir") / "own").mkdir(parents=True)
+@pytest.mark.parametrize("name", ["latest_log_dir", "latest_log_file"])
+@pytest.mark.parametrize("kind", ["file", "folder", "full folder"])
+def test_files_of_the_users_own_are_not_replaced_by_links(name: str, kind: str) -> None:
+    own = Path(name) if kind == "file" else Path(name) / "own"
+    own.parent.mkdir(exist_ok=True)
+    if kind != "folder":
+        own.write_text("mine")
     with open_run(LOGS) as run:
         pass
-    assert "The link latest_log_dir was not updated: " in run.file.read_text()
+    assert kind == "folder" or own.read_text() == "mine"
+    assert not Path(name).is_symlink()
+    assert run.file.read_text().count(f"Warning: {name} is no link to a run but yours, and stays; rename it") == 1
     assert {file.name for file in Path().iterdir()} == {"logs", "latest_log_dir", "latest_log_file"}
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from qlib.errors import OutputError, StatsError
@@ -19,7 +20,9 @@ from qlib.models.resnet_cifar import ResNetCifar
 from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import LayerStats, TensorStats
+from qlib.tensor_file import read_tensors, write_tensors
 
+TOTAL = 100
 FINGERPRINT = {"arch": "net", "samples": 20}
 
 
@@ -202,7 +205,7 @@ def test_a_killed_collection_resumes_to_the_same_bits(tmp_path: Path, cut: int) 
     for part in batches[: cut // 4]:
         first.update(part)
     first.save(path, FINGERPRINT)
-    assert second.load(path, FINGERPRINT) == cut
+    assert second.load(path, FINGERPRINT, TOTAL) == cut
     assert second.samples == cut
     for part in batches[cut // 4 :]:
         second.update(part)
@@ -216,7 +219,7 @@ def test_images_that_were_left_out_count_as_consumed(tmp_path: Path) -> None:
     first, second = Collector(graph), Collector(graph)
     first.update(batch[:5], consumed=8)
     first.save(tmp_path / "partial", FINGERPRINT)
-    assert second.load(tmp_path / "partial", FINGERPRINT) == 8
+    assert second.load(tmp_path / "partial", FINGERPRINT, TOTAL) == 8
     assert second.samples == 5
 
 
@@ -236,8 +239,49 @@ def test_what_cannot_be_resumed_starts_anew(tmp_path: Path, write: Callable[[Pat
     graph, batch = mixed()
     write(tmp_path / "partial", collect(graph, batch))
     fresh = Collector(graph)
-    assert fresh.load(tmp_path / "partial", FINGERPRINT) == 0
+    assert fresh.load(tmp_path / "partial", FINGERPRINT, TOTAL) == 0
     assert fresh.samples == 0
+
+
+def edited(**values: Tensor) -> Callable[[Path, Collector], None]:
+    """A partial file with other tensors, whole in itself."""
+
+    def write(path: Path, collector: Collector) -> None:
+        collector.save(path, FINGERPRINT)
+        tensors, texts = read_tensors(path, ours=True)
+        write_tensors(path, {**tensors, **values}, "statistics", texts)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        edited(consumed=torch.tensor([TOTAL + 1.0]).double()),
+        edited(consumed=torch.tensor([-1.0]).double()),
+        edited(samples=torch.tensor([50.0]).double()),
+        edited(samples=torch.tensor([0.0]).double()),
+        edited(samples=torch.tensor([float("nan")]).double()),
+        edited(s1=torch.zeros(3).double()),
+        edited(min=torch.ones(17).bool()),
+        edited(more=torch.zeros(3)),
+    ],
+    ids=["too many", "below 0", "more than consumed", "none", "NaN", "shape", "type", "more"],
+)
+def test_a_state_that_cannot_be_is_not_taken_up(tmp_path: Path, write: Callable[[Path, Collector], None]) -> None:
+    graph, batch = mixed()
+    write(tmp_path / "partial", collect(graph, batch))
+    fresh = Collector(graph)
+    assert fresh.load(tmp_path / "partial", FINGERPRINT, TOTAL) == 0
+    assert fresh.samples == 0
+
+
+def test_a_state_without_our_hash_is_not_taken_up(tmp_path: Path) -> None:
+    graph, batch = mixed()
+    collect(graph, batch).save(tmp_path / "partial", FINGERPRINT)
+    tensors, texts = read_tensors(tmp_path / "partial")
+    save_file(tensors, tmp_path / "partial", texts)
+    assert Collector(graph).load(tmp_path / "partial", FINGERPRINT, TOTAL) == 0
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -348,10 +392,10 @@ def test_a_killed_collection_of_histograms_resumes_to_the_same_bits(tmp_path: Pa
     path, batches = tmp_path / "partial.safetensors", list(batch.split(4))
     first, second = with_histograms(graph, batches[:3]), Collector(graph, histograms=True)
     first.save(path, FINGERPRINT)
-    assert second.load(path, FINGERPRINT) == 12
+    assert second.load(path, FINGERPRINT, TOTAL) == 12
     for part in batches[3:]:
         second.update(part)
     assert second.result() == with_histograms(graph, batches).result()
-    assert Collector(graph).load(path, FINGERPRINT) == 0, "one without histograms begins anew"
+    assert Collector(graph).load(path, FINGERPRINT, TOTAL) == 0, "one without histograms begins anew"
     collect(graph, batch).save(path, FINGERPRINT)
-    assert Collector(graph, histograms=True).load(path, FINGERPRINT) == 0
+    assert Collector(graph, histograms=True).load(path, FINGERPRINT, TOTAL) == 0

@@ -40,11 +40,51 @@ def test_round_trip_and_same_bytes(tmp_path: Path) -> None:
 def test_any_yaml_reader_reads_what_we_write(tmp_path: Path) -> None:
     write_stats(tmp_path / "a.yaml", STATS)
     loaded = yaml.safe_load((tmp_path / "a.yaml").read_text())
+    assert len(loaded["qlib_stats"].pop("hash")) == 16
     assert loaded["qlib_stats"] == {"version": 1, **STATS.fingerprint}
     record = loaded["features.0"]["inputs"][1]
     assert list(record) == ["min", "max", "avg_min", "avg_max", "mean", "std", "b", "shape", "total_numel", "samples"]
     assert (record["max"], record["std"], record["shape"], record["total_numel"]) == (1e-05, 2.5e20, "(2, 12)", 24)
     assert list(loaded) == ["qlib_stats", "features.0", "0", "on"]
+
+
+def without_hash(text: str) -> str:
+    """What a user deletes who changes statistics by hand."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("  hash: "))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("max: 1.0e-05", "max: 2.0e-05"),
+        ("arch: ", "arch2: "),
+        ("features.0", "features.1"),
+        ("samples: ", "samples: 1"),
+    ],
+    ids=["a number", "a key", "a layer", "a digit more"],
+)
+def test_what_was_changed_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "a.yaml"
+    write_stats(path, STATS)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(StatsError) as error:
+        read_stats(path)
+    assert str(error.value) == (
+        f"the statistics in {path} were changed after they were collected; collect them again with --qe-calibration,"
+        " or delete the line 'hash' in their header to use them as they are"
+    )
+    path.write_text(without_hash(path.read_text()))
+    assert read_stats(path) != STATS
+
+
+def test_how_it_is_written_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    write_stats(path, STATS)
+    path.write_bytes(b"# a comment\r\n" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_stats(path) == STATS
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -244,7 +284,7 @@ def test_histograms_of_other_statistics_are_refused(tmp_path: Path) -> None:
 
 def test_a_layer_added_by_hand_has_no_histogram(tmp_path: Path) -> None:
     write_stats(tmp_path / "a.yaml", WITH)
-    text = (tmp_path / "a.yaml").read_text()
+    text = without_hash((tmp_path / "a.yaml").read_text())
     (tmp_path / "a.yaml").write_text(text + "new:\n  output: {min: 0.0, max: 1.0}\n")
     read = read_stats(tmp_path / "a.yaml").layers
     assert read["new"].output.histogram is None

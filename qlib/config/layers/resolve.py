@@ -29,11 +29,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What the settings must know of a layer: name, kind (``conv``, ``add``, ...) and whether it has weights."""
+    """What the settings must know of a layer: name, kind (``conv``, ``add``, ...), weights, number of inputs."""
 
     name: str
     kind: str
     has_weight: bool
+    inputs: int = 1
 
 
 def resolve(
@@ -52,9 +53,9 @@ def resolve(
     {'conv1': 4, 'conv2': 8}
 
     Raises:
-        ConfigError: all of: a rule that is no regular expression, matches no layer, or sets weights where there are
-            none; a clip method without a parameter that it needs, or one that needs histograms where ranges are
-            dynamic.
+        ConfigError: all of: a rule that is no regular expression, matches no layer, or sets weights or inputs where
+            there are none; a clip method without a parameter that it needs, or one that needs histograms where
+            ranges are dynamic.
     """
     absorbed = absorbed or {}
     problems = [f"{rule.where}: {problem}" for rule in config.rules if (problem := pattern_problem(rule.pattern))]
@@ -64,6 +65,7 @@ def resolve(
     matches = [(rule, rule.matched(names)) for rule in config.rules]
     winners = {name: _winner(matches, name, spellings) for name, spellings in spellings_of(names).items()}
     problems += _rule_problems(matches, layers, absorbed)
+    problems += _input_problems(matches, layers)
     _warn_of_shadowed(matches, winners)
     resolved = {layer.name: _settings(config.defaults, layer.name, winners, absorbed) for layer in layers}
     problems += dict.fromkeys(problem for settings in resolved.values() for problem in _clip_problems(settings))
@@ -110,6 +112,21 @@ def _rule_problems(matches: _Matches, layers: Sequence[LayerInfo], absorbed: Map
                 if rule.settings.get(setting):
                     kinds = " and ".join(dict.fromkeys(layer.kind for layer in matched))
                     yield f"{rule.where}: {rule.pattern!r} sets {setting}, but {kinds} layers have none; remove it"
+
+
+def _input_problems(matches: _Matches, layers: Sequence[LayerInfo]) -> Iterator[str]:
+    """A sentence for each override of an input that none of the layers has that a rule matches."""
+    for rule, names in matches:
+        overrides = rule.settings.get("input_overrides")
+        matched = [layer for layer in layers if layer.name in names]
+        if not matched or not isinstance(overrides, Mapping):
+            continue
+        most = max(matched, key=lambda layer: layer.inputs)
+        for index in overrides:
+            if index >= most.inputs:
+                where = rule.lines.get("input_overrides", rule.where)
+                count = f"{most.inputs} input{'s' * (most.inputs != 1)}"
+                yield f"{where}: input_overrides names input {index}, and {most.name} has {count}, from 0 on; remove it"
 
 
 def _warn_of_shadowed(matches: _Matches, winners: Mapping[str, Rule | None]) -> None:
