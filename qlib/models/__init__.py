@@ -43,11 +43,12 @@ path/to/file.py:function; did you mean resnet18 or resnet50 or resnet34?
         family = family_of(name) or ""
     if not family:
         names = model_names()
-        why = ", as models with early exits are not there yet" if name.endswith("_earlyexit") else ""
+        plain = name.removesuffix("_earlyexit")
+        why = ", as models with early exits are not there yet" if plain != name else ""
         raise ModelError(
             f"unknown model {arch!r}{why}; give one of {len(names)} names, timm/NAME, hf/FOLDER or your own as"
             " path/to/file.py:function"
-            f"{did_you_mean(name, names)}"
+            f"{did_you_mean(plain, names)}"
         )
     return cast(ModelSpec, importlib.import_module(f"qlib.models.{family}").model_spec(name))
 

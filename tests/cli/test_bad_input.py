@@ -201,6 +201,10 @@ TABLE = {
     "model file of nobody": Row("-a ~nosuchuser/n.py:f images -e", r"there is no model file '~nosuchuser/n.py'; give"),
     "long name of a model file": Row(f"-a {LONG}.py:f images -e", r"cannot use 'a+.+.py' \(File name too long\)"),
     "model folder of nobody": Row("-a hf/~nosuchuser images -e", r"no model in the folder '~nosuchuser'"),
+    "early exits": Row(
+        "-a resnet50_earlyexit images -e",
+        r"unknown model 'resnet50_earlyexit', as models with early exits are not there yet; give one of .* mean resnet",
+    ),
     "unknown model": Row("-a resnet8 images -e", r"unknown model 'resnet8'; .* did you mean resnet18 or"),
     "missing model file": Row("-a no.py:make images -e", r"there is no model file 'no.py'"),
     "missing function": Row("-a net.py:brightness images -e", r"'net.py' has no function .*; did you mean brightest"),

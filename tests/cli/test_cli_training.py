@@ -189,9 +189,15 @@ def test_best_is_by_top1_unless_sparsity_is_asked_for(trained: Run) -> None:
     assert best[0]["top1"] == contents(trained.folder / "checkpoint.pth.tar")["extras"]["best_top1"]
 
 
-def test_a_loss_that_is_nan_stops_the_run() -> None:
-    done = run(f"{MODEL} --epochs 1 --lr 1e30 {FAST}")
+@pytest.mark.parametrize(
+    ("epochs", "line"),
+    [("--epochs 1", None), ("", "Training until 90 epochs are done, as --epochs does not say otherwise")],
+    ids=["one epoch", "as many as there are by default"],
+)
+def test_a_loss_that_is_nan_stops_the_run(epochs: str, line: str | None) -> None:
+    done = run(f"{MODEL} {epochs} --lr 1e30 {FAST}")
     assert done.code == 1
+    assert [each for each in done.lines if each.startswith("Training until")] == [line] * bool(line)
     assert "the loss is nan in epoch 0, step " in done.out
     assert "of 19; lower --lr, or clip gradients with --grad-clip. The last good checkpoint is " in done.out
     assert contents(done.folder / "checkpoint.pth.tar")["steps"] == 0
@@ -290,9 +296,10 @@ def test_confusion_of_the_last_test() -> None:
     assert sum(int(count) for row in rows for count in row.split()) == 100
 
 
-def test_reset_optimizer_begins_a_new_run(trained: Run) -> None:
+@pytest.mark.parametrize("resume", ["--reset-optimizer --resume-from", "--resume"])
+def test_reset_optimizer_begins_a_new_run(resume: str, trained: Run) -> None:
     Path("lsq.yaml").write_text(LSQ)
-    words = f"{MODEL} --resume-from {trained.folder}/best.pth.tar --reset-optimizer --compress lsq.yaml --epochs 1"
+    words = f"{MODEL} {resume} {trained.folder}/best.pth.tar --compress lsq.yaml --epochs 1"
     done = good(f"{words} --lr 0.001 {FAST}", Path.cwd())
     assert "--- validate (epoch=0)" in done.out
     assert float(done.out.split("==> Top1: ")[1].split()[0]) > 90

@@ -794,6 +794,8 @@ SAVED = [
     ("wrong switch", "cpu: 3\n", UsageError, "--cpu '3' is not allowed: it must be true or false"),
     ("not a mapping", "- 3\n", ConfigError, "run.yaml:1: 'setting: value' lines are expected here"),
     ("wrong flag", "given: [--foo]\n", ConfigError, "run.yaml: 'given' names flags that do not exist: --foo"),
+    ("abbreviation", "given: [--batch]\n", ConfigError, "run.yaml: 'given' names flags that do not exist: --batch"),
+    ("abbreviated setting", "batch: 3\n", ConfigError, "run.yaml:1: there is no setting 'batch'"),
 ]
 
 
