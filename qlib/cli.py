@@ -6,6 +6,7 @@ Nothing heavy is imported before the command line has been understood: `--help` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -69,13 +70,19 @@ def _answer(words: Sequence[str]) -> int:
 
             return application.run(config)
     except QlibError as error:
-        if {"-v", "--verbose"} & set(words):
+        if _is_verbose(words):
             traceback.print_exc()
         print(f"{_program()}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"{_program()}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+def _is_verbose(words: Sequence[str]) -> bool:
+    with contextlib.suppress(UsageError):
+        words = _in_full(words)
+    return not {"-v", "--verbose"}.isdisjoint(words)
 
 
 def _program() -> str:

@@ -42,6 +42,8 @@ def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
         CheckpointError: the checkpoint is of another run.
     """
     args = job.config.train
+    if args.amp and job.device.type == "cpu" and not job.config.cpu:
+        _log.warning("Warning: --amp is ignored: mixed precision needs a GPU, and this machine has none")
     if "--epochs" not in job.config.given:
         _log.info("Training until %d epochs are done, as --epochs does not say otherwise", args.epochs)
     schedule = read_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())

@@ -58,11 +58,20 @@ def named_outputs(model: nn.Module, absorbed: Mapping[str, str] | None = None) -
     """Name -> the module whose output has that name in the float model.
 
     In a graph whose nodes are named, `absorbed` says which layer computes a batch-norm or an activation as well; the
-    last of them names what leaves the layer. The name of a container stands for the last layer in it.
+    last of them names what leaves the layer. The name of a container stands for the last layer in it. Layers may be
+    named as they are elsewhere.
 
     >>> list(named_outputs(nn.Sequential(nn.ReLU())))
     ['0']
+    >>> list(named_outputs(nn.ModuleDict({"layer1": nn.ModuleDict({"0": nn.ModuleDict({"bn2": nn.ReLU()})})})))[-2:]
+    ['layer1.0.bn2', 'layer1.0.bn1_2']
     """
+    found = _named_outputs(model, absorbed or {})
+    return {spelling: found[name] for name, spellings in spellings_of(found).items() for spelling in spellings}
+
+
+def _named_outputs(model: nn.Module, absorbed: Mapping[str, str]) -> dict[str, nn.Module]:
+    """By their own names alone."""
     if not isinstance(model, fx.GraphModule) or not any("name" in node.meta for node in model.graph.nodes):
         return {name: module for name, module in model.named_modules() if name}
     layers = {
@@ -72,9 +81,8 @@ def named_outputs(model: nn.Module, absorbed: Mapping[str, str] | None = None) -
     for name, module in layers.items():
         parts = name.split(".")
         containers.update({".".join(parts[:end]): module for end in range(1, len(parts))})
-    leaving = {layer: name for name, layer in (absorbed or {}).items()}
-    found = {**containers, **{name: layers[layer] for layer, name in leaving.items() if layer in layers}, **layers}
-    return {spelling: found[name] for name, spellings in spellings_of(found).items() for spelling in spellings}
+    leaving = {layer: name for name, layer in absorbed.items()}
+    return {**containers, **{name: layers[layer] for layer, name in leaving.items() if layer in layers}, **layers}
 
 
 class ForwardHooks:

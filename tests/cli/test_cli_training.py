@@ -212,6 +212,15 @@ def test_a_learning_rate_beyond_float32_stops_the_run() -> None:
     assert "the learning rate is 1e+40 in epoch 0, which no weight can follow; lower --lr" in done.out
 
 
+def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    done = run(f"{MODEL} --epochs 1 --lr 1e30 --gpus 0 --amp {FAST}")
+    assert [line for line in done.lines if "GPU" in line] == [
+        "--gpus 0: this machine has no GPU; the run is on the CPU",
+        "Warning: --amp is ignored: mixed precision needs a GPU, and this machine has none",
+    ]
+
+
 def test_the_last_good_checkpoint_is_one_that_a_step_could_use() -> None:
     """What would have been saved behind the step that made the weights explode is not kept."""
     done = run(f"{MODEL} --epochs 1 --lr 1e12 --save-every 0 {FAST}")

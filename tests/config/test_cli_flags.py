@@ -840,9 +840,12 @@ def test_exit_codes(
     assert capsys.readouterr().err == text
 
 
-def test_verbose_shows_the_traceback_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("verbose", ["-v", "--verb"])
+def test_verbose_shows_the_traceback_too(
+    verbose: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _application(monkeypatch, ModelError("unknown model 'x'"))
-    assert main(["images", "-e", "-v"]) == 2
+    assert main(["images", "-e", verbose]) == 2
     text = capsys.readouterr().err
     assert text.startswith("Traceback")
     assert text.endswith("compress.py: error: unknown model 'x'\n")
