@@ -29,7 +29,7 @@ from qlib.progress import track
 from qlib.tensor_file import read_tensors, write_tensors
 from qlib.users_code import users_code
 
-__all__ = ["SELF", "cached_logits", "load_teacher"]
+__all__ = ["SELF", "cached_logits", "load_teacher", "read_logits"]
 
 _log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def cached_logits(job: Job, teacher: nn.Module, arch: str) -> Tensor:
     stem = re.sub(r"[^\w.-]+", "_", f"{Path(arch).name}_{job.dataset_name}")
     path = STATS / f"{stem}_teacher_{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     if path.exists():
-        found = _read(path, (len(dataset), job.num_classes))
+        found = read_logits(path, (len(dataset), job.num_classes))
         if found is not None:
             _log.info("The teacher's logits of %d images are those in %s", len(dataset), path)
             return found
@@ -224,9 +224,12 @@ def cached_logits(job: Job, teacher: nn.Module, arch: str) -> Tensor:
     return logits
 
 
-def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
+def read_logits(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    """The logits in a file of `cached_logits`; None where it is damaged, or does not hold finite ones of this shape."""
     try:
         logits = read_tensors(path)[0].get("logits")
     except OSError:
         return None
-    return logits if logits is not None and logits.shape == shape and logits.dtype == torch.float32 else None
+    if logits is None or logits.shape != shape or logits.dtype != torch.float32:
+        return None
+    return logits if bool(torch.isfinite(logits).all()) else None

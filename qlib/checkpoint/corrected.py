@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qlib.errors import ConfigError
 from qlib.graph import Graph
@@ -40,10 +41,14 @@ def load_weights(path: Path, graph: Graph, fingerprint: str) -> None:
         if f"{name_of(node)}.bias" in state and hasattr(module, "bias"):
             give_bias(module)
     wanted = dict(_parameters(graph))
-    if {name: value.shape for name, value in wanted.items()} != {name: value.shape for name, value in state.items()}:
+    if _kinds(wanted) != _kinds(state) or not all(bool(value.isfinite().all()) for value in state.values()):
         raise ConfigError(f"the weights in {path} do not fit the model; quantize it again with --quantize-eval")
     for name, value in wanted.items():
         value.data.copy_(state[name])
+
+
+def _kinds(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in state.items()}
 
 
 def _parameters(graph: Graph) -> Iterator[tuple[str, nn.Parameter]]:
