@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from qlib.config.layers.settings import LayerSettings
+from qlib.config.schedule.types import Component, PolicySpec
+from qlib.correct._base import CORRECTIONS, CalibrationImages, call
 from qlib.deploy.export import export_quantized
 from qlib.deploy.session import open_session, run_session
-from qlib.graph import Graph, capture
+from qlib.graph import Graph, after_folding, capture, fold, norm_statistics
 from qlib.lower import lower
 from qlib.lower.ops.weighted import ExactWeighted
 from qlib.lower.overflow import ROOM, fit_int32
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
+from qlib.qat.quantization import Quantization
 from qlib.quant.plan import Plan
 from qlib.stats.collect import Collector
 from qlib.stats.tensor_stats import ModelStats
@@ -49,11 +52,15 @@ def damaged(kind: str, dead: float, size: float, bias: float, seed: int) -> tupl
 def planned(model: nn.Module, images: Tensor, **options: object) -> tuple[Graph, Plan]:
     """Graph and plan, before scales are raised."""
     graph = capture(model, images[:2])
-    collector = Collector(graph)
-    collector.update(images)
     chosen = LayerSettings(**options)  # type: ignore[arg-type]
     each = {info.name: chosen for info in layer_infos(graph)}
-    return graph, plan_post_train_linear(graph, each, ModelStats(collector.result()), {})
+    return graph, plan_post_train_linear(graph, each, statistics(graph, images), {})
+
+
+def statistics(graph: Graph, images: Tensor) -> ModelStats:
+    collector = Collector(graph, histograms=True)
+    collector.update(images)
+    return ModelStats(collector.result())
 
 
 def weighted(model: nn.Module) -> list[ExactWeighted]:
@@ -78,6 +85,11 @@ def test_exact_and_onnx_runtime_agree_on_dead_channels(
     graph, plan = planned(
         model, images, mode_activations="asym_u", mode_weights=mode, per_channel_wts=per_channel, bits_weights=bits
     )
+    assert_fits(graph, plan, images)
+
+
+def assert_fits(graph: Graph, plan: Plan, images: Tensor) -> None:
+    """Raises the scales of a plan; then no bias saturates, and ONNX Runtime computes what the exact lowering does."""
     plan, _ = fit_int32(graph, plan)
     exact = lower(graph, plan)
     for layer in weighted(exact):
@@ -89,6 +101,63 @@ def test_exact_and_onnx_runtime_agree_on_dead_channels(
         (found,) = run_session(open_session(path), images)
         assert torch.equal(found, exact(images))
     assert fit_int32(graph, plan) == (plan, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "correction"),
+    [
+        ("conv", "gptq"),
+        ("linear", "gptq"),
+        ("transposed", "adaround"),
+        ("depthwise", "brecq"),
+        ("conv", "empirical"),
+        ("linear", "analytic"),
+        ("conv", "bn_reestimation"),
+    ],
+)
+def test_after_corrections(kind: str, correction: str, tmp_path: Path) -> None:
+    model, images = damaged(kind, 1e-11, 1.0, 1e4, 0)
+    graph, plan = planned(model, images, mode_activations="asym_u", per_channel_wts=True)
+    norms = after_folding(norm_statistics(graph), {})
+    calibration = CalibrationImages(lambda: iter([images]), len(images), torch.device("cpu"), tmp_path)
+    plan, raised = fit_int32(graph, plan)
+    assert raised["0"] >= 2
+    offered = {"graph": graph, "plan": plan, "images": calibration, "iterations": 5, "norms": norms}
+    found = call(CORRECTIONS[correction], offered)
+    assert_fits(graph, found if isinstance(found, Plan) else plan, images)
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("conv", 4), ("transposed", 8)])
+def test_after_training_under_a_quantizer(kind: str, bits: int) -> None:
+    layer, images = damaged(kind, 1e-11, 1.0, 1.0, 0)
+    norm = nn.BatchNorm2d(6, eps=1e-30)
+    model = nn.Sequential(layer[0], norm, *list(layer)[1:]).train()
+    model(images)  # the dead channels leave the batch-norm as large as the others
+    nn.init.constant_(norm.bias, 1e3)
+    spec = PolicySpec(
+        Component(
+            "quantizers", "LSQQuantizer", "LSQQuantizer", {"bits_weights": bits, "bits_activations": 8}, (), "a.yaml:2"
+        ),
+        0,
+        1,
+    )
+    work = Quantization(
+        capture(model, images[:2], share=True), fold(model, images[:2]), [spec], lambda g, _: statistics(g, images)
+    )
+    work.on_epoch_begin(0)
+    work.module.train()
+    optimizer = torch.optim.SGD(work.weights, 1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        work.module(images).square().mean().backward()
+        optimizer.step()
+    work.module.eval()
+    learned = work.convert()
+    assert learned is not None
+    weight = learned[1].layers["0"].weight
+    assert weight is not None
+    assert weight.raised >= 2
+    assert_fits(*learned, images)
 
 
 def test_scales_are_raised_by_powers_of_two_where_the_bias_does_not_fit() -> None:
