@@ -132,6 +132,7 @@ def new_file(suffix: str, *, without: str) -> Kind:
 
     def read(text: str) -> Path:
         file = expanded(text)
+        _require("\0" not in text)
         _require(text == without or (file.suffix == suffix and not file.is_dir() and os.access(file.parent, os.W_OK)))
         return file
 
