@@ -140,7 +140,11 @@ def real(interval: Interval, words: str = "") -> Value:
     """
 
     def read(raw: object) -> float:
-        if type(raw) not in (int, float) or raw not in interval:  # type: ignore[operator]
+        if type(raw) not in (int, float):
+            raise ValueError
+        if _FLOAT32_MAX < raw < math.inf == interval.high:  # type: ignore[operator]
+            raise TooLarge(f", and at most {_FLOAT32_MAX:.3g}")
+        if raw not in interval:  # type: ignore[operator]
             raise ValueError
         return float(raw)  # type: ignore[arg-type]
 

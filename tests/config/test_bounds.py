@@ -179,7 +179,7 @@ def test_numbers_beyond_float(number: float) -> None:
         ("-b " + "9" * 5000, "it must be a whole number, 1 or more"),
         ("--lr 1e400", "--lr '1e400' is not allowed: it must be a number above 0"),
         ("--lr nan", "--lr 'nan' is not allowed"),
-        ("--lr 3.5e38", "--lr '3.5e38' is not allowed: it must be a number above 0"),
+        ("--lr 3.5e38", r"--lr '3.5e38' is not allowed: it must be a number above 0, and at most 3.4e\+38"),
         ("--qe --qe-budget " + "9" * 300 + "TB", "it must be a number above 0 with its unit"),
         ("--qe --qe-no-quant-layers " + "a," * 100_000, "lists 100000 names, and may list 1000"),
         ("--qe --qe-mode " + "x" * 5000, r"--qe-mode 'x+\.\.\. \(4882 characters\) \.\.\.x+' is not allowed"),
