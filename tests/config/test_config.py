@@ -526,7 +526,7 @@ PREACT = ["relu1", "layer1.0.conv1", "layer1.0.bn2", "layer1.0.relu2", "layer1.0
         pytest.param("relu1", TORCHVISION, [], id="not the stem"),
         pytest.param(".*relu1", ["layer1.0.bn", "layer1.0.relu"], [], id="a ReLU that is not used again"),
         pytest.param(
-            ".*relu1", ["layer1.0.relu", "layer1.0.relu1", "layer1.0.relu_1"], ["layer1.0.relu1"], id="own names first"
+            ".*relu1", ["layer1.0.relu1", "layer1.0.relu", "layer1.0.relu_1"], ["layer1.0.relu1"], id="own names first"
         ),
         pytest.param(".*bn1_2", PREACT, ["layer1.0.bn2", "layer1.1.bn2"], id="pre-activation"),
         pytest.param("layer1.0.relu2_3", PREACT, ["layer1.0.relu3"], id="pre-activation, ReLU"),
