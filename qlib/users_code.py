@@ -19,10 +19,11 @@ from typing import Any
 from qlib.errors import ModelError, QlibError
 from qlib.system import shortage
 
-__all__ = ["UsersFile", "in_users_files", "layer_of", "line_of", "reason_of", "users_code"]
+__all__ = ["UsersFile", "definition_of", "layer_of", "line_of", "reason_of", "users_code", "users_models"]
 
 _OURS = str(Path(__file__).parent)
 _PYTHONS = re.compile(rf"<|{re.escape(sysconfig.get_path('stdlib'))}[/\\]|.*[/\\](site|dist)-packages[/\\]")
+_NOTED = re.compile(r'^File "(.+)", line (\d+), in ', re.MULTILINE)  # by torch.fx, of the model's own lines
 _LONGEST = 300
 
 
@@ -53,17 +54,24 @@ def users_code(what: str, remedy: str = "correct it there", function: object = N
 
 
 @contextlib.contextmanager
-def in_users_files(what: str) -> Iterator[None]:
-    """As `users_code`, for what runs mostly ours: only what was raised by way of a model file is the user's."""
+def users_models(of_users: bool) -> Iterator[None]:
+    """Where a model runs that may be a user's: what is raised by way of a model file is a mistake in it.
+
+    So is, for a model that is `of_users`, what a graph raises that was captured of it: there is no end to what models
+    may do, and the layer is what helps.
+    """
     try:
         yield
     except (QlibError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        if not any(map(_is_users, _frames(error))):
-            raise
-        with users_code(what):
-            raise
+        if any(isinstance(frame.tb_frame.f_globals.get("__loader__"), UsersFile) for frame in _frames(error)):
+            with users_code("the run fails in a model file,"):
+                raise
+        if of_users and shortage(error) is None and any(_is_graphs(frame) for frame in _frames(error)):
+            with users_code("the captured model cannot be computed, and fails", "write that layer in another way"):
+                raise
+        raise
 
 
 def reason_of(error: BaseException) -> str:
@@ -72,10 +80,7 @@ def reason_of(error: BaseException) -> str:
     >>> reason_of(ValueError("no such  depth")), reason_of(MemoryError())
     ('ValueError (no such depth)', 'MemoryError')
     """
-    try:
-        text = " ".join(str(error).partition("\n\nWhile executing")[0].split())
-    except Exception:  # even this may fail
-        text = ""
+    text = " ".join(_text(error).partition("\n\nWhile executing")[0].split())
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     return f"{type(error).__name__} ({text})" if text else type(error).__name__
 
@@ -85,6 +90,7 @@ def line_of(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename and not _PYTHONS.match(error.filename):
         return f"{error.filename}:{error.lineno}" if error.lineno else error.filename
     lines = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    lines = [f"{file}:{line}" for file, line in _NOTED.findall(_text(error))] + lines
     return next((line for line in reversed(lines) if not line.startswith(_OURS) and not _PYTHONS.match(line)), "")
 
 
@@ -97,12 +103,20 @@ def layer_of(error: BaseException, model: Any = None) -> str:
     return next((paths[id(module)] for module in reversed(modules) if id(module) in paths), "")
 
 
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # even this may fail
+        return ""
+
+
 def _place(error: BaseException, function: object) -> str:
-    layer, line = layer_of(error), line_of(error) or _definition(function)
+    layer, line = layer_of(error), line_of(error) or definition_of(function)
     return (f" in layer {layer!r}" if layer else "") + (f" at {line}" if line else "")
 
 
-def _definition(function: object) -> str:
+def definition_of(function: object) -> str:
+    """The first line of a user's function, as ``FILE:LINE``; empty for one of others."""
     code = getattr(function, "__code__", None)
     line = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
     return "" if line.startswith(_OURS) or _PYTHONS.match(line) else line
@@ -115,5 +129,7 @@ def _frames(error: BaseException) -> Iterator[TracebackType]:
         trace = trace.tb_next
 
 
-def _is_users(frame: TracebackType) -> bool:
-    return isinstance(frame.tb_frame.f_globals.get("__loader__"), UsersFile)
+def _is_graphs(frame: TracebackType) -> bool:
+    """Whether a frame runs the code of a captured graph, or interprets it."""
+    name = frame.tb_frame.f_code.co_filename
+    return name.startswith("<eval_with_key>") or Path(name).parts[-2:] == ("fx", "interpreter.py")

@@ -120,12 +120,12 @@ def _folder(path: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def run(words: str, folder: Path) -> Run:
-    """A command line in this process, with `folder` as the current one; images are read without other processes."""
+def run(words: str, folder: Path, workers: int = 0) -> Run:
+    """A command line in this process, with `folder` as the current one; `workers` others read the images."""
     out, err = io.StringIO(), io.StringIO()
     device = [] if "--gpus" in words else ["--cpu"]
     with _folder(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([*shlex.split(words), "-j", "0", *device])
+        code = main([*shlex.split(words), "-j", str(workers), *device])
     return Run(code, out.getvalue(), err.getvalue(), _last(folder))
 
 

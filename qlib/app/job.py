@@ -200,6 +200,21 @@ def _check_output(job: Job) -> None:
         raise ModelError(
             f"{job.spec.arch!r} returns logits of {logits.dtype}; make it return float32, before any argmax or cast"
         )
+    if names_python_file(job.spec.arch):
+        _check_repeats(job)
+
+
+def _check_repeats(job: Job) -> None:
+    """Warns of a model whose answer is another each time: what is captured of it is one of them."""
+    images = torch.linspace(-1, 1, job.example.numel(), device=job.device).view_as(job.example)
+    with torch.inference_mode():
+        first, second = (job.model(images) for _ in range(2))
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
+        _log.warning(
+            "Warning: %s answers the same images in another way each time (random numbers, or what it keeps of the"
+            " last ones); what is quantized computes one of the ways",
+            job.spec.arch,
+        )
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -17,7 +17,7 @@ from qlib.app.job import Job
 from qlib.config.schedule.keys import EXTENSION_CLASSES, ClassFields
 from qlib.config.schedule.read import load_schedule
 from qlib.config.schedule.types import Schedule
-from qlib.errors import ConfigError
+from qlib.errors import ConfigError, ModelError
 from qlib.graph import Graph, capture, fold, lay_out
 from qlib.models import create_model
 from qlib.qat.assignment import quantizer_classes
@@ -95,6 +95,8 @@ def set_up(job: Job, schedule: Schedule) -> Setup:
     wide = _widened(job, schedule)
     module = lay_out(wide.model)
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not weights:
+        raise ModelError(f"{job.spec.arch} has no parameter that can be trained; give one whose requires_grad is set")
     setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights)
     for section in SECTIONS:
         setup = SECTIONS[section].add(setup)

@@ -41,12 +41,13 @@ from qlib.graph import fold
 from qlib.lower import lower
 from qlib.metrics import Evaluation, Model, compare
 from qlib.models import create_model, refuse_python_file
+from qlib.models.names import family_of
 from qlib.quant.plan_file import check_plan, write_plan
 from qlib.report.tables import arithmetic_lines, plan_table
 from qlib.runlog import RunLog, open_run
 from qlib.surgery.widen import find_wide_model
 from qlib.train.state import is_training
-from qlib.users_code import in_users_files
+from qlib.users_code import users_models
 
 __all__ = ["run"]
 
@@ -60,7 +61,7 @@ def run(config: RunConfig) -> int:
         open_run(
             config.out_dir, config.name, config.to_yaml(), inputs, verbose=config.verbose, cpu=config.cpu
         ) as run_log,
-        in_users_files("the run fails in a model's file,"),
+        users_models(family_of(config.arch.lower()) is None),
     ):
         for warning in startup_warnings(config):
             _log.warning("Warning: %s", warning)

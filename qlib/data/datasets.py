@@ -7,8 +7,6 @@ values back.
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +27,9 @@ _MAX_DEPTH = 50
 
 Split = Literal["train", "val", "test"]
 
-# What Pillow raises for files that are truncated, damaged or no images at all.
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_THINNEST = 1000
+_GRAY_16 = 257
+"""16 bits a pixel by this are 8 bits: 65535 becomes 255."""
 
 
 class Images(Protocol):
@@ -39,7 +38,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Image.Image:
-        """The image in RGB; raises one of `_UNREADABLE` where it is damaged."""
+        """The image in RGB; raises anything where it is damaged."""
 
     def name(self, index: int) -> str:
         """The image's path, or what comes nearest to one."""
@@ -57,11 +56,26 @@ class ImageFiles:
     def read(self, index: int) -> Image.Image:
         """Opens and decodes the file."""
         with open(self.paths[index], "rb") as file:
-            return Image.open(file, formats=_FORMATS).convert("RGB")
+            return _rgb(Image.open(file, formats=_FORMATS))
 
     def name(self, index: int) -> str:
         """The file's path."""
         return self.paths[index]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, of which Pillow itself would clip gray values of 16 bits to white.
+
+    Raises ValueError for values that have no known range, and for strips of which resizing would make a giant.
+    """
+    if max(image.size) > _THINNEST * min(image.size):
+        raise ValueError(f"it has {image.width} x {image.height} pixels, one side over {_THINNEST:,} times the other")
+    if image.mode == "F" or image.mode.startswith("I"):
+        gray = np.asarray(image)
+        if gray.dtype.kind == "f" or gray.min() < 0 or gray.max() > 65535:
+            raise ValueError(f"its pixels are {gray.dtype} of no known range: store 8 or 16 bits")
+        image = Image.fromarray(np.rint(gray / _GRAY_16).astype(np.uint8))
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +122,7 @@ class ImageDataset:
         """
         try:
             image = self.images.read(index)
-        except _UNREADABLE as error:
+        except Exception as error:  # decoders raise anything for a file that is truncated, damaged or no image
             if refused := shortage(error):
                 raise refused from error
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -263,12 +277,28 @@ def _torchvision(name: str, root: Path, split: Split) -> _Parts:
     }
     try:
         data = kinds[name](str(root), train=split == "train", download=False)
-    except (RuntimeError, OSError, ValueError) as error:
+        pixels, labels = np.asarray(data.data), [int(label) for label in data.targets]
+        _check_files(pixels, labels, len(data.classes))
+    except Exception as error:  # its readers raise anything for damaged files, also an AssertionError
+        reason = f" ({error})" if isinstance(error, _Damaged) else ""
         raise DataError(
-            f"{str(root)!r} does not hold {name}; put torchvision's files of it there, "
+            f"{str(root)!r} does not hold {name}{reason}; put torchvision's files of it there, "
             "or train/ and val/ with a folder of images for each class"
         ) from error
-    return ImageArray(name, np.asarray(data.data)), [int(label) for label in data.targets], list(data.classes)
+    return ImageArray(name, pixels), labels, list(data.classes)
+
+
+class _Damaged(Exception):
+    """What files that could be read cannot mean."""
+
+
+def _check_files(pixels: NDArray[Any], labels: Sequence[int], classes: int) -> None:
+    if len(pixels) != len(labels) or not labels:
+        raise _Damaged(f"its files have {len(pixels)} images and {len(labels)} labels")
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
+        raise _Damaged(f"its images are {pixels.dtype} of shape {pixels.shape}")
+    if min(labels) < 0 or max(labels) >= classes:
+        raise _Damaged(f"its labels are {min(labels)} to {max(labels)}, of {classes} classes")
 
 
 def _digits(split: Split) -> _Parts:

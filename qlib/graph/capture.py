@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from qlib.graph.algebra import join_factors, join_masks
 from qlib.graph.ir import Graph
+from qlib.graph.refusals import refuse_values
 from qlib.graph.rewrite import rewrite
 from qlib.graph.simplify import simplify
 from qlib.graph.trace import trace
@@ -26,7 +27,9 @@ def capture(model: nn.Module, example: Tensor, *, share: bool = False) -> Graph:
 
     Raises ModelError, naming the place, where the model cannot be exported.
     """
-    graph = rewrite(simplify(trace(model, example), dropouts=share), model, len(example), share=share)
+    program = simplify(trace(model, example), dropouts=share)
+    refuse_values(program.graph.graph, program.images)
+    graph = rewrite(program, model, len(example), share=share)
     join_factors(graph)
     join_masks(graph)
     graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))

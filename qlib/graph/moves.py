@@ -37,6 +37,8 @@ def is_move(node: fx.Node, depending: Collection[fx.Node] | None = None) -> bool
         parts = arguments_of(node)["tensors"]
         sources = {_origin(part) for part in parts}
         return len(parts) > 1 and len(sources) == 1 and depending is not None and not sources - set(depending)
+    if op == "getitem":  # one of several results
+        return is_move(node.all_input_nodes[0])
     return op in _MOVES or op in _AS_THEY_ARE.split()
 
 

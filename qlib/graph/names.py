@@ -5,12 +5,13 @@ The only place that reads what torch.export notes of modules: `nn_module_stack` 
 
 from __future__ import annotations
 
+import keyword
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import fx, nn
 
-__all__ = ["DROPOUTS", "NORMED_BY", "name_ops", "op_of", "owner_of", "writes"]
+__all__ = ["DROPOUTS", "NORMED_BY", "attribute_name", "name_ops", "op_of", "owner_of", "writes"]
 
 NORMED_BY = {"batch_norm": 3}
 """Ops that are named by another argument than their second, the weight: the position of that one."""
@@ -54,7 +55,7 @@ def name_ops(
     2. The op of a module of torch.nn has its path, and so has the only op of a module without state and children.
     3. Others have the path of their module, and the name of the op: ``layer1.0.add``.
 
-    A name that is taken gets ``_1``, ``_2``, ... in order.
+    A name that is taken gets ``_1``, ``_2``, ... in order; one that no code can spell as an attribute ends in ``_``.
     """
     ops = list(ops)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -65,7 +66,7 @@ def name_ops(
     for node in ops:
         if node in moves:
             continue
-        name = _name(node, modules, first, paths, alone)
+        name = attribute_name(_name(node, modules, first, paths, alone))
         free, suffix = name, 0
         while free in taken:
             suffix += 1
@@ -75,6 +76,16 @@ def name_ops(
     return names
 
 
+def attribute_name(path: str) -> str:
+    """The path as code can spell it: a part that is a keyword of Python, or a method of each module, ends in ``_``.
+
+    >>> attribute_name("blocks.if.conv"), attribute_name("to"), attribute_name("blocks.0")
+    ('blocks.if_.conv', 'to_', 'blocks.0')
+    """
+    parts = path.split(".")
+    return ".".join(f"{part}_" if keyword.iskeyword(part) or hasattr(nn.Module, part) else part for part in parts)
+
+
 def _name(
     node: fx.Node,
     modules: Mapping[str, nn.Module],
@@ -82,6 +93,8 @@ def _name(
     paths: Mapping[fx.Node, str],
     alone: Mapping[str, int],
 ) -> str:
+    if op_of(node) == "getitem":  # one of the results of an op with several: parts of one are moves
+        (node,) = node.all_input_nodes
     op, owner = op_of(node), owner_of(node)
     if op in _WEIGHTED:
         position = NORMED_BY.get(op, 1)

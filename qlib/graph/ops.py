@@ -90,6 +90,17 @@ class GlobalAvgPool(Op):
         return x.mean((2, 3), keepdim=self.keepdim)
 
 
+class Result:
+    """One of the results of a function that has several, such as the maximum of ``torch.max(x, 1)``."""
+
+    def __init__(self, function: Callable[..., Any], index: int) -> None:
+        self.function, self.index = function, index
+        self._schema, self.__name__ = getattr(function, "_schema", None), getattr(function, "__name__", "")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)[self.index]
+
+
 class Function(Op):
     """A function computed in float: `template` holds its arguments, with ``Slot(i)`` for the i-th tensor input."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from qlib.graph.aten import arguments_of, layer_of
 from qlib.graph.formulas import formula_of, train_through
 from qlib.graph.ir import Graph
 from qlib.graph.moves import is_move, move_of
-from qlib.graph.names import DROPOUTS, NORMED_BY, name_ops, op_of, owner_of, writes
+from qlib.graph.names import DROPOUTS, NORMED_BY, attribute_name, name_ops, op_of, owner_of, writes
 from qlib.graph.trace import DROP_PATHS, Trace, depends_on, pads_values
 
 __all__ = ["rewrite"]
@@ -52,7 +52,8 @@ class _Rewriter:
         self.values = constant_values(trace, self.depending)
         layers = [n for n in trace.graph.graph.nodes if n.op == "call_function" and n in self.depending and _tensor(n)]
         moves = frozenset(node for node in layers if is_move(node, self.depending))
-        self.names = name_ops(layers, model, trace.paths, moves)
+        self.several = {node for node in layers if node not in moves and not isinstance(node.meta["val"], Tensor)}
+        self.names = name_ops([n for n in layers if n not in self.several], model, trace.paths, moves)
         self.root = nn.Module()
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}
@@ -67,7 +68,7 @@ class _Rewriter:
             elif node.op == "output":
                 (logits,) = node.args[0]
                 self.graph.output(self.new[logits]).meta |= {"name": "output", "tensor": True}
-            elif node in self.depending:
+            elif node in self.depending and node not in self.several:  # of those, each result is a layer
                 self.new[node] = self._op(node)
         graph = fx.GraphModule(self.root, self.graph)
         graph.eval()
@@ -109,7 +110,7 @@ class _Rewriter:
     def _constant(self, node: fx.Node, value: Tensor) -> fx.Node:
         if node not in self.constants:
             own = self.trace.tensors.get(node)
-            path = self.trace.paths.get(node, "")
+            path = attribute_name(self.trace.paths.get(node, ""))
             target = path if path and not self._is_of_a_layer(path) else f"constant_{node.name}"
             if self.share and (formula := formula_of(self.trace, node)) is not None:
                 _add(self.root, target, formula)
@@ -215,10 +216,16 @@ class _Rewriter:
             constants.append(value if self.share else value.detach())
             return ops.Function.Slot(-len(constants))
 
+        function: Callable[..., Any]
+        if op_of(node) == "getitem":
+            (source,) = node.all_input_nodes
+            function, node = ops.Result(_functional(source), cast(int, node.args[1])), source
+        else:
+            function = _functional(node)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), slot)
-        function = ops.Function(_functional(node), args, kwargs, constants)
-        self._train(function, held)
-        return function, inputs
+        module = ops.Function(function, args, kwargs, constants)
+        self._train(module, held)
+        return module, inputs
 
     def _free_target(self, name: str) -> str:
         target, suffix = name, 0

@@ -20,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from qlib.errors import ModelError
 from qlib.graph.any_batch import images_of, is_fixed, with_any_batch
 from qlib.graph.names import DROPOUTS, op_of, writes
-from qlib.users_code import layer_of, line_of, reason_of
+from qlib.users_code import definition_of, layer_of, line_of, reason_of
 
 __all__ = ["DROP_PATHS", "Trace", "check_inputs", "depends_on", "pads_values", "trace"]
 
@@ -71,7 +71,11 @@ def depends_on(graph: fx.Graph, images: fx.Node) -> frozenset[fx.Node]:
 
 
 def check_inputs(model: nn.Module) -> None:
-    """A model of images takes one tensor. Raises ModelError for one that needs more, or takes none."""
+    """A model of images takes one tensor. Raises ModelError for one that needs more, takes none, or is TorchScript."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"layer {path!r}" if path else "the model"
+            raise ModelError(f"{what} is TorchScript, which cannot be captured; give the module that was scripted")
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     needed = [each.name for each in parameters if each.default is each.empty and each.kind in positional]
@@ -148,7 +152,7 @@ def _refusal(error: BaseException, model: nn.Module, shape: tuple[int, ...]) -> 
         if error.__cause__ is None:  # it has its sentence already
             return error
         error = error.__cause__
-    path, line = layer_of(error, model), line_of(error)
+    path, line = layer_of(error, model), line_of(error) or definition_of(type(model).forward)
     place = f"{path!r} ({line})" if path and line else repr(path) if path else line or "its forward method"
     if type(error).__name__ in _ON_VALUES:
         refusal = _on_values(place)

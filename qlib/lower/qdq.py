@@ -45,11 +45,11 @@ class _Builder:
             self.root[str(node.target)] = attribute(self.exact, node)
         elif node.op == "call_module":
             module = self.exact.get_submodule(str(node.target))
-            (source, *_) = layer_inputs(node)
-            if isinstance(module, Quantize) and source.op == "get_attr":
+            source = next(iter(layer_inputs(node)), None)  # what is made of the number of images alone has none
+            if isinstance(module, Quantize) and source is not None and source.op == "get_attr":
                 self.values[node] = self._constant(node, module, attribute(self.exact, source))
                 return
-            if isinstance(module, Quantize):
+            if isinstance(module, Quantize) and source is not None:
                 self.root[str(node.target)] = self._quantize(node, source)
             else:
                 inputs = tuple(map(activation_grid, layer_inputs(node)))

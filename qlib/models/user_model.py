@@ -18,7 +18,9 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from qlib.errors import ModelError, did_you_mean
 from qlib.files import expanded
@@ -51,10 +53,7 @@ def model_spec(arch: str) -> ModelSpec:
 
 def _spec_of(model: nn.Module, arch: str, build: Callable[[int], nn.Module]) -> ModelSpec:
     """What the model tells about itself by its attributes."""
-    dataset = getattr(model, "dataset", "imagenet")
-    if not isinstance(dataset, str) or dataset not in known_datasets():
-        raise _wrong(arch, "dataset", dataset, f"one of {', '.join(known_datasets())}")
-    shape = _input_shape(getattr(model, "input_shape", standard_input_shape(dataset)), arch)
+    dataset, shape = _dataset(model, arch), _input_shape(model, arch)
     transforms = {name: getattr(model, name, None) for name in ("transform", "train_transform")}
     for name, value in transforms.items():
         if value is not None and not callable(value):
@@ -75,11 +74,19 @@ def _wrong(arch: str, attribute: str, value: object, remedy: str) -> ModelError:
     return ModelError(f"{arch!r} has the attribute {attribute} = {text}; make it {remedy}")
 
 
-def _input_shape(shape: Any, arch: str) -> tuple[int, int, int]:
-    match shape:
+def _dataset(model: nn.Module, arch: str) -> str:
+    dataset = getattr(model, "dataset", "imagenet")
+    if not isinstance(dataset, str) or dataset not in known_datasets():
+        raise _wrong(arch, "dataset", dataset, f"one of {', '.join(known_datasets())}")
+    return dataset
+
+
+def _input_shape(model: nn.Module, arch: str) -> tuple[int, int, int]:
+    match getattr(model, "input_shape", standard_input_shape(_dataset(model, arch))):
         case (int(channels), int(height), int(width)) if min(channels, height, width) > 0:
             return channels, height, width
-    raise _wrong(arch, "input_shape", shape, "(channels, height, width), such as (3, 224, 224)")
+        case shape:
+            raise _wrong(arch, "input_shape", shape, "(channels, height, width), such as (3, 224, 224)")
 
 
 def _function(path: Path, name: str) -> Callable[..., Any]:
@@ -112,12 +119,15 @@ def _build(function: Callable[..., Any], arch: str, num_classes: int | None) -> 
         if not isinstance(model, nn.Module):
             raise ModelError(f"{arch!r} returns {type(model).__name__!r}, not an nn.Module; make it return the model")
         _guard(model, arch)
-    return with_logits(model)
+        model = with_logits(model)
+        if any(map(is_lazy, (*model.parameters(), *model.buffers()))):  # sizes of layers that the first images tell
+            model.eval()(torch.zeros(2, *_input_shape(model, arch)))
+    return model
 
 
 def _guard(model: nn.Module, arch: str) -> None:
     """What the forward method raises is one sentence, wherever the model runs; copies of it have their own."""
-    if "forward" in vars(model):
+    if "forward" in vars(model) or isinstance(model, torch.jit.ScriptModule):
         return
     forward = type(model).forward
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from qlib.config.layers.resolve import LayerInfo
@@ -151,6 +152,8 @@ class _Planner:
             return LayerPlan(kind.name, inputs, weight, note="" if weight else "bits_weights 0")
         if "shape" not in node.meta:
             return LayerPlan(kind.name, inputs, note="its output is not one tensor")
+        if not _is_float(node):
+            return LayerPlan(kind.name, inputs, weight, note=f"its output is {node.meta['dtype']}")
         if not settings.bits_activations:
             note = f"activations: bits 0 ({settings.origin_of('bits_activations')})"
             return LayerPlan(kind.name, inputs, weight, note=note)
@@ -180,6 +183,8 @@ class _Planner:
         )
 
     def _plan_input(self, node: fx.Node, kind: LayerKind, index: int, source: fx.Node) -> TensorPlan | None:
+        if not _is_float(source):
+            return None
         settings = self.settings[name_of(node)]
         overridden = index in settings.input_overrides
         mine = settings.of_input(index)
@@ -269,3 +274,8 @@ class _Planner:
             return plan_tensor(stats, settings, half_range)
         except StatsError as error:
             raise StatsError(f"{what} layer {name_of(node)!r}: {error}") from error
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether a node holds real numbers: masks and indices have no grid."""
+    return bool(node.meta.get("dtype", torch.float32) == torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,61 @@ def test_formats(folder: Path, kind: str) -> None:
         assert dataset[0][0].tolist() == [8.0] * 3
 
 
+def raw(text: bytes, values: list[int]) -> bytes:
+    return text + np.array(values, ">u2").tobytes()
+
+
+GRAY = np.array([[0, 257], [32896, 65535]])
+DEPTHS = {
+    "png of 16 bits": (Image.fromarray(GRAY.astype(np.uint16)), "png", [[0, 1], [128, 255]]),
+    "tiff of 16 bits": (Image.fromarray(GRAY.astype(np.uint16)), "tiff", [[0, 1], [128, 255]]),
+    "tiff of 32 bits": (Image.fromarray(GRAY.astype(np.int32)), "tiff", [[0, 1], [128, 255]]),
+    "pgm of 16 bits": (raw(b"P5 2 2 65535\n", [0, 257, 32896, 65535]), "ppm", [[0, 1], [128, 255]]),
+    "pgm of 10 bits": (raw(b"P5 2 2 1023\n", [0, 4, 512, 1023]), "ppm", [[0, 1], [128, 255]]),
+    "one pixel": (Image.new("L", (1, 1), 7), "png", [[7]]),
+    "one bit": (Image.new("1", (2, 1), 1), "png", [[255, 255]]),
+    "floats": (Image.fromarray(GRAY.astype(np.float32)), "tiff", r"its pixels are float32 of no known range: store 8"),
+    "large": (Image.fromarray((GRAY * 9).astype(np.int32)), "tiff", r"its pixels are int32 of no known range: store"),
+    "negative": (Image.fromarray((-GRAY).astype(np.int32)), "tiff", r"its pixels are int32 of no known range: store"),
+    "a strip": (Image.new("L", (100_000, 1)), "png", r"it has 100000 x 1 pixels, one side over 1,000 times the other"),
+}
+
+
+@pytest.mark.parametrize(("image", "kind", "expected"), DEPTHS.values(), ids=DEPTHS)
+def test_depths(folder: Path, image: Image.Image | bytes, kind: str, expected: list[list[int]] | str) -> None:
+    """Gray of 16 bits is scaled, where Pillow would clip it to white."""
+    path = folder / "val" / "a" / "0.png"
+    path.write_bytes(image) if isinstance(image, bytes) else image.save(path, kind)
+    dataset = open_dataset("imagefolder", folder, "val", np.asarray, num_classes=None)
+    if isinstance(expected, list):
+        assert dataset[0][0].tolist() == [[[value] * 3 for value in row] for row in expected]
+    else:
+        with pytest.raises(DataError, match=rf"number 1 of 5 \({expected}"):
+            dataset[0]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "ppm", "bmp", "tiff", "webp", "avif"])
+def test_damage(folder: Path, kind: str) -> None:
+    """Bytes cut off or changed anywhere: an image, or an error that names it."""
+    path = folder / "val" / "a" / "0.png"
+    noise = np.random.RandomState(0)
+    Image.fromarray(noise.randint(0, 255, (16, 16, 3), np.uint8)).save(path, kind)
+    whole, dataset = path.read_bytes(), opened(folder)
+    said: list[str] = []
+    for trial in range(60):
+        damaged = bytearray(whole[: noise.randint(len(whole))] if trial % 2 else whole)
+        for place in noise.randint(0, len(whole), 5 if not trial % 2 else 0):
+            damaged[place] = noise.randint(256)
+        path.write_bytes(damaged)
+        try:
+            dataset[0]
+        except DataError as error:
+            said.append(str(error))
+    expected = r"cannot read image '.*/0.png', number 1 of 5 \(.*\); replace or delete it.*"
+    assert [text for text in said if not re.fullmatch(expected, text)] == []
+    assert len(said) >= 20
+
+
 def test_what_has_an_image_s_name_but_is_no_file(folder: Path) -> None:
     os.mkfifo(folder / "val" / "a" / "x.png")
     with pytest.raises(DataError) as error:
@@ -247,16 +303,46 @@ def test_torchvision_files_that_are_not_there(tmp_path: Path, name: str) -> None
         open_dataset(name, None, "val", shade, num_classes=None)
 
 
-def test_mnist_files(tmp_path: Path) -> None:
-    raw = tmp_path / "MNIST" / "raw"
+def write_mnist(root: Path, head: bytes, labels: bytes, images: int = 2) -> None:
+    """The files of both splits; those of `images` gray images, each of its own shade."""
+    raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for prefix, count in (("train", 3), ("t10k", 2)):
-        pixels = np.arange(count, dtype=np.uint8).repeat(28 * 28).tobytes()
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, count, 28, 28) + pixels)
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(range(count)))
+    for prefix in ("train", "t10k"):
+        pixels = np.arange(images, dtype=np.uint8).repeat(28 * 28).tobytes()
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(head + pixels)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
+
+
+HEADER, LABELS = struct.pack(">4i", 0x803, 2, 28, 28), struct.pack(">2i", 0x801, 2)
+
+
+def test_mnist_files(tmp_path: Path) -> None:
+    write_mnist(tmp_path, HEADER, LABELS + bytes([0, 1]))
     dataset = opened(tmp_path, "mnist", 10)
     assert (len(dataset), dataset[1][0].tolist(), dataset[1][1], dataset.path(1)) == (2, [1.0] * 3, 1, "mnist[1]")
-    assert len(open_dataset("mnist", tmp_path, "train", shade, num_classes=10)) == 3
+    assert len(open_dataset("mnist", tmp_path, "train", shade, num_classes=10)) == 2
+
+
+DAMAGED = {
+    "no number at the beginning": (b"\1\2\3\4" + HEADER[4:], LABELS + bytes(2), ""),
+    "empty": (b"", LABELS + bytes(2), ""),
+    "cut": (HEADER[:7], LABELS + bytes(2), ""),
+    "more images than bytes": (struct.pack(">4i", 0x803, 2**31 - 1, 28, 28), LABELS + bytes(2), ""),
+    "a negative number of images": (struct.pack(">4i", 0x803, -2, 28, 28), LABELS + bytes(2), ""),
+    "floats": (struct.pack(">4i", 0xD03, 2, 28, 28), LABELS + bytes(2), ""),
+    "labels of two axes": (HEADER, struct.pack(">3i", 0x802, 2, 1) + bytes(2), ""),
+    "labels out of range": (HEADER, LABELS + bytes([3, 10]), r" \(its labels are 3 to 10, of 10 classes\)"),
+    "fewer labels": (HEADER, struct.pack(">2i", 0x801, 1) + bytes(1), r" \(its files have 2 images and 1 labels\)"),
+}
+
+
+@pytest.mark.parametrize(("head", "labels", "reason"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_mnist_files(tmp_path: Path, head: bytes, labels: bytes, reason: str) -> None:
+    write_mnist(tmp_path, head, labels)
+    with pytest.raises(
+        DataError, match=rf"does not hold mnist{reason}; put torchvision's files of it there, or train/"
+    ):
+        opened(tmp_path, "mnist", 10)
 
 
 def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

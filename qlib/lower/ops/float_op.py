@@ -35,13 +35,13 @@ class FloatOp(ExactLayer):
             value = arg
             if isinstance(arg, Tensor):
                 scale = getattr(self, f"scale_{index}")
-                value = (arg if scale is None else arg * scale).to(self.dtype)
+                value = _in(self.dtype, arg if scale is None else arg * scale)
                 index += 1
             values.append(value)
         y = self.module(*values)
         if not isinstance(y, Tensor):
             return y
-        y = y.float()
+        y = _in(torch.float32, y)
         return y if self.grid is None else self.grid.quantize(y)
 
     def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
@@ -57,8 +57,13 @@ class _InDtype(nn.Module):
         self.module, self.dtype = module, dtype
 
     def forward(self, *args: Any) -> Any:
-        y = self.module(*(arg.to(self.dtype) if isinstance(arg, Tensor) else arg for arg in args))
-        return y.float() if isinstance(y, Tensor) else y
+        y = self.module(*(_in(self.dtype, arg) if isinstance(arg, Tensor) else arg for arg in args))
+        return _in(torch.float32, y) if isinstance(y, Tensor) else y
+
+
+def _in(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Real numbers in a type; masks and indices as they are."""
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 @LOWERINGS.register("float_op")
