@@ -25,6 +25,7 @@ _REMEDIES: Mapping[int | None, str] = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files with ulimit -n, or give a lower -j"),
     **dict.fromkeys((errno.ENOMEM, errno.EAGAIN), "end other programs, or give a lower -j or -b"),
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.EILSEQ: "rename it",
     errno.EIO: "check the disk, or give a folder on another one",
 }
 """The number of an error of the system -> what a user can do."""
@@ -86,6 +87,8 @@ def refusal(error: BaseException) -> QlibError | None:
         return SystemRefusal("the current folder is no longer there; change to one that is")
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return SystemRefusal(f"cannot use {str(error.filename)!r} ({in_words(error)}); {remedy(error)}")
+    if isinstance(error, UnicodeEncodeError) and re.search("[\ud800-\udfff]", error.object):
+        return SystemRefusal(f"a name in {error.object!r} is not UTF-8, which is needed here; rename it")
     if found := shortage(error):
         return found
     if isinstance(error, OSError) and error.errno is not None:

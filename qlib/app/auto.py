@@ -267,7 +267,7 @@ class _Climb:
         """A name for all that a trial depends on, the model and the images apart."""
         settings = {name: value for name, value in settings_by_name(config).items() if name.startswith(_TRIED)}
         text = repr(sorted((name, str(value)) for name, value in settings.items()))
-        return hashlib.sha256(f"{text} {config.seed} {config.data}".encode()).hexdigest()[:12]
+        return hashlib.sha256(f"{text} {config.seed} {config.data}".encode(errors="backslashreplace")).hexdigest()[:12]
 
     def _job(self, config: RunConfig, folder: Path) -> Job:
         """A job that writes into the folder of a trial."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from qlib.deploy.export import INPUT
+from qlib.system import unwritable
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+_UNWRITTEN = re.compile("serialization failed|[Nn]o space|[Rr]ead-only")
 
 __all__ = ["open_session", "run_session"]
 
@@ -24,7 +28,7 @@ def open_session(
 
     `threads`: as many as torch uses where None. `optimized`: where to save the graph that really runs.
     `exact`: on x86 without VNNI, int8 weights become uint8, whose products are added without saturation; elsewhere it
-    changes nothing.
+    changes nothing. Raises OutputError where the graph cannot be saved.
     """
     import onnxruntime as ort
 
@@ -34,8 +38,13 @@ def open_session(
     options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
-    source = model if isinstance(model, bytes) else str(model)
-    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    source = model if isinstance(model, bytes) else str(model).encode().decode()  # it takes names in UTF-8 alone
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no class and no number in common
+        if optimized is not None and _UNWRITTEN.search(str(error)):
+            raise unwritable("temporary file", optimized, OSError("it was not taken whole")) from error
+        raise
 
 
 def run_session(session: ort.InferenceSession, images: Tensor, names: Sequence[str] | None = None) -> list[Tensor]:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -92,7 +93,7 @@ def _input_shape(model: nn.Module, arch: str) -> tuple[int, int, int]:
 def _function(path: Path, name: str) -> Callable[..., Any]:
     if not path.is_file():
         raise ModelError(f"there is no model file {str(path)!r}; give a file that exists, as path/to/file.py:function")
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
     module_name = f"{path.stem}_{digest}"
     loader = UsersFile(module_name, str(path))
     spec = importlib.util.spec_from_loader(module_name, loader)

@@ -200,6 +200,9 @@ TABLE = {
     # the model
     "model file of nobody": Row("-a ~nosuchuser/n.py:f images -e", r"there is no model file '~nosuchuser/n.py'; give"),
     "long name of a model file": Row(f"-a {LONG}.py:f images -e", r"cannot use 'a+.+.py' \(File name too long\)"),
+    "model file in other bytes": Row(
+        "-a \udcff.py:f images -e", r"--arch '\\udcff\.py:f' cannot be used \(not UTF-8\); rename it"
+    ),
     "model folder of nobody": Row("-a hf/~nosuchuser images -e", r"no model in the folder '~nosuchuser'"),
     "early exits": Row(
         "-a resnet50_earlyexit images -e",

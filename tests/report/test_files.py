@@ -114,6 +114,20 @@ def test_activations_for_which_the_disk_has_no_room_are_a_sentence(tmp_path: Pat
     assert names(tmp_path) == set()
 
 
+def test_a_full_folder_for_temporary_files_is_a_sentence(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from qlib.deploy.session import open_session
+
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"], name="relu" * 100)
+    graph = onnx.helper.make_graph([node], "graph", [value], [other])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    with room_for(10), pytest.raises(OutputError, match=r"cannot write temporary file '.*' \(it was not taken whole\)"):
+        open_session(model.SerializeToString(), optimized=tmp_path / "optimized.onnx")
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "state"
 

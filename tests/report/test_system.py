@@ -57,6 +57,7 @@ REFUSED = [
     pytest.param(code_of(errno.EACCES, "a.png"), "'a.png' (Permission denied); give another", id="rights"),
     pytest.param(code_of(errno.ENAMETOOLONG, "a"), "'a' (File name too long); give a shorter", id="name"),
     pytest.param(code_of(errno.ENOENT), "the current folder is no longer there; change", id="current folder"),
+    pytest.param(UnicodeEncodeError("utf-8", "r\udcff", 1, 2, "no"), "is not UTF-8, which is needed here", id="bytes"),
     pytest.param(code_of(errno.EAGAIN), "(Resource temporarily unavailable); end other", id="processes"),
 ]
 
@@ -174,6 +175,17 @@ def test_stdout_that_takes_no_more(
         log = Path("latest_log_file").read_text().splitlines()
         assert "wide.conv" in "".join(log)
         assert "Log file for this run: " in log[-1]
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, out = os.fsdecode(b"r\xff"), io.TextIOWrapper(io.BytesIO(), "ascii")
+    with contextlib.redirect_stdout(out):
+        assert main([*CHECK, "--name", name, "--out-dir", name]) == 0
+    assert b"r\\udcff___" in out.buffer.getvalue()  # type: ignore[attr-defined]
+    (log,) = Path(name).glob("*/*.log")
+    assert log.name.startswith(f"{name}___")
+    assert "/r\\udcff___" in log.read_text()
 
 
 @needs_full

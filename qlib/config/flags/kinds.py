@@ -101,8 +101,17 @@ def choice(allowed: Iterable[str], *, many: str = "") -> Kind:
 
 
 def arch(allowed: str = "a model's name") -> Kind:
-    """A model's name, in any case, or ``path/to/file.py:function`` or ``hf/FOLDER`` as it stands."""
-    return Kind(lambda text: text if ".py:" in text or text.startswith("hf/") else text.lower(), allowed, "ARCH")
+    """A model's name, in any case, or ``path/to/file.py:function`` or ``hf/FOLDER`` as it stands.
+
+    It is UTF-8, as it stands in files.
+    """
+
+    def read(text: str) -> str:
+        if text != text.encode(errors="replace").decode():
+            raise OSError(errno.EILSEQ, "not UTF-8")
+        return text if ".py:" in text or text.startswith("hf/") else text.lower()
+
+    return Kind(read, allowed, "ARCH")
 
 
 def run_name() -> Kind:
