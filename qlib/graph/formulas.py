@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,7 +12,7 @@ from qlib.graph.ir import Graph, attribute
 from qlib.graph.moves import move_of
 from qlib.graph.names import writes
 from qlib.graph.ops import Formula
-from qlib.graph.trace import Trace
+from qlib.graph.trace import Trace, is_view
 
 __all__ = ["formula_of", "settle", "settle_layer", "train_through"]
 
@@ -20,12 +20,16 @@ __all__ = ["formula_of", "settle", "settle_layer", "train_through"]
 def formula_of(trace: Trace, node: fx.Node) -> Formula | None:
     """The part of the program that computes a node from the model's own tensors; None where there is none to train.
 
-    None too for a parameter itself, and where an op changes in place what another one reads.
+    None too for a parameter itself, and where the model writes into one.
     """
     needed = _needed(node)
+    for each in trace.graph.graph.nodes:  # in order: one write may be into what another one has changed
+        if writes(each) and not needed.isdisjoint(_written(each)):
+            needed |= _needed(each)
     leaves = [each for each in needed if each in trace.tensors]
     trains = any(isinstance(trace.tensors[leaf], nn.Parameter) and trace.tensors[leaf].requires_grad for leaf in leaves)
-    if node in leaves or not trains or any(writes(user) for each in needed for user in (each, *each.users)):
+    changes = any(each in leaves for write in filter(writes, needed) for each in _written(write))
+    if node in leaves or not trains or changes or trace.images in needed:
         return None
     root, graph, new = nn.Module(), fx.Graph(), dict[fx.Node, fx.Node]()
     for each in trace.graph.graph.nodes:
@@ -40,7 +44,15 @@ def formula_of(trace: Trace, node: fx.Node) -> Formula | None:
     return Formula(fx.GraphModule(root, graph))
 
 
-def _needed(node: fx.Node) -> Collection[fx.Node]:
+def _written(write: fx.Node) -> Iterator[fx.Node]:
+    """What an op changes in place, and what that may be a view of."""
+    each = write.args[0]
+    while isinstance(each, fx.Node):
+        yield each
+        each = each.args[0] if is_view(each) or writes(each) else None
+
+
+def _needed(node: fx.Node) -> set[fx.Node]:
     """A node and all that it is computed from."""
     found, waiting = set[fx.Node](), [node]
     while waiting:

@@ -22,7 +22,7 @@ from qlib.graph.any_batch import images_of, is_fixed, with_any_batch
 from qlib.graph.names import DROPOUTS, op_of, writes
 from qlib.users_code import definition_of, layer_of, line_of, reason_of
 
-__all__ = ["DROP_PATHS", "Trace", "check_inputs", "depends_on", "pads_values", "trace"]
+__all__ = ["DROP_PATHS", "Trace", "check_inputs", "depends_on", "is_view", "pads_values", "trace"]
 
 DROP_PATHS = frozenset({"DropPath", "StochasticDepth"})
 """Classes of stochastic depth: torchvision's, and what others call it."""
@@ -114,12 +114,12 @@ def _writes_into_views(program: ExportedProgram) -> bool:
         if node.name in own or any(source in depending for source in node.all_input_nodes):
             depending.add(node)
             changed = node.args[0] if writes(node) and op_of(node) not in DROPOUTS else None
-            if isinstance(changed, fx.Node) and (_views(changed) or any(map(_views, changed.users))):
+            if isinstance(changed, fx.Node) and (is_view(changed) or any(map(is_view, changed.users))):
                 return True
     return False
 
 
-def _views(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a tensor lies in the memory of another one."""
     schema = getattr(node.target, "_schema", None)
     aliases = schema is not None and not schema.is_mutable and any(each.alias_info for each in schema.returns)

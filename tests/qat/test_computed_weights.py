@@ -47,6 +47,19 @@ class ComputedBias(nn.Linear):
         return F.linear(x, self.weight, torch.cat([self.bias[:4], torch.zeros(4)]))
 
 
+class WrittenBias(nn.Linear):
+    """A bias of which a part is set to zero, and scaled by what a small network makes of a table, as in Swin v2."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.table = nn.Sequential(nn.Linear(2, 4), nn.ReLU(inplace=True), nn.Linear(4, 8, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias.clone()
+        bias[2:4].zero_()
+        return F.linear(x, self.weight, bias * self.table(torch.ones(2)).sigmoid())
+
+
 class Scales(nn.Module):
     """Parameters that are operands: as they are, computed from, and of an op that has no module of its own."""
 
@@ -84,6 +97,7 @@ MODELS = [
     pytest.param(lambda: net(spectral_norm(nn.Conv2d(3, 8, 3))), id="spectral norm"),
     pytest.param(lambda: net(StraightThrough(3, 8, 3)), id="straight-through estimator"),
     pytest.param(lambda: net(nn.Conv2d(3, 8, 3), ComputedBias(8, 8)), id="computed bias"),
+    pytest.param(lambda: net(nn.Conv2d(3, 8, 3), WrittenBias()), id="writes in place"),
     pytest.param(lambda: net(nn.Sequential(nn.Conv2d(3, 8, 3), Scales())), id="operands"),
     pytest.param(lambda: net(Reused()), id="one weight of two layers"),
 ]
