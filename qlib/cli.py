@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -105,8 +106,10 @@ def parse(argv: Sequence[str]) -> RunConfig:
     namespace, rest = build_parser().parse_known_args(_with_values(_in_full(argv)))
     words: dict[str, Any] = vars(namespace)
     file = words.pop(_RUN_CONFIG, None)
-    texts: _Texts = {flag: value if isinstance(value, list) else [str(value)] for flag, value in words.items()}
+    texts: _Texts = words
     given, folder = frozenset(texts), _positional(rest)
+    single = {flag.name for flag in FLAGS if not flag.kind.many}
+    repeated = frozenset(flag for flag, values in texts.items() if flag in single and len(values) > 1)
     if file is not None:
         texts, given, folder = _repeated(expanded(file), texts, folder)
     config = _build(texts, folder, given)
@@ -116,7 +119,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     if folder is None and needs_folder(config):
         raise UsageError(_no_folder(config))
     check_combination(config)
-    return config
+    return replace(config, repeated=repeated)
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:
@@ -271,7 +274,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the table; each flag's destination is its canonical name, and it leaves the texts as they are."""
+    """The parser of the table; each flag's destination is its canonical name, and holds all texts as they are."""
     parser = _Parser(
         prog=_program(),
         usage=f"{_program()} [flags] DATASET_DIR",
@@ -284,9 +287,10 @@ def build_parser() -> argparse.ArgumentParser:
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
-            kind: dict[str, Any] = {"action": "store_true"} if flag.kind is SWITCH else {"metavar": flag.kind.metavar}
-            if flag.kind.many:
-                kind |= {"nargs": "+", "action": "extend"} if flag.kind.many == "words" else {"action": "append"}
+            switch: dict[str, Any] = {"action": "append_const", "const": "True"}
+            kind = switch if flag.kind is SWITCH else {"metavar": flag.kind.metavar, "action": "append"}
+            if flag.kind.many == "words":
+                kind |= {"nargs": "+", "action": "extend"}
             group.add_argument(*flag.names, dest=flag.name, help=_help(flag), **kind)
         if title == "General":
             group.add_argument(

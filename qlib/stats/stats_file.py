@@ -36,6 +36,7 @@ __all__ = ["check_fingerprint", "check_layers", "read_stats", "write_stats"]
 _HEADER = "qlib_stats"
 _HISTOGRAMS, _HASH = "histograms", "hash"
 _VERSION = 1
+_HEADER_KEYS = ("version", "arch", "weights", "dataset", "split", "samples", "corrections", _HISTOGRAMS, _HASH)
 _FLOATS = ("min", "max", "avg_min", "avg_max", "mean", "std", "b")
 _KEYS = (*_FLOATS, "shape", "total_numel", "samples")
 _COUNT = whole(0)
@@ -216,6 +217,7 @@ again with --qe-calibration
 
 def _fingerprint(header: Node) -> dict[str, str | int]:
     entries = dict(_mapping(header, _HEADER))
+    _known(header, _HEADER_KEYS, _HEADER)
     version = entries.pop("version", None)
     if version is None or version.value != _VERSION:
         where = (version or header).where

@@ -707,7 +707,44 @@ WARNINGS = [
             "--export-onnx has no effect: --qe-calibration alone only collects",
         ],
     ),
+    ("a value twice", "-e --seed 1 --seed 2", ["--seed is given more than once: the last value counts, 2"]),
+    ("two spellings", "-e -b 3 --batch-size 3", ["--batch-size is given more than once: the last value counts, 3"]),
+    ("a switch twice", "-e --evaluate", ["--evaluate is given more than once"]),
+    ("lists that add up", "--summary model --summary compute", []),
+    (
+        "images that are not trained on",
+        "-e --vs 0.2 --etrs 0.5 --evs 0.5",
+        [
+            "--validation-split has no effect without --compress or --epochs",
+            "--effective-train-size has no effect without --compress or --epochs",
+            "--effective-valid-size has no effect without --compress or --epochs",
+        ],
+    ),
+    (
+        "images that are not tested on",
+        "--qe-calibration 0.1 --etes 0.5",
+        ["--effective-test-size has no effect: --qe-calibration alone only collects"],
+    ),
+    (
+        "nothing collected",
+        "-e --qe-histograms --qe-calibration-split val",
+        [
+            "--qe-calibration-split has no effect without --qe-calibration or --quantize-eval",
+            "--qe-histograms has no effect without --qe-calibration or --quantize-eval",
+        ],
+    ),
+    (
+        "printing instead of evaluating",
+        "--summary model -e --confusion",
+        ["--evaluate is ignored: --summary only prints", "--confusion is ignored: --summary only prints"],
+    ),
 ]
+
+
+def test_repeated_flags_are_no_settings() -> None:
+    once, twice = parse(["-e", "--seed", "2", "images"]), parse(["-e", "--seed", "1", "--seed", "2", "images"])
+    assert once == twice
+    assert once.to_yaml() == twice.to_yaml()
 
 
 @pytest.mark.parametrize(("words", "expected"), [row[1:] for row in WARNINGS], ids=[row[0] for row in WARNINGS])

@@ -58,11 +58,11 @@ def without_hash(text: str) -> str:
     ("old", "new"),
     [
         ("max: 1.0e-05", "max: 2.0e-05"),
-        ("arch: ", "arch2: "),
+        ('arch: "', 'arch: "x'),
         ("features.0", "features.1"),
         ("samples: ", "samples: 1"),
     ],
-    ids=["a number", "a key", "a layer", "a digit more"],
+    ids=["a number", "a name", "a layer", "a digit more"],
 )
 def test_what_was_changed_is_refused(tmp_path: Path, old: str, new: str) -> None:
     path = tmp_path / "a.yaml"
@@ -78,6 +78,13 @@ def test_what_was_changed_is_refused(tmp_path: Path, old: str, new: str) -> None
     )
     path.write_text(without_hash(path.read_text()))
     assert read_stats(path) != STATS
+
+
+def test_a_hash_that_is_called_otherwise_is_no_header(tmp_path: Path) -> None:
+    write_stats(tmp_path / "a.yaml", STATS)
+    (tmp_path / "a.yaml").write_text((tmp_path / "a.yaml").read_text().replace("  hash: ", "  hasi: ", 1))
+    with pytest.raises(StatsError, match=r"a\.yaml:\d+: unknown key 'hasi' in qlib_stats; .*; did you mean hash\?"):
+        read_stats(tmp_path / "a.yaml")
 
 
 def test_how_it_is_written_does_not_matter(tmp_path: Path) -> None:

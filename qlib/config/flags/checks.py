@@ -136,6 +136,9 @@ def startup_warnings(config: RunConfig) -> list[str]:
 
 def _reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
     """Why a flag has no effect; nothing where it has one."""
+    if flag.name in config.repeated:
+        value = settings_by_name(config)[flag.target]
+        yield "is given more than once" + ("" if value is True else f": the last value counts, {value}")
     for need in flag.needs:
         if not any(_is_on(config, each) for each in (*need.flags, *need.also)):
             yield f"has no effect without {' or '.join(need.flags)}"

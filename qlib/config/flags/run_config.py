@@ -28,6 +28,8 @@ _MAPPINGS: Mapping[str, tuple[Mapping[str, object], type]] = {
 class RunConfig:
     """What one run does. A field is named as its flag; `given` holds the flags that the user wrote.
 
+    `repeated` are those of which only the last value counts; they are no settings.
+
     Law: the file that `to_yaml` makes, passed as `--run-config`, gives an equal `RunConfig`.
     """
 
@@ -76,6 +78,7 @@ class RunConfig:
     export_encodings: tuple[str, ...] = ()
     verify: int | None = None
     given: frozenset[str] = frozenset()
+    repeated: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def trains(self) -> bool:
@@ -129,7 +132,7 @@ def settings_by_name(config: RunConfig) -> dict[str, object]:
     (99.99, None, True)
     """
     found: dict[str, object] = {}
-    for each in fields(config):
+    for each in (each for each in fields(config) if each.compare):
         value = getattr(config, each.name)
         found |= _of_group(each.name, value) if each.name in GROUPS else {each.name: value}
     return found

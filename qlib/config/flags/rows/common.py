@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from qlib.config.flags.flag import Ignored
+from qlib.config.flags.flag import Ignored, Need
 
-__all__ = ["EXPORTS", "NOT_EVALUATED", "NOT_EXPORTED", "ONLY_ANALYSES"]
+__all__ = ["EXPORTS", "NOT_EVALUATED", "ONLY_ANALYSES", "TRAINING"]
+
+TRAINING = Need(("--compress", "--epochs"), also=("--lr",))
 
 EXPORTS = ("--export-onnx", "--verify", "--export-encodings")
 
@@ -16,5 +18,4 @@ _ONLY_COLLECTS = Ignored(
     unless=("--quantize-eval", "--summary", "--check", "--sense"),
 )
 
-NOT_EVALUATED = (ONLY_ANALYSES, _ONLY_COLLECTS)
-NOT_EXPORTED = (_ONLY_PRINTS, *NOT_EVALUATED)
+NOT_EVALUATED = (_ONLY_PRINTS, ONLY_ANALYSES, _ONLY_COLLECTS)

@@ -18,7 +18,7 @@ from qlib.config.flags.kinds import (
     run_name,
     whole,
 )
-from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED, NOT_EXPORTED
+from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED, TRAINING
 from qlib.data.names import DATASETS
 from qlib.registry import registered
 from qlib.values import Interval
@@ -97,10 +97,16 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--validation-split --valid-size --vs",
             real(Interval(0, 1, open_high=True), "a fraction from 0 to below 1"),
             "fraction of the training images held out for validation",
+            needs=(TRAINING,),
         ),
-        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use"),
-        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use"),
-        Flag("--effective-test-size --etes", fraction(), "fraction of the test images to use"),
+        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use", needs=(TRAINING,)),
+        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use", needs=(TRAINING,)),
+        Flag(
+            "--effective-test-size --etes",
+            fraction(),
+            "fraction of the test images to use",
+            ignored=NOT_EVALUATED,
+        ),
         Flag("--skip-corrupt", SWITCH, "leave out images that cannot be read, instead of stopping"),
     ),
     "Evaluation": (
@@ -117,7 +123,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             choice(_ENGINES),
             "what computes the model: torch, or ONNX Runtime on the exported file",
             ignored=(
-                *NOT_EXPORTED,
+                *NOT_EVALUATED,
                 Ignored("has no effect without --evaluate", by=EXPORTS, unless=("--evaluate", "--quantize-eval")),
                 Ignored(
                     "is ignored: training evaluates with torch",

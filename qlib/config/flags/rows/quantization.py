@@ -16,6 +16,7 @@ from qlib.quant.spec import MODES
 __all__ = ["GROUPS"]
 
 _QUANTIZING = Need(("--quantize-eval",), also=("--check", "--sense"))
+_COLLECTING = Need(("--qe-calibration", "--quantize-eval"), also=("--sense", "--auto", "--check", "--compress"))
 _REPLACED = Ignored("is ignored: {qe.config_file} (--qe-config-file) replaces it", by=("--qe-config-file",))
 _CHOSEN = Ignored("is ignored: --sense-bits tells which are tried", by=("--sense",))
 _RANGES_GIVEN = ("--qe-stats-file", "--qe-dynamic", "--qe-config-file")
@@ -47,6 +48,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--qe-calibration-split",
             choice(("train", "val", "test")),
             "split that calibration reads",
+            needs=(_COLLECTING,),
             ignored=(Ignored("is ignored: with {by} no images are read for calibration", by=_RANGES_GIVEN),),
         ),
         Flag(
@@ -54,6 +56,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             SWITCH,
             f"collect histograms too, which {', '.join(HISTOGRAM_CLIPS)} need (collected without being asked where"
             " --quantize-eval calibrates for them)",
+            needs=(_COLLECTING,),
             ignored=(Ignored("is ignored: with {by} no statistics are collected", by=_RANGES_GIVEN),),
         ),
         Flag(
