@@ -3,8 +3,8 @@
     python benchmarks/capture.py [MODEL ...] [--rounds 3] [--beside CHECKOUT]
 
 Prints a Markdown table of seconds of CPU time on one thread, the least of the rounds, with random weights; the columns
-with an x are ratios. Each round is a process of its own. CHECKOUT is another version of this repository, whose capture
-is measured in turn with this one's.
+with an x are ratios. CHECKOUT is another version of this repository, whose capture is measured in turn with this one's,
+in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch.export import Dim, export
 
 from qlib.graph import capture
@@ -49,12 +48,18 @@ def measure(arch: str) -> list[float]:
     return [seconds(lambda: capture(model, images)), exported, forward]
 
 
-def apart(arch: str, root: Path) -> list[float]:
-    """`measure` in a process of its own, with the code of a checkout."""
-    command = [sys.executable, __file__, "--here", arch]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return [float(word) for word in out.split()]
+def worker(root: Path) -> subprocess.Popen[str]:
+    """A process with the code of a checkout, which measures the models that it is told."""
+    command, environment = [sys.executable, __file__, "--here"], {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def told(process: subprocess.Popen[str], arch: str) -> list[float]:
+    """What a worker measures."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(arch, file=process.stdin, flush=True)
+    return [float(word) for word in process.stdout.readline().split()]
 
 
 def main() -> None:
@@ -66,19 +71,23 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
-        print(*measure(args.models[0]))
+        for line in sys.stdin:
+            print(*measure(line.strip()), flush=True)
         return
-    roots = [ROOT, *([args.beside.resolve()] if args.beside else [])]
-    rows = []
-    for arch in args.models:
-        found = [[apart(arch, root) for root in roots] for _ in range(args.rounds)]
-        least = [[min(row[i][j] for row in found) for j in range(3)] for i in range(len(roots))]
-        captured, exported, forward = least[0]
-        row = [arch, captured, exported, captured / exported, captured / forward]
-        rows.append([*row, *(each for other in least[1:] for each in (other[0], captured / other[0]))])
-    beside = ["the other capture", "capture / other x"] * (len(roots) - 1)
+    workers = [worker(root) for root in (ROOT, *([args.beside.resolve()] if args.beside else []))]
+    beside = ["the other capture", "capture / other x"] * (len(workers) - 1)
     headers = ["model", "capture", "torch.export", "capture / export x", "capture / forward x", *beside]
-    print(tabulate(rows, headers, tablefmt="github", floatfmt=".2f"))
+    print(f"| {' | '.join(headers)} |\n|{'---|' * len(headers)}", flush=True)
+    for arch in args.models:
+        found = [[told(each, arch) for each in workers] for _ in range(args.rounds)]
+        (captured, exported, forward), *others = [
+            [min(each[i][j] for each in found) for j in range(3)] for i in range(len(workers))
+        ]
+        row = [captured, exported, captured / exported, captured / forward]
+        row += [number for other in others for number in (other[0], captured / other[0])]
+        print(f"| {arch} | {' | '.join(f'{number:.2f}' for number in row)} |", flush=True)
+    for each in workers:
+        each.communicate()
 
 
 if __name__ == "__main__":
