@@ -28,6 +28,7 @@ _MAX_DEPTH = 50
 Split = Literal["train", "val", "test"]
 
 _THINNEST = 1000
+_MOST_PIXELS, _PIXELS_A_BYTE = 16 * 2**20, 12
 _GRAY_16 = 257
 """16 bits a pixel by this are 8 bits: 65535 becomes 255."""
 
@@ -56,11 +57,20 @@ class ImageFiles:
     def read(self, index: int) -> Image.Image:
         """Opens and decodes the file."""
         with open(self.paths[index], "rb") as file:
-            return _rgb(Image.open(file, formats=_FORMATS))
+            image = Image.open(file, formats=_FORMATS)
+            _check_pixels(image, os.fstat(file.fileno()).st_size)
+            return _rgb(image)
 
     def name(self, index: int) -> str:
         """The file's path."""
         return self.paths[index]
+
+
+def _check_pixels(image: Image.Image, size: int) -> None:
+    """Raises ValueError for an image too large for a file of `size` bytes, before any memory is taken for it."""
+    if image.width * image.height > max(_MOST_PIXELS, _PIXELS_A_BYTE * size):
+        pixels = f"{image.width:,} x {image.height:,} pixels"
+        raise ValueError(f"it has {pixels} in {size:,} bytes, which fills the memory: make it smaller")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -74,7 +84,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         gray = np.asarray(image)
         if gray.dtype.kind == "f" or gray.min() < 0 or gray.max() > 65535:
             raise ValueError(f"its pixels are {gray.dtype} of no known range: store 8 or 16 bits")
-        image = Image.fromarray(np.rint(gray / _GRAY_16).astype(np.uint8))
+        scaled = gray.astype(np.float32)  # exact enough: no quotient is nearer than 1/514 to a tie
+        scaled /= _GRAY_16
+        image = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
     return image.convert("RGB")
 
 

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from qlib.checkpoint.fit import load_state, model_state
 from qlib.checkpoint.read import read_checkpoint
-from qlib.data.datasets import ImageDataset, open_dataset
+from qlib.data.datasets import ImageDataset, _check_pixels, open_dataset
 from qlib.data.loader import make_loader
 from qlib.data.subset import choose_subset, split_train
 from qlib.errors import DataError
@@ -197,6 +197,27 @@ def test_depths(folder: Path, image: Image.Image | bytes, kind: str, expected: l
     else:
         with pytest.raises(DataError, match=rf"number 1 of 5 \({expected}"):
             dataset[0]
+
+
+def test_gray_of_16_bits_is_rounded_as_by_numbers_of_64_bits(folder: Path) -> None:
+    values = np.arange(65536).reshape(256, 256)
+    Image.fromarray(values.astype(np.uint16)).save(folder / "val" / "a" / "0.png")
+    dataset = open_dataset("imagefolder", folder, "val", np.asarray, num_classes=None)
+    assert np.array_equal(np.asarray(dataset[0][0])[..., 0], np.rint(values / 257))
+
+
+def test_a_small_file_is_no_giant_image(folder: Path) -> None:
+    path = folder / "val" / "a" / "0.png"
+    path.write_bytes(b"P5 13000 13000 255\n" + bytes(500_000))
+    with pytest.raises(
+        DataError, match=r"\(it has 13,000 x 13,000 pixels in 500,019 bytes, which fills the memory: make"
+    ):
+        opened(folder)[0]
+
+
+@pytest.mark.parametrize(("size", "content"), [((4096, 4096), 1000), ((8000, 6000), 4_000_000), ((1, 1), 0)])
+def test_large_images_of_large_files_are_read(size: tuple[int, int], content: int) -> None:
+    _check_pixels(Image.new("1", size), content)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "ppm", "bmp", "tiff", "webp", "avif"])
