@@ -128,7 +128,7 @@ def _build(function: Callable[..., Any], arch: str, num_classes: int | None) -> 
 
 def _guard(model: nn.Module, arch: str) -> None:
     """What the forward method raises is one sentence, wherever the model runs; copies of it have their own."""
-    if "forward" in vars(model) or isinstance(model, torch.jit.ScriptModule):
+    if "forward" in vars(model) or not inspect.ismethod(model.forward):  # it is guarded already, or is of no class
         return
     forward = type(model).forward
 
