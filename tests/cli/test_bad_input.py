@@ -151,6 +151,20 @@ def schedule(body: str) -> Callable[[Path], None]:
 CONFIG = f"{QUANTIZE} --qe-config-file q.yaml"
 
 
+MATCH = """\
+extensions:
+  kd:
+    class: KnowledgeDistillation
+    teacher: self
+    match: {stem.relux: stem.relu}
+policies:
+  - extension: {instance_name: kd}
+    starting_epoch: 0
+    ending_epoch: 2
+    frequency: 1
+"""
+
+
 @dataclass(frozen=True)
 class Row:
     """A mistake: how it comes about, the command line, and a regular expression for the sentence."""
@@ -271,6 +285,11 @@ TABLE = {
         CONFIG,
         r"q.yaml:5: input_overrides names input 99, and fc has 1 input, from 0 on; remove it",
         schedule("overrides:\n  fc: {input_overrides: {99: {bits_activations: 4}}}"),
+    ),
+    "checked match of a layer that is not there": Row(
+        f"{DIGITS} --check --compress kd.yaml --epochs 2",
+        r"kd.yaml:2: match names 'stem.relux', which the student does not have; did you mean stem.relu",
+        write("kd.yaml", MATCH),
     ),
     "changed plan in a checkpoint": Row(
         f"--resume-from {CHECKPOINT}", r"the plan or the integers in checkpoint '\S+' were changed after", changed_plan

@@ -712,15 +712,6 @@ WARNINGS = [
     ("a switch twice", "-e --evaluate", ["--evaluate is given more than once"]),
     ("lists that add up", "--summary model --summary compute", []),
     (
-        "images that are not trained on",
-        "-e --vs 0.2 --etrs 0.5 --evs 0.5",
-        [
-            "--validation-split has no effect without --compress or --epochs",
-            "--effective-train-size has no effect without --compress or --epochs",
-            "--effective-valid-size has no effect without --compress or --epochs",
-        ],
-    ),
-    (
         "images that are not tested on",
         "--qe-calibration 0.1 --etes 0.5",
         ["--effective-test-size has no effect: --qe-calibration alone only collects"],

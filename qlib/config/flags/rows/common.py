@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from qlib.config.flags.flag import Ignored, Need
+from qlib.config.flags.flag import Ignored
 
-__all__ = ["EXPORTS", "NOT_EVALUATED", "ONLY_ANALYSES", "TRAINING"]
-
-TRAINING = Need(("--compress", "--epochs"), also=("--lr",))
+__all__ = ["EXPORTS", "NOT_EVALUATED", "ONLY_ANALYSES"]
 
 EXPORTS = ("--export-onnx", "--verify", "--export-encodings")
 

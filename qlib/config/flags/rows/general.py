@@ -18,7 +18,7 @@ from qlib.config.flags.kinds import (
     run_name,
     whole,
 )
-from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED, TRAINING
+from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED
 from qlib.data.names import DATASETS
 from qlib.registry import registered
 from qlib.values import Interval
@@ -97,10 +97,9 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--validation-split --valid-size --vs",
             real(Interval(0, 1, open_high=True), "a fraction from 0 to below 1"),
             "fraction of the training images held out for validation",
-            needs=(TRAINING,),
         ),
-        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use", needs=(TRAINING,)),
-        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use", needs=(TRAINING,)),
+        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use"),
+        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use"),
         Flag(
             "--effective-test-size --etes",
             fraction(),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import BEST_BY, OPTIMIZERS
 from qlib.config.flags.kinds import SWITCH, arch, choice, existing_file, real, schedule_file, whole
-from qlib.config.flags.rows.common import EXPORTS, TRAINING
+from qlib.config.flags.rows.common import EXPORTS
 from qlib.values import Interval
 
 __all__ = ["GROUPS"]
@@ -15,6 +15,7 @@ __all__ = ["GROUPS"]
 _POSITIVE = real(Interval(0, open_low=True))
 _FROM_0 = real(Interval(0))
 _BELOW_1 = real(Interval(0, 1, open_high=True))
+_TRAINING = Need(("--compress", "--epochs"), also=("--lr",))
 _NOT_TRAINED = Ignored(
     "is ignored: with {by} nothing is trained",
     by=("--summary", "--sense", "--quantize-eval", "--qe-calibration", "--evaluate", *EXPORTS),
@@ -78,7 +79,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Flag("--num-best-scores", whole(1), "how many of the best epochs to list", "train.num_best_scores"),
                 Flag("--save-every", _FROM_0, "seconds between two checkpoints within an epoch", "train.save_every"),
             ),
-            needs=(TRAINING,),
+            needs=(_TRAINING,),
             ignored=(_NOT_TRAINED,),
         ),
     ),
@@ -97,7 +98,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             Flag("--kd-teacher-wt --kd-tw", _FROM_0, "accepted where it is 0: the teacher does not learn"),
             Flag("--kd-start-epoch", whole(0), "first epoch with the teacher"),
         ),
-        needs=(TRAINING,),
+        needs=(_TRAINING,),
         ignored=(_NOT_TRAINED,),
     ),
 }
