@@ -117,7 +117,7 @@ def given_plan(job: Job, folded: FoldedGraph) -> Plan | None:
     if path is None or not is_plan_file(path):
         return None
     plan = _read_plan(folded, path)
-    check_plan(plan, folded.layers, str(path))
+    check_plan(plan, folded.layers, str(path), folded.channels)
     if corrections := job.config.ptq.of_float:
         raise UsageError(f"{corrections} changes the ranges that {path} holds; give settings, or drop the --ptq flag")
     if plan.weights is not None:

@@ -151,7 +151,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)
     _log.info("=> loaded a quantized %s model with the %s dataset", spec.arch, job.dataset_name)
     folded = fold(job.model, job.example)
-    check_plan(header.plan, folded.layers, f"the plan in {file!r}")
+    check_plan(header.plan, folded.layers, f"the plan in {file!r}", folded.channels)
     lowered = restore_quantized(checkpoint, header, folded.graph, f"checkpoint {file!r}").to(device)
     if config.check:
         _log.info("%s", plan_table(folded.graph, header.plan))

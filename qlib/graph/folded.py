@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from qlib.graph.formulas import settle
 from qlib.graph.fuse import fused_activations
 from qlib.graph.identities import drop_dropouts
 from qlib.graph.ir import Graph, layer_inputs, layers, name_of
-from qlib.graph.kinds import kind_of
+from qlib.graph.kinds import kind_of, layer_kind
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
+from qlib.graph.weights import swap_channels
 
 __all__ = ["LAYOUT", "FoldedGraph", "deployed_copy", "fold", "fold_copy", "lay_out"]
 
@@ -61,6 +62,12 @@ class FoldedGraph:
     def layers(self) -> dict[str, tuple[str, int]]:
         """Layer name -> kind and number of tensor inputs."""
         return {name_of(node): (kind_of(module), len(layer_inputs(node))) for node, module in layers(self.graph)}
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """Layer name -> number of output channels, of layers that have a weight."""
+        weighted = ((name_of(node), module) for node, module in layers(self.graph) if layer_kind(module).weighted)
+        return {name: swap_channels(module, cast(Tensor, module.weight)).shape[0] for name, module in weighted}
 
 
 def fold(model: nn.Module, example: Tensor) -> FoldedGraph:

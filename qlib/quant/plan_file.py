@@ -197,8 +197,15 @@ def _stats(tensor: TensorPlan | None) -> TensorStats:
     return TensorStats(count=1, samples=1, min=low, max=high, avg_min=low, avg_max=high)
 
 
-def check_plan(plan: Plan, layers: Mapping[str, tuple[str, int]], source: str = "the plan") -> None:
+def check_plan(
+    plan: Plan,
+    layers: Mapping[str, tuple[str, int]],
+    source: str = "the plan",
+    channels: Mapping[str, int] | None = None,
+) -> None:
     """Checks that a plan is of this graph: `layers` maps each layer's name to its kind and number of tensor inputs.
+
+    `channels` has the output channels of those with weights: as many ranges has a weight with one for each channel.
 
     >>> check_plan(Plan({"conv": LayerPlan("conv", (None,))}), {"conv1": ("conv", 1)})
     Traceback (most recent call last):
@@ -207,7 +214,7 @@ def check_plan(plan: Plan, layers: Mapping[str, tuple[str, int]], source: str = 
       the plan: layer 'conv1' of the model is missing; write the plan again with --quantize-eval
 
     Raises:
-        ConfigError: every layer that is missing, not in the model, or of another kind or number of inputs.
+        ConfigError: every layer that is missing, not in the model, or of another kind or number of inputs or channels.
     """
     problems = []
     for name, layer in plan.layers.items():
@@ -221,8 +228,20 @@ def check_plan(plan: Plan, layers: Mapping[str, tuple[str, int]], source: str = 
             problems.append(
                 f"layer {name!r} lists {len(layer.inputs)} inputs, but has {inputs} in the model; correct it"
             )
+        ranges, wanted = _ranges(layer), (channels or {}).get(name)
+        if ranges is not None and wanted is not None and ranges != wanted:
+            problems.append(
+                f"the weight of layer {name!r} has {ranges} ranges, but {wanted} channels in the model; write the plan"
+                " again with --quantize-eval"
+            )
     for name in layers:
         if name not in plan.layers:
             problems.append(f"layer {name!r} of the model is missing; write the plan again with --quantize-eval")
     if problems:
         raise ConfigError([f"{source}: {problem}" for problem in problems])
+
+
+def _ranges(layer: LayerPlan) -> int | None:
+    """How many ranges stand for the channels of a layer's weight; None where it has none, or one for all."""
+    weight = layer.weight
+    return None if weight is None or weight.min is None or not weight.per_channel else len(weight.min)

@@ -332,6 +332,16 @@ MISMATCHES: dict[str, tuple[Callable[[dict[str, tuple[str, int]]], object], str]
 }  # fmt: skip
 
 
+def test_ranges_of_other_channels() -> None:
+    weight = WeightPlan(QuantSpec.of_mode("sym", 8, axis=0), min=(-1.0, -1.0), max=(1.0, 1.0))
+    plan, model = Plan({"fc": LayerPlan("linear", (None,), weight)}), {"fc": ("linear", 1)}
+    check_plan(plan, model, channels={"fc": 2})
+    with pytest.raises(
+        ConfigError, match=r"a.yaml: the weight of layer 'fc' has 2 ranges, but 3 channels in the model"
+    ):
+        check_plan(plan, model, "a.yaml", {"fc": 3})
+
+
 @pytest.mark.parametrize(("change", "message"), MISMATCHES.values(), ids=MISMATCHES.keys())
 def test_a_plan_of_another_model(change: Callable[[dict[str, tuple[str, int]]], object], message: str) -> None:
     plan = Plan({"matmul": DYNAMIC.layers["matmul"]}, dynamic=True)
