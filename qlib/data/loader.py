@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlib.data.datasets import ImageDataset
 from qlib.errors import DataError, ModelError, QlibError, SystemRefusal
+from qlib.system import in_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +54,16 @@ def _collate(items: list[_Item]) -> tuple[Any, Any, list[_Unreadable], QlibError
 
 def _leave_interrupts_to_the_parent(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _need_queues() -> None:
+    """Raises SystemRefusal where there are no queues between processes: torch would stop half-way, with a traceback."""
+    try:
+        multiprocessing.Queue()
+    except OSError as error:
+        raise SystemRefusal(
+            f"the processes that read images cannot be started ({in_words(error)}); give -j 0, or room in /dev/shm"
+        ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +115,8 @@ class Loader:
         import torch
         from torch.utils.data import DataLoader
 
+        if self.workers:
+            _need_queues()
         with warnings.catch_warnings():  # more workers than cores do no harm to a pass over the images
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             batches: DataLoader[Any] = DataLoader(

@@ -90,6 +90,17 @@ def test_a_killed_worker_is_a_sentence() -> None:
         list(loader)
 
 
+def test_processes_without_queues_are_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise code_of(errno.ENOSPC)
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", refuse)
+    images = ImageArray("zeros", np.zeros((1, 2, 2), np.uint8))
+    loader = make_loader(ImageDataset(images, [0], ["a"], lambda image: image), batch_size=1, workers=1)
+    with pytest.raises(SystemRefusal, match=r"cannot be started \(No space left on device\); give -j 0, or room in"):
+        list(loader)
+
+
 @pytest.mark.parametrize(("number", "kind"), [(errno.EMFILE, SystemRefusal), (errno.EIO, DataError)])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_is_not_damaged_where_no_file_can_be_opened(
