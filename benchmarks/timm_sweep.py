@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ import timm
 import torch
 from rows import apart, append_row, read_rows, reason_of, start_processes_with
 from tabulate import tabulate
-from timm.models._registry import _module_to_models
 from torch import Tensor, fx, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -77,18 +76,10 @@ class Row:
     problems: str = ""
 
 
-def models_by_family() -> Iterator[tuple[str, str]]:
-    """Every model that timm lists, with its family."""
-    for family in sorted(_module_to_models):
-        for name in sorted(_module_to_models[family]):
-            if "." not in name:
-                yield family, name
-
-
 def smallest_models() -> dict[str, tuple[str, int]]:
     """Family -> its smallest model and that one's parameters, where timm can build it without data."""
     smallest: dict[str, tuple[str, int]] = {}
-    for family, name in models_by_family():
+    for family, name in ((each, name) for each in timm.list_modules() for name in timm.list_models(module=each)):
         try:
             with torch.device("meta"):
                 size = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
@@ -114,27 +105,25 @@ def read_list(path: Path) -> dict[str, str]:
         return {row["model"]: row["family"] for row in csv.DictReader(file)}
 
 
-def side_of(name: str, largest: int) -> int:
+def side_of(config: Mapping[str, Any], largest: int) -> int:
     """The side of a model's images: what timm says it can do with, no larger than `largest` where it is free."""
-    config = timm.get_pretrained_cfg(name)
-    side = (config.min_input_size or config.input_size)[-1]
-    return side if config.fixed_input_size else min(side, largest)
+    side = int((config.get("min_input_size") or config["input_size"])[-1])
+    return side if config.get("fixed_input_size") else min(side, largest)
 
 
 def build(name: str, largest: int) -> tuple[nn.Module, Tensor]:
     """A model with random weights, and images for it."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    side = side_of(name, largest)
-    own = timm.get_pretrained_cfg(name).input_size[-1]
-    images = torch.randn(IMAGES, 3, side, side)
-    try:
-        randomize(model, images)
-    except Exception:
-        if side == own:
-            raise
-        images = torch.randn(IMAGES, 3, own, own)
-        randomize(model, images)
+    sides = dict.fromkeys((side_of(model.pretrained_cfg, largest), model.pretrained_cfg["input_size"][-1]))
+    for side in sides:
+        images = torch.randn(IMAGES, 3, side, side)
+        try:
+            randomize(model, images)
+            break
+        except Exception:  # it is fixed after all
+            if side == list(sides)[-1]:
+                raise
     return model, images
 
 

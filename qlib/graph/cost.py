@@ -103,7 +103,7 @@ def _macs(module: nn.Module, inputs: list[tuple[int, ...]], ofm: tuple[int, ...]
     return _volume(ofm) * inputs[0][-1]  # the inner axis of the product is the last one of the first input
 
 
-_PRODUCT_NAMES = "conv linear bilinear matmul einsum dot tensordot mm bmm addmm baddbmm mv attention"
+_PRODUCT_NAMES = "conv linear bilinear matmul einsum dot tensordot mm bmm addmm baddbmm mv attention lstm gru rnn"
 """Words in the names of functions that add up products."""
 
 _RESIZES = "upsample interpolate"

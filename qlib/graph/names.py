@@ -24,7 +24,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.MultiheadAttentio
 DROPOUTS = frozenset(["dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"])
 """Ops that do nothing in evaluation; they do not count as the op of a module, so that names are those of evaluation."""
 
-_SPELLED = {"bmm": "matmul", "true_divide": "div"}
+_SPELLED = {"bmm": "matmul", "true_divide": "div", "to": "cast", "_to_copy": "cast"}  # every module has a `to`
 
 
 def op_of(node: fx.Node) -> str:

@@ -40,6 +40,8 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
     for node in list(graph.nodes):
         _make_constant(graph, node)
         _give_sizes(graph, node)
+        _drop_places(graph, node)
+        _pad_for_maximum(graph, node)
     for node in list(graph.nodes):
         split_scatter(graph, node)
         split_product(graph, node)
@@ -70,25 +72,45 @@ def _drop(graph: fx.Graph, node: fx.Node) -> None:
     op = op_of(node)
     if op in ("_assert_tensor_metadata", "_assert_scalar") and not node.users:
         graph.erase_node(node)
-    elif op in _IDENTITIES | DROPOUTS or (op in ("to", "_to_copy") and _same(node, "dtype")) or _is_same_pool(node):
+    elif op in _IDENTITIES | DROPOUTS or (op == "cast" and _same(node, "dtype")) or _is_same_pool(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
 
 
-_FACTORIES = {"new_zeros": 0, "new_ones": 1, "new_full": None}
+_FACTORIES: dict[str, int | None] = {
+    **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), 0),
+    **dict.fromkeys(("ones", "new_ones", "ones_like"), 1),
+    **dict.fromkeys(("full", "new_full", "full_like", "fill"), None),
+}
+"""Ops that make a tensor of one number: that number, or None where the op is given it."""
 
 
 def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
-    """A tensor of a fixed shape that takes only its type from another one does not depend on the images."""
+    """A tensor of one number that takes only type and sizes from others: a constant, repeated for each image."""
     op = op_of(node)
-    if op not in _FACTORIES or any(isinstance(size, fx.Node) for size in node.args[1]):  # type: ignore[union-attr]
+    if op not in _FACTORIES or writes(node) or not node.all_input_nodes:
         return
-    value = node.args[2] if op == "new_full" else _FACTORIES[op]
-    made = insert(graph, node, aten.full.default, list(node.args[1]), value)  # type: ignore[arg-type]
-    made.kwargs = {"dtype": node.meta["val"].dtype, "device": node.meta["val"].device}
-    made.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(made)
+    given, like = arguments_of(node), node.meta["val"]
+    value = _FACTORIES[op] if _FACTORIES[op] is not None else given.get("fill_value", given.get("value"))
+    sizes = given["size"] if "size" in given else _asked_sizes(graph, node)
+    unknown = [isinstance(size, fx.Node) for size in sizes]
+    if not isinstance(value, (int, float)):
+        return
+    one = [1 if each else size for each, size in zip(unknown, sizes, strict=True)]
+    made = insert(graph, node, aten.full.default, one, value, dtype=like.dtype, device=like.device)
+    times = [size if each else 1 for each, size in zip(unknown, sizes, strict=True)]
+    node.replace_all_uses_with(insert(graph, node, aten.repeat.default, made, times) if any(unknown) else made)
     graph.erase_node(node)
+
+
+def _asked_sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
+    """The sizes of a tensor, as numbers and, where the images decide them, as nodes."""
+    source, value = node.all_input_nodes[0], node.meta["val"]
+    more = node.meta.get("more", value)
+    return [
+        int(size) if isinstance(size, int) and size == other else insert(graph, node, aten.sym_size.int, source, axis)
+        for axis, (size, other) in enumerate(zip(value.shape, more.shape, strict=True))
+    ]
 
 
 def _give_sizes(graph: fx.Graph, node: fx.Node) -> None:
@@ -96,6 +118,42 @@ def _give_sizes(graph: fx.Graph, node: fx.Node) -> None:
     if op_of(node) in ("reshape_as", "view_as") and (sizes := sizes_of(node)) is not None:
         made = insert(graph, node, aten.reshape.default, node.args[0], sizes)
         node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def _drop_places(graph: fx.Graph, node: fx.Node) -> None:
+    """A maximum along an axis of which nobody asks the places: ``x.max(1)[0]`` is ``x.amax(1)``."""
+    found = {"max": aten.amax.default, "min": aten.amin.default}.get(op_of(node))
+    asked = [user for user in node.users if user.users]
+    if found is not None and "dim" in arguments_of(node) and all(user.args[1] == 0 for user in asked):
+        given = arguments_of(node)
+        for user in list(node.users):
+            user.replace_all_uses_with(insert(graph, user, found, given["self"], [given["dim"]], given["keepdim"]))
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+def _pad_for_maximum(graph: fx.Graph, node: fx.Node) -> None:
+    """Minus infinity around a max pool's input is never its maximum, nor more than the edge is, repeated.
+
+    A window that reaches over an edge holds the edge's value: it has no gaps, and is wider than what is padded.
+    """
+    if op_of(node) not in ("pad", "constant_pad_nd") or node.meta["val"].ndim != 4:
+        return
+    given = arguments_of(node)
+    pad, least = given["pad"], torch.finfo(torch.float32).min
+    pools = [arguments_of(user) if op_of(user) == "max_pool2d" else None for user in node.users]
+    widest = [max(pad[:2], default=0), max(pad[2:], default=0)]
+    for pool in pools:
+        if pool is None or any(step != 1 for step in pool["dilation"]) or any(pool["padding"]):
+            return
+        kernel = pool["kernel_size"] if len(pool["kernel_size"]) > 1 else 2 * pool["kernel_size"]
+        if kernel[1] <= widest[0] or kernel[0] <= widest[1]:
+            return
+    value = given.get("value")
+    if given.get("mode", "constant") == "constant" and value is not None and value <= least and min(pad) >= 0:
+        edges = insert(graph, node, aten.replication_pad2d.default, given["self"], [*pad, 0, 0][:4])
+        node.replace_all_uses_with(edges)
         graph.erase_node(node)
 
 
@@ -128,8 +186,8 @@ def _split_attention(trace: Trace, node: fx.Node) -> None:
     turned = insert(graph, node, aten.transpose.int, key, -2, -1)
     scores = insert(graph, node, aten.matmul.default, scaled, turned)
     if given["is_causal"]:
-        every = insert(graph, node, aten.full.default, [int(size) for size in scores.meta["val"].shape[-2:]], True)
-        every.kwargs = {"device": node.meta["val"].device}
+        sizes = [int(size) for size in scores.meta["val"].shape[-2:]]
+        every = insert(graph, node, aten.full.default, sizes, True, device=node.meta["val"].device)
         mask = insert(graph, node, aten.tril.default, every)
     if mask is not None:
         if mask.meta["val"].dtype == torch.bool:

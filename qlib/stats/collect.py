@@ -56,7 +56,7 @@ class Collector:
         """The tensors to measure: model inputs, layer outputs, and the parts of such that are layer inputs."""
         found: set[fx.Node] = set()
         for node in self._graph.graph.nodes:
-            if node.op == "placeholder" or is_layer(self._graph, node):
+            if node.op == "placeholder" or (is_layer(self._graph, node) and "shape" in node.meta):
                 found.add(node)
             if is_layer(self._graph, node):
                 found.update(self._origin(source) for source in layer_inputs(node))
@@ -102,7 +102,10 @@ class Collector:
         )
 
     def result(self) -> dict[str, LayerStats]:
-        """Layer name -> statistics, in execution order. Raises StatsError when no image was seen."""
+        """Layer name -> statistics, in execution order, without layers that give more than one tensor.
+
+        Raises StatsError when no image was seen.
+        """
         if self._state is None:
             raise StatsError("no image was seen, so there are no statistics; calibrate on at least one image")
         columns = {name: values.expand(len(self._nodes)).tolist() for name, values in vars(self._state).items()}
@@ -121,6 +124,7 @@ class Collector:
         return {
             name_of(node): LayerStats(tuple(map(stats_of, layer_inputs(node))), measured[node])
             for node, _ in layers(self._graph)
+            if node in measured
         }
 
     def _tensor_stats(self, row: Mapping[str, float], shape: list[int]) -> TensorStats:

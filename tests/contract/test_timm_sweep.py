@@ -84,5 +84,7 @@ def test_the_page_names_what_fails(tmp_path: Path) -> None:
 def test_the_list_has_one_model_a_family() -> None:
     models = read_list(Path(__file__).resolve().parents[2] / "benchmarks" / "timm_models.csv")
     assert len(set(models.values())) == len(models) > 80
-    assert side_of("resnet10t", 128) == 128
-    assert side_of("levit_128s", 128) == 224
+    free = {"input_size": (3, 224, 224), "min_input_size": (3, 64, 64), "fixed_input_size": False}
+    assert side_of(free, 128) == 64
+    assert side_of({**free, "min_input_size": None}, 128) == 128
+    assert side_of({**free, "min_input_size": None, "fixed_input_size": True}, 128) == 224

@@ -1,16 +1,20 @@
-"""Matrix products and writes into parts of a tensor, in the spellings that models have."""
+"""Matrix products, writes into parts of a tensor, pads and constants, in the spellings that models have."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from redrawn import IMAGES, redraw
 from torch import Tensor, nn
+from whole_path import plan_eight_bits
 
 from qlib.graph.capture import capture
 from qlib.graph.ir import layers
+from qlib.lower import lower
 
 
 class Net(nn.Module):
@@ -94,6 +98,21 @@ SPELLINGS = [
     pytest.param(write_last, ["Add", "Concat"], id="the last channel is added to"),
     pytest.param(write_a_table, ["Add"], id="a part of a constant is written"),
     pytest.param(write_all, ["ReLU"], id="all is written"),
+    pytest.param(
+        lambda net, x: F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-math.inf), 3, 2), ["MaxPool2d"], id="max pool, same"
+    ),
+    pytest.param(
+        lambda net, x: F.max_pool2d(F.pad(x, (2, 1), value=-math.inf), (1, 3), 1), ["MaxPool2d"], id="max pool, a row"
+    ),
+    pytest.param(
+        lambda net, x: F.max_pool2d(F.pad(x, (0, 2), value=-math.inf), (1, 3), 1, 0, 2),
+        ["Function", "MaxPool2d"],
+        id="max pool with gaps",
+    ),
+    pytest.param(lambda net, x: x.flatten(2).max(2)[0], ["Function"], id="a maximum without its place"),
+    pytest.param(lambda net, x: torch.cat([x, torch.zeros_like(x)], 1), ["Concat"], id="zeros like"),
+    pytest.param(lambda net, x: torch.cat([x, x.new_full((len(x), 1, 4, 4), 2.5)], 1), ["Concat"], id="new, full"),
+    pytest.param(lambda net, x: x + torch.ones(x.shape[0], 8, 4, 4), ["Add"], id="ones"),
 ]
 
 
@@ -104,3 +123,22 @@ def test_layers_of_a_spelling(body: Callable[[Net, Tensor], Tensor], kinds: list
     graph = capture(model, IMAGES[:2])
     assert [type(module).__name__ for _, module in layers(graph)][1:] == kinds
     assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "layer", "note"),
+    [
+        pytest.param(lambda net, x: x.topk(2, 1)[0], "topk", "its output is not one tensor", id="values and places"),
+        pytest.param(
+            lambda net, x: x.flatten(2) + x.argmax(1).flatten(1)[:, None], "argmax", "of whole numbers", id="places"
+        ),
+    ],
+)
+@torch.no_grad()
+def test_what_is_not_one_tensor_of_floats_stays_in_float(
+    body: Callable[[Net, Tensor], Tensor], layer: str, note: str
+) -> None:
+    graph = capture(redraw(Net(body)), IMAGES[:2])
+    plan = plan_eight_bits(graph, {}, IMAGES)
+    assert note in plan.layers[layer].note
+    assert torch.allclose(lower(graph, plan)(IMAGES), graph(IMAGES), atol=0.3)
