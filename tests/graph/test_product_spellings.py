@@ -128,10 +128,12 @@ def test_layers_of_a_spelling(body: Callable[[Net, Tensor], Tensor], kinds: list
 @pytest.mark.parametrize(
     ("body", "layer", "note"),
     [
-        pytest.param(lambda net, x: x * (x > 0).to(x.dtype), "gt", "of whole numbers", id="a mask"),
-        pytest.param(lambda net, x: x.topk(2, 1)[0], "topk", "its output is not one tensor", id="values and places"),
+        pytest.param(lambda net, x: x * (x > 0).to(x.dtype), "gt", "its output is torch.bool", id="a mask"),
         pytest.param(
-            lambda net, x: x.flatten(2) + x.argmax(1).flatten(1)[:, None], "argmax", "of whole numbers", id="places"
+            lambda net, x: x.flatten(2) + x.argmax(1).flatten(1)[:, None],
+            "argmax",
+            "its output is torch.int64",
+            id="places",
         ),
     ],
 )
