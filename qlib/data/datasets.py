@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from qlib.data.names import DATASETS
+from qlib.data.pixels import rgb
 from qlib.errors import DataError, ModelError, did_you_mean
 from qlib.files import expanded
 from qlib.system import shortage
@@ -24,13 +25,9 @@ from qlib.system import shortage
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # not all that Pillow knows: it would run Ghostscript on EPS
 _MAX_DEPTH = 50
+_MOST_PIXELS, _PIXELS_A_BYTE = 16 * 2**20, 12
 
 Split = Literal["train", "val", "test"]
-
-_THINNEST = 1000
-_MOST_PIXELS, _PIXELS_A_BYTE = 16 * 2**20, 12
-_GRAY_16 = 257
-"""16 bits a pixel by this are 8 bits: 65535 becomes 255."""
 
 
 class Images(Protocol):
@@ -59,7 +56,7 @@ class ImageFiles:
         with open(self.paths[index], "rb") as file:
             image = Image.open(file, formats=_FORMATS)
             _check_pixels(image, os.fstat(file.fileno()).st_size)
-            return _rgb(image)
+            return rgb(image)
 
     def name(self, index: int) -> str:
         """The file's path."""
@@ -71,23 +68,6 @@ def _check_pixels(image: Image.Image, size: int) -> None:
     if image.width * image.height > max(_MOST_PIXELS, _PIXELS_A_BYTE * size):
         pixels = f"{image.width:,} x {image.height:,} pixels"
         raise ValueError(f"it has {pixels} in {size:,} bytes, which fills the memory: make it smaller")
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, of which Pillow itself would clip gray values of 16 bits to white.
-
-    Raises ValueError for values that have no known range, and for strips of which resizing would make a giant.
-    """
-    if max(image.size) > _THINNEST * min(image.size):
-        raise ValueError(f"it has {image.width} x {image.height} pixels, one side over {_THINNEST:,} times the other")
-    if image.mode == "F" or image.mode.startswith("I"):
-        gray = np.asarray(image)
-        if gray.dtype.kind == "f" or gray.min() < 0 or gray.max() > 65535:
-            raise ValueError(f"its pixels are {gray.dtype} of no known range: store 8 or 16 bits")
-        scaled = gray.astype(np.float32)  # exact enough: no quotient is nearer than 1/514 to a tie
-        scaled /= _GRAY_16
-        image = Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
-    return image.convert("RGB")
 
 
 @dataclass(frozen=True, eq=False)
