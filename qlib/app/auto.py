@@ -20,6 +20,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from qlib.app.capture import fold_model
 from qlib.app.images import loader_of, open_split, split_size
 from qlib.app.job import Job
 from qlib.app.plan import make_plan, plan_of, settings_of, stats_for
@@ -32,7 +33,7 @@ from qlib.config.layers.write import ptq_text
 from qlib.data.subset import choose_subset
 from qlib.errors import UsageError
 from qlib.files import STATS, make_folder, read_csv, write_csv, write_text
-from qlib.graph import LAYOUT, FoldedGraph, fold
+from qlib.graph import LAYOUT, FoldedGraph
 from qlib.graph.ir import layers, name_of
 from qlib.graph.kinds import layer_kind
 from qlib.lower import exact_arithmetic, lower
@@ -275,7 +276,7 @@ class _Climb:
 
     @cached_property
     def _folded(self) -> FoldedGraph:
-        return fold(self.job.model, self.job.example)
+        return fold_model(self.job)
 
     @cached_property
     def _depthwise(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from qlib.app.auto import choose_settings
 from qlib.app.calibrate import calibrate
+from qlib.app.capture import fold_model
 from qlib.app.correct import correct_float
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.export import SATURATING, export_float_model, export_model
@@ -37,7 +38,6 @@ from qlib.config.flags.verb import Verb, asked, nothing_to_do, verb_of
 from qlib.data.loader import Loader
 from qlib.errors import ModelError, UsageError
 from qlib.files import append_csv
-from qlib.graph import fold
 from qlib.lower import lower
 from qlib.metrics import Evaluation, Model, compare
 from qlib.models import create_model, refuse_python_file
@@ -84,7 +84,7 @@ def run(config: RunConfig) -> int:
 
 def _analyse(job: Job) -> None:
     """Measures what few bits in each layer alone do."""
-    folded = fold(job.model, job.example)
+    folded = fold_model(job)
     if given_plan(job, folded) is not None:
         raise UsageError("--sense needs settings, but --qe-config-file is a plan; give settings, or drop it")
     ptq, settings = settings_of(job, folded)
@@ -95,7 +95,7 @@ def _analyse(job: Job) -> None:
 
 def _calibrate(job: Job) -> None:
     """Collects statistics alone."""
-    folded, fraction = fold(job.model, job.example), job.config.qe.calibration
+    folded, fraction = fold_model(job), job.config.qe.calibration
     assert fraction is not None
     correct_float(job, folded)
     calibrate(job, folded.graph, fraction)
@@ -112,7 +112,7 @@ def _quantize_and_evaluate(job: Job) -> int:
 
 def _quantize_once(job: Job) -> tuple[int, Score]:
     """The exit code and the result."""
-    folded = fold(job.model, job.example)
+    folded = fold_model(job)
     planned = make_plan(job, folded)
     plan = planned.plan
     plan_path = job.file("layer_quant_params.yaml")
@@ -134,7 +134,7 @@ def _quantize_once(job: Job) -> tuple[int, Score]:
 
 def _use_float(job: Job) -> None:
     """Exports and evaluates the float model, as the flags ask."""
-    engine = export_float_model(job, fold(job.model, job.example).graph)
+    engine = export_float_model(job, fold_model(job).graph)
     if job.config.evaluate:
         _test(job, {"fp32": engine})
 
@@ -150,7 +150,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     model = create_model(spec, num_classes=header.num_classes).to(device)
     job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)
     _log.info("=> loaded a quantized %s model with the %s dataset", spec.arch, job.dataset_name)
-    folded = fold(job.model, job.example)
+    folded = fold_model(job)
     check_plan(header.plan, folded.layers, f"the plan in {file!r}", folded.channels)
     lowered = restore_quantized(checkpoint, header, folded.graph, f"checkpoint {file!r}").to(device)
     if config.check:

@@ -215,7 +215,9 @@ def _mask(trace: Trace, mask: fx.Node | None) -> fx.Node | None:
 
 
 def _constant(trace: Trace, node: fx.Node) -> Any:
-    """The value of a node that does not depend on the images; None for others."""
+    """The value of a node that does not depend on the images; None for others, and for what is changed in place."""
+    if any(writes(user) for each in (node, *node.users) for user in (each, *each.users)):
+        return None
     if node in trace.tensors:
         return trace.tensors[node]
     inputs = {each: _constant(trace, each) for each in node.all_input_nodes}

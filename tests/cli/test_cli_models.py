@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from runs import good, make_images, run
+from torch import Tensor, nn
+
+from qlib.graph import FoldedGraph, fold
 
 DEAD = '''
 import torch
@@ -166,3 +169,19 @@ def test_statistics_plans_and_settings_may_name_layers_as_distiller_does(tmp_pat
     again = good("-a r.py:net images --qe --qe-config-file plan.yaml", tmp_path)
     assert (again.folder / "layer_quant_params.yaml").read_text() == plan
     assert again.score() == mine.score() == other.score()
+
+
+def test_a_graph_that_computes_something_else_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: nn.Module, example: Tensor) -> FoldedGraph:
+        folded = fold(model, example)
+        next(folded.graph.parameters()).data.mul_(1.5)
+        return folded
+
+    words = "-a digits_cnn --pretrained --quantize-eval --qe-calibration 0.01"
+    assert "captured graph" not in good(words, tmp_path).out
+    monkeypatch.setattr("qlib.app.capture.fold", wrong)
+    told = [
+        line for line in good(words, tmp_path).lines if line.startswith("Warning: the captured graph of digits_cnn")
+    ]
+    assert len(told) == 1
+    assert told[0].endswith("what follows is of the graph: please report the model")

@@ -35,6 +35,10 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
         elif self.spelling == "fused with a mask":
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias > -0.3)
+        elif self.spelling == "fused with a mask changed in place as a whole":
+            mask = torch.zeros(4, 4, dtype=torch.bool).logical_not_()
+            mask[0:2, 3:] = False
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         elif self.spelling == "fused with a mask that masks nothing":
             every = torch.ones(1, 1, 4, 4, dtype=torch.bool).expand(x.shape[0], -1, -1, -1)
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=every)
@@ -59,6 +63,7 @@ class Attention(nn.Module):
         "fused with a bias",
         "fused with a mask",
         "fused with a mask that masks nothing",
+        "fused with a mask changed in place as a whole",
         "causal",
         "grouped queries",
         "einsum",
