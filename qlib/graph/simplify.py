@@ -42,6 +42,7 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
         _give_sizes(graph, node)
         _drop_places(graph, node)
         _pad_for_maximum(graph, node)
+    _merge_equal(graph)
     for node in list(graph.nodes):
         split_scatter(graph, node)
         split_product(graph, node)
@@ -101,6 +102,17 @@ def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
     times = [size if each else 1 for each, size in zip(unknown, sizes, strict=True)]
     node.replace_all_uses_with(insert(graph, node, aten.repeat.default, made, times) if any(unknown) else made)
     graph.erase_node(node)
+
+
+def _merge_equal(graph: fx.Graph) -> None:
+    """Constants that are made twice, as both states of an LSTM are, are made once, unless one is changed in place."""
+    made: dict[tuple[object, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        if op_of(node) in ("full", "repeat", "sym_size"):
+            first = made.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            if first is not node and not any(map(writes, (*first.users, *node.users))):
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
 
 
 def _asked_sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:

@@ -42,6 +42,9 @@ class UsersTransform:
     what: str
     shape: tuple[int, int, int]
 
+    def __str__(self) -> str:
+        return str(self.function)
+
     def __call__(self, image: Image.Image) -> Tensor:
         """The tensor of an image. Raises ModelError where it fails, or is no finite float32 tensor of `shape`."""
         with users_code(f"{self.what} fails", function=self.function):

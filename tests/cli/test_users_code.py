@@ -89,7 +89,9 @@ TABLE = {
         r"RuntimeError \(.* Double and Float\) in layer 'fc' at net\.py:25; correct",
     ),
     "double at the end": Row(
-        "answer(self, x)", "return x.double()", rf"{CAPTURE}'to' at net.py:25 computes in torch.float64; drop the conv"
+        "answer(self, x)",
+        "return x.double()",
+        rf"{CAPTURE}'cast' at net.py:25 computes in torch.float64; drop the conv",
     ),
     "a number of Python": Row(
         "body(self, x)", "return x * x.amax((1, 2, 3)).sum().item()", f"{CAPTURE}'sum' at net.py"

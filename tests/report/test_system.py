@@ -190,6 +190,7 @@ def test_stdout_that_takes_no_more(
 
 def test_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's, whose reports must be UTF-8 to be sent
     name, out = os.fsdecode(b"r\xff"), io.TextIOWrapper(io.BytesIO(), "ascii")
     with contextlib.redirect_stdout(out):
         assert main([*CHECK, "--name", name, "--out-dir", name]) == 0
