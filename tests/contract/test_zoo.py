@@ -41,6 +41,7 @@ swin_v2 = partial(
     downsample_layer=models.swin_transformer.PatchMergingV2,
 )
 inception = partial(models.googlenet, weights=None, aux_logits=False, init_weights=False, transform_input=True)
+densenet = partial(models.DenseNet, growth_rate=8, block_config=(2, 3, 3, 2), num_init_features=16)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ inception = partial(models.googlenet, weights=None, aux_logits=False, init_weigh
         pytest.param(models.mnasnet0_5, 64, set(), id="depthwise, global mean: mnasnet"),
         pytest.param(models.mobilenet_v3_small, 64, {"Hardswish", "Hardsigmoid"}, id="gates: mobilenet_v3"),
         pytest.param(models.regnet_y_400mf, 64, {"Sigmoid"}, id="grouped, gates: regnet_y"),
-        pytest.param(models.densenet121, 64, set(), id="batch-norm after concat: densenet"),
+        pytest.param(densenet, 64, set(), id="batch-norm after concat: densenet"),
         pytest.param(models.efficientnet_b0, 64, {"SiLU", "Sigmoid"}, id="SiLU: efficientnet"),
         pytest.param(inception, 64, {"mul", "add"}, id="average pools, input transform: googlenet"),
         pytest.param(partial(vit, 64), 64, {"LayerNorm", "GELU"}, id="attention: vit"),
@@ -61,9 +62,7 @@ inception = partial(models.googlenet, weights=None, aux_logits=False, init_weigh
 )
 def test_whole_path(make: Callable[[], nn.Module], side: int, in_float: set[str]) -> None:
     torch.manual_seed(0)
-    exports = (
-        side == 40 or make is models.densenet121
-    )  # an export takes most of the time: other tests have more of them
+    exports = side == 40 or make is densenet  # an export takes most of the time: other tests have more of them
     row = check("a_model", make, torch.randn(4, 3, side, side), export=exports)
     assert row.problems == ""
     assert (row.codes > 0) == exports
