@@ -322,8 +322,8 @@ captured, folded and planned, and not exported. A family that is not in the tabl
 - *captured*, *folded*: largest difference of the logits from those of the model itself, relative to the largest logit,
   before and after folding. Batch-norms have the statistics of the images, moved a little.
 - *% MACs integer*: of the multiply-accumulates that torch counts in the captured graph, those that the 8-bit plan
-  computes in integers (asym_u activations, sym weights per channel); torch counts none of an LSTM. *% in ONNX Runtime*: those that its integer
-  kernels compute.
+  computes in integers (asym_u activations, sym weights per channel); torch counts none of an LSTM. *% in ONNX
+  Runtime*: those that its integer kernels compute.
 - *codes that differ*: between the exact model and ONNX Runtime, in all tensors of layers that both compute in integers,
   for two images. *in float*: layers computed in float between integer tensors, by kind.
 """
