@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 _MOST_IMAGES = 1024
 """Training images that calibration sees, and as many that judge."""
 
-_PLAN, _JUDGEMENT = "plan.yaml", "judgement.csv"
+_PLAN, _JUDGEMENT, _STATISTICS = "plan.yaml", "judgement.csv", "acts_quantization_stats.yaml"
 
 _TRIED = ("qe.", "ptq.", "lapq.", "sense")
 """How the names of settings begin that a trial depends on."""
@@ -99,7 +99,8 @@ def _base(config: RunConfig, fraction: float, images: int) -> RunConfig:
     )
     qe = replace(config.qe, calibration=fraction, histograms=True, bits_acts=acts, bits_wts=wts)
     ptq = replace(config.ptq, images=min(config.ptq.images, images))
-    return replace(config, qe=qe, ptq=ptq, sense_images=min(config.sense_images, images))
+    lapq = replace(config.lapq, images=min(config.lapq.images, images))
+    return replace(config, qe=qe, ptq=ptq, lapq=lapq, sense_images=min(config.sense_images, images))
 
 
 def _report(job: Job, target: Target, trials: Sequence[Trial], best: int) -> None:
@@ -196,6 +197,7 @@ class _Climb:
         job, folded = self._job(config, folder), copy.deepcopy(self._folded)
         ptq, settings = settings_of(job, folded)
         stats = stats_for(job, folded, ptq, settings)
+        self.statistics.setdefault(best.ptq.of_float, folder / _STATISTICS)
         bits = min(each for each in (best.qe.bits_wts, best.qe.bits_acts) if each)
         planner = partial(plan_of, folded, stats)
         rows, _ = measure_sensitivity(job, folded.graph, settings, planner, (bits,), (WEIGHTS, ACTIVATIONS))
@@ -227,7 +229,7 @@ class _Climb:
     def _try(self, rung: Rung, config: RunConfig, seconds: float) -> Trial | None:
         """Plans and judges; a trial of an earlier run is taken from there. None where the time is over before."""
         folder = make_folder(self.folder / self._key(config))
-        collected = folder / "acts_quantization_stats.yaml"
+        collected = folder / _STATISTICS
         trial = self._earlier(rung, config, folder)
         if trial is None:
             _log.info("--auto: trying %s", rung.name)
@@ -253,6 +255,8 @@ class _Climb:
             (row,) = read_csv(folder / _JUDGEMENT)
             numbers = {name: float(row[name]) for name in ("agreement", "drop", "divergence", "seconds")}
         except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if not (all(map(math.isfinite, numbers.values())) and (folder / _PLAN).is_file()):
             return None
         _log.info("--auto: %s was tried before, in %s", rung.name, folder)
         seconds = numbers.pop("seconds")

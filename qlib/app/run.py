@@ -164,7 +164,7 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
 
 def _names_settings(config: RunConfig) -> bool:
     """Whether flags say how to quantize: what a checkpoint of training has learned then does not count."""
-    return bool(config.given_of("qe") or config.given_of("ptq"))
+    return bool(config.automatic or config.given_of("qe") or config.given_of("ptq"))
 
 
 def _integers_of(config: RunConfig, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
