@@ -196,7 +196,7 @@ def make(args: argparse.Namespace, row: str) -> dict[str, Any]:
         reference, result = (predict(each, args.folder).result() for each in (args.folder / "float.onnx", path))
     except Exception as error:
         return {**spent, "note": f"its file does not run: {' '.join(str(error).split())[:80]}"}
-    same = compare(reference, result)
+    same = compare(reference.predictions, result)
     return {
         "top1": result.top1,
         "loss": result.loss,

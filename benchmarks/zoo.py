@@ -1,6 +1,6 @@
 """Every torchvision classifier through the whole path: capture, fold, calibrate, quantize, evaluate, save, reload.
 
-    python benchmarks/zoo.py [MODEL ...] [--data IMAGEFOLDER] [--results zoo.csv] [--table docs/zoo.md]
+    python benchmarks/zoo.py [MODEL ...] [--data IMAGEFOLDER] [--results zoo.csv] [--table PAGE]
 
 Weights are random (the path is tested, not accuracy). Each model runs in a process of its own. A model that is in the
 results file is not run again, so a broken sweep goes on where it stood. The exit code is 1 when a model failed.
@@ -118,21 +118,23 @@ def main() -> int:
     """Runs the sweep, or one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in model_names() if family_of(name) == "torchvision_models"]
-    parser.add_argument("models", nargs="*", default=names, metavar="MODEL", help="all where none is given")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="all where none is given, which writes docs/zoo.md")
     parser.add_argument("--data", type=Path, default=_ROOT / "../shared/data/imagenet-sample", help="an ImageFolder")
     parser.add_argument("--results", type=Path, default=Path("zoo.csv"), help="results so far; delete it to start anew")
-    parser.add_argument("--table", type=Path, default=_ROOT / "docs/zoo.md")
+    parser.add_argument("--table", type=Path, help="where the table is written")
     parser.add_argument("--no-restore", action="store_true", help="do not restore and compare the saved checkpoint")
     args = parser.parse_args()
+    page = args.table or (None if args.models else _ROOT / "docs/zoo.md")
     start_processes_with("torch", "whole_path")
     rows = read_rows(args.results, Row(""))
-    for arch in args.models:
+    for arch in args.models or names:
         if arch not in rows:
             row = apart(check_one, arch, args.data, not args.no_restore)
             rows[arch] = row if isinstance(row, Row) else Row(arch, problems=row)
             append_row(args.results, rows[arch])
             print(f"{len(rows)} {arch}: {rows[arch].problems or 'ok'}, {rows[arch].seconds:.0f} s", file=sys.stderr)
-            write_table(args.table, (rows[name] for name in sorted(rows)), len(names))
+            if page is not None:
+                write_table(page, (rows[name] for name in sorted(rows)), len(names))
     return int(any(row.problems for row in rows.values()))
 
 

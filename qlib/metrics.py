@@ -104,11 +104,11 @@ class Comparison:
         return mcnemar(self.lost, self.won)
 
 
-def compare(other: Evaluation, this: Evaluation) -> Comparison:
-    """What changed from `other` to `this`, two evaluations of the same images."""
-    assert torch.equal(other.labels, this.labels)
-    before, after = other.predictions == this.labels, this.predictions == this.labels
-    flips = torch.bincount(this.labels[other.predictions != this.predictions], minlength=this.classes)
+def compare(other: Tensor, this: Evaluation) -> Comparison:
+    """What changed from the predictions ``[N]`` of another model for the same images."""
+    assert len(other) == this.samples
+    before, after = other == this.labels, this.predictions == this.labels
+    flips = torch.bincount(this.labels[other != this.predictions], minlength=this.classes)
     return Comparison(this.samples, int((before & ~after).sum()), int((after & ~before).sum()), tuple(flips.tolist()))
 
 

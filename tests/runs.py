@@ -110,6 +110,12 @@ class Run:
         return row["top1"], row["top5"], row["loss"]
 
 
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 @contextlib.contextmanager
 def _folder(path: Path) -> Iterator[None]:
     before = Path.cwd()

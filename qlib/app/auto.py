@@ -158,16 +158,16 @@ class _Climb:
             best = best_of([each.judgement for each in trials]) if trials else None
             if best is not None and self.target.met(trials[best].judgement):
                 break
-            config = self._with(rung, self.job.config if best is None else self.configs[best])
-            if config is None:
-                continue
             left = 60 * self.job.config.auto.minutes - (time.monotonic() - began)
-            trial = self._try(rung, config, math.inf if best is None else left)
-            if trial is None:
+            try:
+                with time_limit(math.inf if best is None else left):
+                    config = self._with(rung, self.job.config if best is None else self.configs[best])
+                    if config is not None:
+                        trials.append(self._try(rung, config))
+                        self.configs.append(config)
+            except TimeUp:
                 _log.info("--auto: %g minutes are over", self.job.config.auto.minutes)
                 break
-            trials.append(trial)
-            self.configs.append(config)
         return trials
 
     def _with(self, rung: Rung, best: RunConfig) -> RunConfig | None:
@@ -192,9 +192,13 @@ class _Climb:
         """The best so far with 8 bits for the layers that suffer most from fewer, as a file of settings."""
         if best.qe.config_file is not None:
             return None
-        config = self._with_statistics(best)
-        folder = make_folder(self.folder / self._key(replace(best, sense="quant")))
-        job, folded = self._job(config, folder), copy.deepcopy(self._folded)
+        path = make_folder(self.folder / self._key(replace(best, sense="quant"))) / "settings.yaml"
+        if not path.is_file():
+            write_text(path, self._sensitive_settings(best, path.parent), "settings")
+        return replace(best, qe=replace(best.qe, config_file=path, calibration=None))
+
+    def _sensitive_settings(self, best: RunConfig, folder: Path) -> str:
+        job, folded = self._job(self._with_statistics(best), folder), copy.deepcopy(self._folded)
         ptq, settings = settings_of(job, folded)
         stats = stats_for(job, folded, ptq, settings)
         self.statistics.setdefault(best.ptq.of_float, folder / _STATISTICS)
@@ -208,16 +212,13 @@ class _Climb:
         _log.info("Layers that suffer most from %d bits: %s", bits, ", ".join(chosen))
         raised = {**settings, **with_bits({name: settings[name] for name in chosen}, weights=8, activations=8)}
         kinds = {name_of(node): layer_kind(module) for node, module in layers(folded.graph)}
-        text = ptq_text(
+        return ptq_text(
             ptq,
             {name: each for name, each in raised.items() if not kinds[name].keeps_grid},
             {name for name, kind in kinds.items() if kind.weighted},
             str(self.statistics[best.ptq.of_float].absolute()),
             "8 bits for the layers that suffer most from fewer",
         )
-        path = folder / "settings.yaml"
-        write_text(path, text, "settings")
-        return replace(best, qe=replace(best.qe, config_file=path, calibration=None))
 
     def _with_statistics(self, config: RunConfig) -> RunConfig:
         """The same with the statistics that an earlier trial has collected, where its float model is the same."""
@@ -226,20 +227,16 @@ class _Climb:
             return config
         return replace(config, qe=replace(config.qe, stats_file=path, calibration=None))
 
-    def _try(self, rung: Rung, config: RunConfig, seconds: float) -> Trial | None:
-        """Plans and judges; a trial of an earlier run is taken from there. None where the time is over before."""
+    def _try(self, rung: Rung, config: RunConfig) -> Trial:
+        """Plans and judges; a trial of an earlier run is taken from there."""
         folder = make_folder(self.folder / self._key(config))
         collected = folder / _STATISTICS
         trial = self._earlier(rung, config, folder)
         if trial is None:
             _log.info("--auto: trying %s", rung.name)
             began, folded = time.monotonic(), copy.deepcopy(self._folded)
-            try:
-                with time_limit(seconds):
-                    plan = make_plan(self._job(self._with_statistics(config), folder), folded).plan
-                    judgement = self._judge(lower(folded.graph, plan))
-            except TimeUp:
-                return None
+            plan = make_plan(self._job(self._with_statistics(config), folder), folded).plan
+            judgement = self._judge(lower(folded.graph, plan))
             write_plan(folder / _PLAN, plan)
             trial = Trial(rung.name, self._changed(config), judgement, time.monotonic() - began, folder)
             _log.info("--auto: agreement %.2f %%, divergence %.5f", judgement.agreement, judgement.divergence)
@@ -295,7 +292,7 @@ class _Climb:
     def _judge(self, lowered: Model) -> Judgement:
         (expected, reference), (logits, result) = self._reference, self._run(lowered, "Judging")
         lost = sum(map(divergence, expected, logits)) / result.samples
-        return Judgement(compare(reference, result).agreement, reference.top1 - result.top1, lost)
+        return Judgement(compare(reference.predictions, result).agreement, reference.top1 - result.top1, lost)
 
     @torch.inference_mode()
     def _run(self, model: Model, description: str) -> tuple[list[Tensor], Evaluation]:

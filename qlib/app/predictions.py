@@ -45,8 +45,7 @@ def compare_to_run(job: Job, loader: Loader, this: Evaluation, run: Path) -> Com
             f"the run in {str(run)!r} looked at {len(images)} images and this one at {this.samples}, which are not the"
             " same; --compare-to needs the same data, --effective-test-size and --seed"
         )
-    changed = torch.tensor(predictions)
-    return compare(Evaluation(this.samples, 0.0, 0.0, 0.0, changed, this.labels, this.classes), this)
+    return compare(torch.tensor(predictions), this)
 
 
 def _names(job: Job, loader: Loader) -> list[str]:

@@ -21,7 +21,7 @@ from qlib.app.job import Job, choose_device, load_job
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.predictions import compare_to_run, comparison_row, log_comparison, save_predictions
 from qlib.app.search import analyse
-from qlib.app.seeds import Score, next_draw, report_seeds
+from qlib.app.seeds import Draw, next_draw, report_seeds
 from qlib.app.show import check, summarize
 from qlib.app.train import train
 from qlib.checkpoint.quantized import (
@@ -110,7 +110,7 @@ def _quantize_and_evaluate(job: Job) -> int:
     return exit_code
 
 
-def _quantize_once(job: Job) -> tuple[int, Score]:
+def _quantize_once(job: Job) -> tuple[int, Draw]:
     """The exit code and the result."""
     folded = fold_model(job)
     planned = make_plan(job, folded)
@@ -129,7 +129,7 @@ def _quantize_once(job: Job) -> tuple[int, Score]:
     original = job.model if planned.keep_float_weights else None
     save_quantized(path, header, lowered, {"quantized_top1": result.top1}, original)
     _log.info("Saving checkpoint to: %s", path)
-    return deployed.exit_code, Score.of(job, result, reference)
+    return deployed.exit_code, Draw.of(job, result, reference)
 
 
 def _use_float(job: Job) -> None:
@@ -214,7 +214,7 @@ def _record_float(job: Job, results: Mapping[str, Evaluation], classes: Sequence
     if result and reference:
         _log.info("FP32:    Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
         _log.info("Predictions that differ from FP32: %.2f %%", result.changed(reference))
-        comparison = compare(reference, result)
+        comparison = compare(reference.predictions, result)
         log_comparison(comparison, "FP32", classes)
         more = {"changed": result.changed(reference), **comparison_row(comparison)}
     if reference:

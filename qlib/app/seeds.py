@@ -14,13 +14,13 @@ from qlib.files import make_folder, write_csv
 from qlib.metrics import Evaluation, compare
 from qlib.runlog import RunLog
 
-__all__ = ["Score", "next_draw", "report_seeds"]
+__all__ = ["Draw", "next_draw", "report_seeds"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Score:
+class Draw:
     """The result of one draw; `agreement` with FP32, in percent as Top1 and Top5 are."""
 
     seed: int
@@ -30,8 +30,8 @@ class Score:
     agreement: float
 
     @classmethod
-    def of(cls, job: Job, result: Evaluation, reference: Evaluation) -> Score:
-        agreement = compare(reference, result).agreement
+    def of(cls, job: Job, result: Evaluation, reference: Evaluation) -> Draw:
+        agreement = compare(reference.predictions, result).agreement
         return cls(job.calibration_seed, result.top1, result.top5, result.loss, agreement)
 
 
@@ -44,11 +44,11 @@ def next_draw(job: Job, draw: int) -> Job:
     return replace(again, run=RunLog(folder, job.run.file))
 
 
-def report_seeds(job: Job, scores: Sequence[Score]) -> None:
+def report_seeds(job: Job, draws: Sequence[Draw]) -> None:
     """Prints mean, lowest and highest of each figure, and writes those of each draw to `seeds.csv`."""
-    rows = [astuple(score) for score in scores]
+    rows = [astuple(each) for each in draws]
     seeds, *figures = zip(*rows, strict=True)
-    names = [each.name for each in fields(Score)]
+    names = [each.name for each in fields(Draw)]
     write_csv(job.run.folder / "seeds.csv", names, rows)
     spread = [(name, fmean(each), min(each), max(each)) for name, each in zip(names[1:], figures, strict=True)]
     table = tabulate(spread, ("", "Mean", "Lowest", "Highest"), tablefmt="psql", floatfmt=".5f")

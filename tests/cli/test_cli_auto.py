@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from pathlib import Path
 
 import pytest
-from runs import Run, good, run
+from runs import Run, good, rows, run
 
 import qlib.app.auto as auto
 from qlib.search.ladder import RUNGS
 
 AUTO = "-a digits_cnn --pretrained --auto --auto-bits 3 --qe-calibration 0.03 --ptq-iterations 20 --sense-images 16"
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,11 +61,14 @@ def test_what_was_tried_is_not_tried_again(folder: Path, whole: Run) -> None:
 def test_a_broken_search_goes_on(folder: Path, whole: Run) -> None:
     """As if it was killed in a trial: what that one left is made again, with the same result."""
     judged = sorted((folder / "stats").glob("auto-*/*/judgement.csv"), key=lambda path: path.stat().st_mtime)
+    assert len(judged) == len(RUNGS)
     judged[-1].write_text("agreement,drop\n1")
     shutil.rmtree(judged[-2].parent)
+    (judged[-3].parent / "plan.yaml").unlink()
+    judged[-4].write_text("agreement,drop,divergence,seconds\nnan,0,nan,1")
     again = good(f"{AUTO} --auto-agree 100 --auto-drop 0", folder)
     assert again.score() == whole.score()
-    assert sum(line.startswith("--auto: trying") for line in again.lines) == 2
+    assert sum(line.startswith("--auto: trying") for line in again.lines) == 4
 
 
 def test_it_stops_at_the_target(folder: Path, whole: Run) -> None:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
-from runs import Run, good, run
+from runs import Run, good, rows, run
 
 from qlib.metrics import mcnemar
 
 DIGITS = "-a digits_cnn --pretrained"
 QUANTIZE = f"{DIGITS} --quantize-eval --qe-calibration 0.02"
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import ROOT, Run, finish, good, make_images, run, start, user_model
+from runs import ROOT, Run, finish, good, make_images, rows, run, start, user_model
 
 from qlib.deploy import verify as verification
 from qlib.deploy.verify import Checked, Verification
@@ -40,11 +39,6 @@ def proved(folder: Path) -> Run:
     """A run that quantizes, exports, verifies, and evaluates in ONNX Runtime."""
     words = f"{QUANTIZED} --export-onnx --verify 20 --engine onnxruntime --export-encodings ort --name {MINE}"
     return good(words, folder)
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def scores(done: Run) -> list[str]:

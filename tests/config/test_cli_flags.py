@@ -641,6 +641,17 @@ WARNINGS = [
     ("opset of a verified file", "--qe --verify 3 --export-opset 21", []),
     ("float engine", "-e --engine onnxruntime --export-opset 21", []),
     ("checkpoint in another engine", "--resume-from m.pth.tar --engine onnxruntime", []),
+    ("a search that only prints", "--auto --check", ["--auto is ignored: --check only prints"]),
+    (
+        "compared while training",
+        "--epochs 1 --compare-to images",
+        ["--compare-to is ignored: training writes no predictions"],
+    ),
+    (
+        "compared while exporting",
+        "--export-onnx m.onnx --compare-to images",
+        ["--compare-to has no effect without --evaluate"],
+    ),
     ("a target without a search", "--qe --auto-agree 98", ["--auto-agree has no effect without --auto"]),
     ("seeds of a float model", "-e --seeds 3", ["--seeds has no effect without --quantize-eval"]),
     (

@@ -31,7 +31,7 @@ def evaluation(predictions: list[int], labels: list[int] = LABELS) -> Evaluation
     ],
 )
 def test_compare(before: list[int], after: list[int], lost: int, won: int, flips: tuple[int, ...]) -> None:
-    found = compare(evaluation(before), evaluation(after))
+    found = compare(torch.tensor(before), evaluation(after))
     assert (found.samples, found.lost, found.won, found.flips) == (6, lost, won, flips)
     assert found.agreement == pytest.approx(100 * (6 - sum(flips)) / 6)
     low, high = found.agreement_interval
@@ -41,7 +41,7 @@ def test_compare(before: list[int], after: list[int], lost: int, won: int, flips
 
 def test_other_images_cannot_be_compared() -> None:
     with pytest.raises(AssertionError):
-        compare(evaluation(LABELS), evaluation(LABELS, labels=[0, 0, 1, 1, 2, 1]))
+        compare(torch.tensor(LABELS[1:]), evaluation(LABELS))
 
 
 @given(st.integers(0, 300), st.integers(0, 300))

@@ -26,6 +26,9 @@ from qlib.values import Interval
 __all__ = ["GROUPS"]
 
 _ENGINES = ("torch", "onnxruntime")
+_TRAINING = ("--compress", "--epochs", "--lr")
+_EVALUATING = ("--evaluate", "--quantize-eval", "--sense")
+_NOT_ASKED = Ignored("has no effect without --evaluate", by=EXPORTS, unless=("--evaluate", "--quantize-eval"))
 
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "General": (
@@ -115,7 +118,11 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--compare-to",
             run_folder(),
             "compare the predictions, image by image, with those of another run on the same images",
-            ignored=NOT_EVALUATED,
+            ignored=(
+                *NOT_EVALUATED,
+                _NOT_ASKED,
+                Ignored("is ignored: training writes no predictions", by=_TRAINING, unless=_EVALUATING),
+            ),
         ),
         Flag(
             "--engine",
@@ -123,12 +130,8 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "what computes the model: torch, or ONNX Runtime on the exported file",
             ignored=(
                 *NOT_EVALUATED,
-                Ignored("has no effect without --evaluate", by=EXPORTS, unless=("--evaluate", "--quantize-eval")),
-                Ignored(
-                    "is ignored: training evaluates with torch",
-                    by=("--compress", "--epochs", "--lr"),
-                    unless=("--evaluate", "--quantize-eval", "--sense"),
-                ),
+                _NOT_ASKED,
+                Ignored("is ignored: training evaluates with torch", by=_TRAINING, unless=_EVALUATING),
             ),
         ),
     ),

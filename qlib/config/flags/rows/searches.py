@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import NORMS
 from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, real, whole
+from qlib.config.flags.rows.common import NOT_EVALUATED
 from qlib.values import Interval
 
 __all__ = ["GROUPS"]
@@ -25,6 +26,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "try settings from cheap to dear until the target or the time is reached, judged on training images that"
             " calibration does not see, and take the best; implies --quantize-eval",
             "automatic",
+            ignored=NOT_EVALUATED,
         ),
         Flag(
             "--auto-agree",
