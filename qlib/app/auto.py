@@ -85,6 +85,11 @@ def choose_settings(job: Job) -> Job:
     return replace(job, config=replace(winner, qe=qe, ptq=PtqArgs(images=winner.ptq.images)))
 
 
+def _is_given(config: RunConfig, name: str) -> bool:
+    """Whether the user gave a setting; `--qe-mode` gives that of activations and that of weights."""
+    return flag_of(name) in config.given or (name.startswith("qe.mode_") and "--qe-mode" in config.given)
+
+
 def _repeating(winner: RunConfig) -> RunConfig:
     """The settings of the best trial without the search."""
     given = frozenset(flag for flag in winner.given if not flag.startswith("--auto"))
@@ -181,7 +186,7 @@ class _Climb:
             return None
         if rung.sensitive:
             return self._with_sensitive(best)
-        changes = {name: value for name, value in rung.changes.items() if flag_of(name) not in best.given}
+        changes = {name: value for name, value in rung.changes.items() if not _is_given(best, name)}
         settings = settings_by_name(best)
         new = {name: value for name, value in changes.items() if settings[name] != value}
         if rung.changes and not new:

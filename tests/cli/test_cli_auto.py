@@ -76,7 +76,7 @@ def test_it_stops_at_the_target(folder: Path, whole: Run) -> None:
     reached = float(table[1]["agreement"])
     assert reached > float(table[0]["agreement"])
     done = good(f"{AUTO} --auto-agree {reached}", folder)
-    assert [row["rung"] for row in rows(done.folder / "auto.csv")] == ["as asked", "asym_u, per channel"]
+    assert [row["rung"] for row in rows(done.folder / "auto.csv")] == ["as asked", "asym_u activations, sym weights"]
     assert any(line.endswith(f"Target agreement {reached:g} %: reached") for line in done.lines)
 
 
