@@ -1,0 +1,1 @@
+"""Pruning: which weights are kept, and how they are chosen."""
