@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qlib.checkpoint.fields import NAME, Record, check_fields
 from qlib.checkpoint.fit import load_state, model_state, remedy_for
-from qlib.checkpoint.masks import masked_text, masks_of, unmasked_text
+from qlib.checkpoint.masks import masked_text, masks_for, masks_of, unmasked_text
 from qlib.checkpoint.quantized import float_weights, is_quantized
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.run_config import RunConfig
@@ -24,6 +24,7 @@ from qlib.graph.trace import check_inputs
 from qlib.models import ModelSpec, create_model, refuse_python_file
 from qlib.models.names import names_python_file
 from qlib.models.transforms import standard_classes
+from qlib.prune.masks import Masks, apply_masks
 from qlib.runlog import RunLog
 from qlib.surgery.widen import find_wide_model, is_wide
 from qlib.users_code import users_code
@@ -37,7 +38,8 @@ _log = logging.getLogger(__name__)
 class Job:
     """What every verb works on: the settings, the run's folder, the device and the model.
 
-    `draw` counts the repetitions of a run with `--seeds`: each calibrates on images of its own.
+    `draw` counts the repetitions of a run with `--seeds`: each calibrates on images of its own. `masks` say which
+    weights are pruned; the weights have them already, unless the model is to be trained.
     """
 
     config: RunConfig
@@ -48,6 +50,7 @@ class Job:
     num_classes: int
     model: nn.Module
     draw: int = 0
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def has_images(self) -> bool:
@@ -96,12 +99,10 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
     file = config.resume_from or config.exp_load_weights_from
     if config.exp_load_weights_from is not None:
         checkpoint = _weights_only(config.exp_load_weights_from)
-    elif verb_of(config) is Verb.TRAIN:
-        _refuse_masks(checkpoint, f"checkpoint {str(file)!r}")
     spec = find_wide_model(_arch(config, checkpoint, file))
     dataset = config.dataset or spec.dataset
     classes = _num_classes(config, spec, dataset)
-    model = _load_model(config, spec, classes, checkpoint, file)
+    model, masks = _load_model(config, spec, classes, checkpoint, file)
     pretrained = "pretrained " if config.pretrained and file is None else ""
     _log.info("=> created a %s%s model with the %s dataset", pretrained, spec.arch, dataset)
     verb = verb_of(config)
@@ -110,7 +111,7 @@ def load_job(config: RunConfig, run: RunLog, device: torch.device, checkpoint: M
         remedy = "give --pretrained, --resume-from or --exp-load-weights-from for trained ones"
         _log.warning("Warning: the weights are random; %s", remedy)
     _check_weights(model, spec.arch)
-    job = Job(config, run, device, spec, dataset, classes, model.to(device))
+    job = Job(config, run, device, spec, dataset, classes, model.to(device), masks=masks)
     if verb.weights:
         _check_output(job)
     return job
@@ -139,32 +140,30 @@ def _num_classes(config: RunConfig, spec: ModelSpec, dataset: str) -> int:
 
 def _load_model(
     config: RunConfig, spec: ModelSpec, num_classes: int, checkpoint: Mapping[str, Any], file: Path | None
-) -> nn.Module:
-    """The model with the weights of the checkpoint; without a file, published or random ones."""
+) -> tuple[nn.Module, Masks]:
+    """The model with the weights of the checkpoint, and its masks; without a file, published or random weights."""
     model = create_model(spec, num_classes=num_classes, pretrained=config.pretrained and file is None)
-    if file is not None:
-        _log.info("=> loading checkpoint %s", file)
-        source = f"checkpoint {str(file)!r}"
-        load_state(model, model_state(checkpoint), source, remedy_for(checkpoint))
-        dropped = config.exp_load_weights_from is not None
-        tell_masks(checkpoint, source, "dropped, as --exp-load-weights-from asks" if dropped else "not applied")
-    return model
+    if file is None:
+        return model, {}
+    _log.info("=> loading checkpoint %s", file)
+    source = f"checkpoint {str(file)!r}"
+    load_state(model, model_state(checkpoint), source, remedy_for(checkpoint))
+    if config.exp_load_weights_from is not None:
+        tell_masks(checkpoint, source, "dropped, as --exp-load-weights-from asks")
+        return model, {}
+    masks = masks_for(model, checkpoint, source)
+    training = verb_of(config) is Verb.TRAIN
+    tell_masks(checkpoint, source, "kept in training" if training else "applied")
+    if not training:  # which goes on from the weights that lie under masks of the forward pass alone
+        apply_masks(model, masks)
+    return model, masks
 
 
 def tell_masks(checkpoint: Mapping[str, Any], source: str, what: str) -> None:
-    """Logs that the masks in a checkpoint, if there are any, are dropped or not applied, and what they are."""
+    """Logs what becomes of the masks in a checkpoint, if there are any, and what they are."""
     if masks := masks_of(checkpoint, source):
         state = unmasked_text(masks, model_state(checkpoint))
         _log.info("The masks in %s are %s: they zero %s; %s", source, what, masked_text(masks), state)
-
-
-def _refuse_masks(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Raises UsageError for a checkpoint with masks, whose weights would not stay zero in training."""
-    if masks := masks_of(checkpoint, source):
-        raise UsageError(
-            f"{source} has masks that zero {masked_text(masks)}, and training does not apply masks yet: these weights"
-            " would not stay zero; give it with --exp-load-weights-from to train on without masks"
-        )
 
 
 def _check_weights(model: nn.Module, arch: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlib.app.distill import make_distillation
 from qlib.app.images import TrainingImages
@@ -28,6 +28,7 @@ from qlib.stats.tensor_stats import ModelStats
 from qlib.surgery.widen import find_wide_model, wide_name
 from qlib.train.lr.policy import LrPolicy
 from qlib.train.lr.schedulers import LR_CLASSES
+from qlib.train.masking import Masking
 from qlib.train.policy import Policy
 
 __all__ = ["SECTIONS", "Section", "Setup", "make_quantization", "read_schedule", "set_up"]
@@ -40,7 +41,8 @@ class Setup:
     """A run of training before it begins: `module` is what is called, `weights` are what the optimizer's rate is for.
 
     `job` has the model whose weights these are; `original` is the job as it was loaded, before it was widened.
-    `convert` gives the folded graph and the plan of what has been learned, None while all is in float.
+    `convert` gives the folded graph and the plan of what has been learned, None while all is in float. `masking`
+    applies the masks, where there are any or may come to be.
     """
 
     job: Job
@@ -51,6 +53,12 @@ class Setup:
     weights: Sequence[nn.Parameter]
     policies: tuple[Policy, ...] = ()
     convert: Callable[[], tuple[Graph, Plan] | None] = lambda: None
+    masking: Masking | None = None
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """The masks, as they are at any time."""
+        return {} if self.masking is None else self.masking.masks
 
     def plus(self, *policies: Policy | None) -> Setup:
         """With more policies, which act after those that are there; None stands for none."""
@@ -97,7 +105,8 @@ def set_up(job: Job, schedule: Schedule) -> Setup:
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not weights:
         raise ModelError(f"{job.spec.arch} has no parameter that can be trained; give one whose requires_grad is set")
-    setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights)
+    masking = Masking(wide.model, wide.masks) if wide.masks else None
+    setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights, masking=masking).plus(masking)
     for section in SECTIONS:
         setup = SECTIONS[section].add(setup)
     return setup
@@ -174,4 +183,4 @@ def _widened(job: Job, schedule: Schedule) -> Job:
     torch.manual_seed(job.config.seed)
     model = create_model(spec, num_classes=job.num_classes).to(job.device)
     _log.info("=> widened the model by %d: a %s model with random weights", factor, spec.arch)
-    return replace(job, spec=spec, model=model)
+    return replace(job, spec=spec, model=model, masks={})

@@ -61,7 +61,7 @@ class _Run:
         self.job, self.images, self.convert = setup.job, setup.images, setup.convert
         self.trainee = Trainee.of(self.args, setup.module, setup.weights, setup.policies)
         self.progress = Progress()
-        self.state = TrainingState(self.job.model, self.trainee, self.progress, [])
+        self.state = TrainingState(self.job.model, self.trainee, self.progress, [], setup.masks)
         self.metrics = MetricsWriter(job.run.folder)
         header = {"arch": self.job.spec.arch, "dataset": self.job.dataset_name, "num_classes": self.job.num_classes}
         self.checkpoints = Checkpoints(self.state, self.job.file, header, self.args.save_every)
@@ -125,16 +125,17 @@ class _Run:
         self.checkpoints.discard_new()
         self.checkpoints.check_weights(f"epoch {epoch}")
         lr, means = self.trainee.lr, self.progress.running.means
-        model, quantized = self._evaluated()
-        _log.info("--- validate (epoch=%d)-----------", epoch)
-        (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
+        with self.trainee.deployed():
+            model, quantized = self._evaluated()
+            left, sparsity = nonzero(self.job.model)
+            _log.info("--- validate (epoch=%d)-----------", epoch)
+            (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
         log_result(result)
         if not math.isfinite(result.loss):
             raise Diverged(f"the validation loss is {result.loss} after epoch {epoch}")
         metrics = {"loss": result.loss, "top1": result.top1, "top5": result.top5}
         for policy in self.trainee.policies:
             policy.on_epoch_end(epoch, metrics)
-        left, sparsity = nonzero(self.job.model)
         score = EpochScore(epoch, result.top1, result.top5, result.loss, sparsity, left)
         self.state.best[:] = ranked([*self.state.best, score], self.args.best_by, max(self.args.num_best_scores, 1))
         for best in self.state.best:
@@ -160,10 +161,11 @@ class _Run:
 
     def _test(self) -> None:
         """The last epoch's model on the test images."""
-        model, quantized = self._evaluated()
-        _log.info("--- test ---------------------")
-        models = [model, *([self.trainee.model.eval()] if quantized is not None else [])]
-        result, *others = measure(self.job, self.images.test, "Test", *map(_laid_out, models))
+        with self.trainee.deployed():
+            model, quantized = self._evaluated()
+            _log.info("--- test ---------------------")
+            models = [model, *([self.trainee.model.eval()] if quantized is not None else [])]
+            result, *others = measure(self.job, self.images.test, "Test", *map(_laid_out, models))
         log_result(result)
         for other in others:
             _log.info("Predictions in integers that differ from those of training: %.2f %%", result.changed(other))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlib.config.layers.aliases import in_own_names
 from qlib.errors import CheckpointError
 
-__all__ = ["is_state", "load_state", "model_state", "own_name", "remedy_for"]
+__all__ = ["in_model_names", "is_state", "load_state", "model_state", "own_name", "remedy_for"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTER = "num_batches_tracked"
@@ -90,7 +90,7 @@ def load_state(
         CheckpointError: parameters are missing, too many, or of other shapes or types.
     """
     wanted = model.state_dict()
-    given = _without_auxiliary_heads(_in_own_names(state, wanted), wanted)
+    given = _without_auxiliary_heads(in_model_names(state, wanted), wanted)
     misfits = [
         f"{name} is {_shape(value)} in it and {_shape(wanted[name])} in the model"
         for name, value in given.items()
@@ -143,8 +143,8 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"
 
 
-def _in_own_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state with the model's own names of its layers, which may be called otherwise elsewhere."""
+def in_model_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of parameters with the model's own names of its layers, which may be called otherwise elsewhere."""
     layers = {name.rpartition(".")[0]: name.rpartition(".")[0] for name in state}
     own = {old: new for new, old in in_own_names(layers, {name.rpartition(".")[0] for name in wanted}).items()}
     split = ((name.rpartition("."), value) for name, value in state.items())

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 
 from qlib.errors import CheckpointError, did_you_mean
 
-__all__ = ["Masks", "apply_masks", "check_masks", "joined", "masked_count", "masks_of_zeros", "sparsity", "unmasked"]
+__all__ = ["Masks", "apply_masks", "check_masks", "joined", "masked_count", "masks_of_zeros", "parameters_by_name"]
+__all__ += ["sparsity", "unmasked"]
 
 Masks: TypeAlias = dict[str, Tensor]
 """Name of a parameter in the user's model -> bool tensor of its shape, true where a weight is kept."""
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters of a model; one that two layers share has the names of both."""
+    return dict(model.named_parameters(remove_duplicate=False))
 
 
 @torch.no_grad()
@@ -32,7 +38,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     >>> layer.weight.tolist()
     [[2.0, 0.0]]
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     for name, mask in masks.items():
         parameters[name].masked_fill_(~mask, 0.0)
 
@@ -47,7 +53,7 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor], source: str) -> N
     Raises:
         CheckpointError: a mask is of no parameter of the model, or not of its shape.
     """
-    problem = next(_problems(dict(model.named_parameters()), masks), None)
+    problem = next(_problems(parameters_by_name(model), masks), None)
     if problem is not None:
         raise CheckpointError(f"{source} {problem}")
 
@@ -112,6 +118,6 @@ def unmasked(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, int]:
     >>> unmasked(layer, {"weight": torch.tensor([[True, False]])})
     {'weight': 1}
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_by_name(model)
     left = {name: int((parameters[name].detach()[~mask] != 0).sum()) for name, mask in masks.items()}
     return {name: count for name, count in left.items() if count}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -99,6 +100,14 @@ class Trainee:
             first += len(policy.groups)
         return cls(model, optimizer, policies)
 
+    @contextlib.contextmanager
+    def deployed(self) -> Iterator[None]:
+        """While it lasts, the weights are those that would be deployed."""
+        with contextlib.ExitStack() as stack:
+            for policy in self.policies:
+                stack.enter_context(policy.deployed())
+            yield
+
     @property
     def lr(self) -> float:
         """The learning rate of the weights."""
@@ -180,10 +189,10 @@ def _backward(trainee: Trainee, losses: Losses, settings: StepSettings, scaler: 
     optimizer.zero_grad()
     scaler.scale(losses.overall).backward()  # type: ignore[no-untyped-call]
     scaler.unscale_(optimizer)
-    if settings.grad_clip is not None:
-        torch.nn.utils.clip_grad_norm_(_parameters(optimizer), settings.grad_clip)
     for policy in trainee.policies:
         policy.before_optimizer_step()
+    if settings.grad_clip is not None:
+        torch.nn.utils.clip_grad_norm_(_parameters(optimizer), settings.grad_clip)
     scaler.step(optimizer)
     scaler.update()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,13 +75,17 @@ class Policy:
         return losses
 
     def before_optimizer_step(self) -> None:
-        """When the gradients are there."""
+        """When the gradients are there, before they are clipped."""
 
     def on_minibatch_end(self, batch: Batch) -> None:
         """When the weights have changed."""
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """After validation; `metrics` are its `loss`, `top1` and `top5`."""
+
+    def deployed(self) -> AbstractContextManager[None]:
+        """While it lasts, the weights are those that would be deployed: for validation and the test."""
+        return contextlib.nullcontext()
 
     @property
     def saved_fields(self) -> Schema:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlib.checkpoint.fields import check_fields, shown
 from qlib.checkpoint.fingerprint import content_hash
+from qlib.checkpoint.masks import saved_masks
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
 from qlib.files import move
@@ -49,6 +50,7 @@ class TrainingState:
     trainee: Trainee
     progress: Progress
     best: list[EpochScore]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path, header: Mapping[str, Any], quantized: Mapping[str, Any] | None) -> None:
         """Writes the checkpoint, whole or not at all.
@@ -65,6 +67,7 @@ class TrainingState:
             "steps": progress.steps,
             "running": {"sums": progress.running.sums, "images": progress.running.images},
             "state_dict": dict(self.weights.state_dict()),
+            **saved_masks(self.masks),
             "optimizer_state_dict": self.trainee.optimizer.state_dict(),
             "optimizer_type": type(self.trainee.optimizer).__name__,
             "policies": [policy.state_dict() for policy in self.trainee.policies],

@@ -121,10 +121,10 @@ def other_model(folder: Path) -> None:
 def distiller(folder: Path) -> None:
     """Checkpoints with what Distiller puts beside the weights."""
     weights = create_model(find_model("digits_cnn")).state_dict()
-    masks: dict[str, object] = {"fc.bias": None, "module.fc.weight": torch.zeros(10, 128)}
     shapes = {**weights, "fc.weight": torch.zeros(10, 100)}
     for name, more in {
-        "pruned": {"compression_sched": {"masks_dict": masks}},
+        "others": {"compression_sched": {"masks_dict": {"fc.bias": None, "module.fc.weigth": torch.zeros(10, 128)}}},
+        "shaped": {"masks": {"fc.weight": torch.zeros(128, 10, dtype=torch.uint8)}},
         "odd": {"compression_sched": {"masks_dict": {"fc.weight": [0, 1]}}},
         "thinned": {"thinning_recipes": ["a recipe"], "state_dict": shapes},
         "ptq": {"quantizer_metadata": {"params": {}}, "state_dict": {**weights, "fc.w_scale": torch.ones(1)}},
@@ -332,19 +332,15 @@ TABLE = {
     "checkpoint of another model": Row(
         f"{DIGITS} -e --resume-from other.pth.tar", r"checkpoint 'other.pth.tar' does not fit the model: ", other_model
     ),
-    "training on under masks": Row(
-        "--resume-from pruned.pth.tar --epochs 9",
-        r"checkpoint 'pruned.pth.tar' has masks that zero 1,280 weights in 1 parameter, and training does not apply"
-        r" masks yet: these weights would not stay zero; give it with --exp-load-weights-from to train on without",
+    "masks of another model": Row(
+        "-e --resume-from others.pth.tar",
+        r"checkpoint 'others.pth.tar' has a mask of 'fc.weigth', which the model does not have; did you mean fc.weight",
         distiller,
     ),
-    "training anew under masks": Row(
-        "--resume-from pruned.pth.tar --lr 0.1 --reset-optimizer",
-        r"has masks that zero 1,280 weights in 1 p",
+    "masks of another shape": Row(
+        "--resume-from shaped.pth.tar --lr 0.1",
+        r"checkpoint 'shaped.pth.tar' has a mask of 128x10 for 'fc.weight', whose shape is 10x128; give the model that",
         distiller,
-    ),
-    "training under masks as it was spelt": Row(
-        "--resume pruned.pth.tar --lr 0.1", r"has masks that zero 1,280 weights in 1 parameter, and", distiller
     ),
     "masks that are none": Row(
         "-e --resume-from odd.pth.tar",

@@ -400,13 +400,13 @@ def test_a_gpu_that_is_not_among_those_there(monkeypatch: pytest.MonkeyPatch) ->
     [
         pytest.param(
             "-e --resume-from zero.pth",
-            "The masks in checkpoint 'zero.pth' are not applied: they zero 128 weights in 1 parameter; all of these"
+            "The masks in checkpoint 'zero.pth' are applied: they zero 128 weights in 1 parameter; all of these"
             " weights are zero in the file",
             id="zero",
         ),
         pytest.param(
             "--qe --qe-calibration 0.02 --resume-from other.pth",
-            "The masks in checkpoint 'other.pth' are not applied: they zero 138 weights in 2 parameters; 10 of these"
+            "The masks in checkpoint 'other.pth' are applied: they zero 138 weights in 2 parameters; 10 of these"
             " weights are not zero (fc.bias 10)",
             id="not zero",
         ),
@@ -427,6 +427,12 @@ def test_a_gpu_that_is_not_among_those_there(monkeypatch: pytest.MonkeyPatch) ->
             "The masks in the teacher's checkpoint 'zero.pth' are not applied to the teacher: they zero 128 weights in"
             " 1 parameter; all of these weights are zero in the file",
             id="a teacher's",
+        ),
+        pytest.param(
+            "--lr 0.01 --epochs 1 --etrs 0.05 --evs 0.1 --resume-from zero.pth",
+            "The masks in checkpoint 'zero.pth' are kept in training: they zero 128 weights in 1 parameter; all of"
+            " these weights are zero in the file",
+            id="kept",
         ),
         pytest.param("-e --resume-from ones.pth", None, id="masks that zero nothing"),
     ],
