@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlib.correct._base import CORRECTIONS, CalibrationImages
@@ -12,6 +11,7 @@ from qlib.correct._write_back import write_back
 from qlib.graph import Graph
 from qlib.lower.fake import FakeLayer, FakeWeight, fake_quantize, lower_fake
 from qlib.quant.plan import Plan
+from qlib.stats.gram import gram
 
 __all__ = ["gptq", "round_rows"]
 
@@ -47,7 +47,7 @@ def _round_layer(layer: FakeLayer, rounding: FakeWeight, inputs: list[Tensor]) -
         return
     groups = getattr(module, "groups", 1)
     rows = torch.unflatten(module.weight.detach().flatten(1), 0, (groups, -1))  # [groups, out, in]
-    hessian = sum((_hessian(module, x, groups) for x in inputs), torch.zeros(()))
+    hessian = sum((gram(module, x) for x in inputs), torch.zeros(()))
     shape = (groups, rows.shape[1], 1)
 
     def per_row(values: Tensor) -> Tensor:
@@ -56,33 +56,6 @@ def _round_layer(layer: FakeLayer, rounding: FakeWeight, inputs: list[Tensor]) -
     scale, low, high = (per_row(values) for values in (rounding.scale, rounding.low, rounding.high))
     rounded = [round_rows(*parts) for parts in zip(rows, hessian, scale, low, high, strict=True)]
     module.weight.copy_(torch.cat(rounded).view_as(module.weight))
-
-
-def _hessian(module: nn.Module, x: Tensor, groups: int) -> Tensor:
-    """``sum x x^T`` over all positions of the images, ``[groups, in, in]`` in float64."""
-    if isinstance(module, nn.Linear):
-        columns = x.reshape(1, -1, x.shape[-1])
-    else:
-        columns = torch.unflatten(_patches(module, x), 1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    return (columns.transpose(1, 2) @ columns).double()
-
-
-def _patches(module: nn.Module, x: Tensor) -> Tensor:
-    """The values under the kernel at each of its positions, ``[N, in * kernel, positions]``."""
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    padding = [size for size in reversed(module._reversed_padding_repeated_twice[::2]) for _ in (0, 1)][::-1]
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, padding, mode=mode) if any(padding) else x
-    for axis, (size, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-    ):
-        count = (x.shape[axis] - dilation * (size - 1) - 1) // stride + 1
-        starts = torch.arange(count, device=x.device) * stride
-        index = (starts[:, None] + torch.arange(size, device=x.device) * dilation).flatten()
-        x = torch.unflatten(x.index_select(axis, index), axis, (count, size))
-        x = x.movedim(axis + 1, -1)  # what stays at `axis` are the positions; the kernel's places go last
-    dims = len(module.kernel_size)
-    return x.movedim(tuple(range(2 + dims, 2 + 2 * dims)), tuple(range(2, 2 + dims))).flatten(1, 1 + dims).flatten(2)
 
 
 def round_rows(rows: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -242,7 +242,7 @@ class _Convolutions(nn.Module):
 
 def test_gptq_hessians_are_those_of_the_layers_inputs() -> None:
     """``|W x|^2`` from the Hessian, for every weight, is the sum of squares of the layer's output without its bias."""
-    from qlib.correct.gptq import _hessian
+    from qlib.stats.gram import gram
 
     torch.manual_seed(0)
     x = torch.randn(3, 8, 9, 8)
@@ -252,7 +252,7 @@ def test_gptq_hessians_are_those_of_the_layers_inputs() -> None:
         nn.Conv2d(8, 8, (1, 3), groups=8, bias=False),
         nn.Linear(8, 5, bias=False),
     ):
-        hessian = _hessian(layer, x, getattr(layer, "groups", 1))
+        hessian = gram(layer, x)
         rows = layer.weight.detach().flatten(1).unflatten(0, (len(hessian), -1)).double()
         squares = torch.einsum("goi,gij,goj->go", rows, hessian, rows).flatten()
         axes = (0, 1, 2) if isinstance(layer, nn.Linear) else (0, 2, 3)
