@@ -740,6 +740,16 @@ WARNINGS = [
         "--summary model -e --confusion",
         ["--evaluate is ignored: --summary only prints", "--confusion is ignored: --summary only prints"],
     ),
+    (
+        "settings of what only prints",
+        "--summary model --check --qe --qem sym",
+        [f"{flag} is ignored: --summary only prints" for flag in ("--check", "--quantize-eval", "--qe-mode")],
+    ),
+    (
+        "corrections of what only analyses",
+        "--sense quant --ptq-rounding gptq",
+        ["--ptq-rounding has no effect: --sense only analyses"],
+    ),
 ]
 
 
@@ -752,6 +762,38 @@ def test_repeated_flags_are_no_settings() -> None:
 @pytest.mark.parametrize(("words", "expected"), [row[1:] for row in WARNINGS], ids=[row[0] for row in WARNINGS])
 def test_flags_without_effect_are_named(words: str, expected: list[str]) -> None:
     assert startup_warnings(parse([*words.split(), "images"])) == expected
+
+
+OF_DATA = "-j 2|-b 8|--vs 0.2|--etrs 0.5|--evs 0.5|--etes 0.5|--skip-corrupt|-p 5|--confusion|--compare-to images"
+READING = {"-j 2", "--skip-corrupt"}
+TESTING = {*READING, "-b 8", "--etes 0.5", "-p 5", "--confusion"}
+USED = {
+    "--summary modules": set(),
+    "--check --qe": set(),
+    "--export-onnx a.onnx": set(),
+    "--resume-from m.pth.tar --verify 9": {*READING},
+    "--qe-calibration 0.1": {*READING, "-p 5"},
+    "--sense quant": {*READING, "-p 5"},
+    "-e": {*TESTING, "--compare-to images"},
+    "--qe": {*TESTING, "--compare-to images"},
+    "--resume-from m.pth.tar": {*TESTING, "--compare-to images"},
+    "--epochs 3": {*TESTING, "--vs 0.2", "--etrs 0.5", "--evs 0.5"},
+}
+
+
+@pytest.mark.parametrize("words", USED)
+def test_flags_that_what_is_done_does_not_use_are_named(words: str) -> None:
+    used = {each for each in OF_DATA.split("|") if not startup_warnings(parse([*f"{words} {each}".split(), "images"]))}
+    assert used == USED[words]
+
+
+def test_why_a_flag_is_not_used() -> None:
+    words = "--resume-from m.pth.tar --verify 9 -b 8 --vs 0 -p 5 images"
+    assert startup_warnings(parse(words.split())) == [
+        "--print-freq is ignored: with --verify no progress is shown",
+        "--batch-size is ignored: with --verify nothing is evaluated",
+        "--validation-split is ignored: with --verify nothing is trained",
+    ]
 
 
 VERBS = [
@@ -781,7 +823,7 @@ def test_what_a_command_line_does(words: str, verb: Verb) -> None:
 
 
 def test_each_verb_is_named_by_a_flag() -> None:
-    assert {verb.flag for verb in Verb} - {flag.name for flag in FLAGS} == {""}
+    assert {flag for verb in Verb for flag in verb.flags} <= {flag.name for flag in FLAGS}
 
 
 def test_a_row_names_flags_that_exist() -> None:
@@ -789,6 +831,7 @@ def test_a_row_names_flags_that_exist() -> None:
     known = {flag.name for flag in FLAGS}
     words = [need.flags + need.also for flag in FLAGS for need in flag.needs]
     words += [each.by + each.unless for flag in FLAGS for each in flag.ignored]
+    words += [flag.use.also for flag in FLAGS]
     assert {word.split()[0] for group in words for word in group} <= known
 
 

@@ -12,7 +12,7 @@ from qlib.config.flags.corrections import CORRECTION_FLAGS, CorrectionFlag
 from qlib.config.flags.flag import Flag
 from qlib.config.flags.run_config import RunConfig, settings_by_name
 from qlib.config.flags.table import FLAGS
-from qlib.config.flags.verb import asked, nothing_to_do
+from qlib.config.flags.verb import asked, nothing_to_do, verb_of
 from qlib.errors import UsageError
 from qlib.quant.clip_names import CLIP_PARAMETERS, WEIGHT_CLIPS
 
@@ -136,9 +136,12 @@ def startup_warnings(config: RunConfig) -> list[str]:
 
 def _reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
     """Why a flag has no effect; nothing where it has one."""
+    verb = verb_of(config)
     if flag.name in config.repeated:
         value = settings_by_name(config)[flag.target]
         yield "is given more than once" + ("" if value is True else f": the last value counts, {value}")
+    if verb not in flag.use.verbs and verb.only:
+        yield verb.only
     for need in flag.needs:
         if not any(_is_on(config, each) for each in (*need.flags, *need.also)):
             yield f"has no effect without {' or '.join(need.flags)}"
@@ -147,6 +150,9 @@ def _reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
         if (by or not ignored.by) and not any(_is_on(config, each) for each in ignored.unless):
             groups = {"qe": config.qe, "ptq": config.ptq, "lapq": config.lapq, "train": config.train}
             yield ignored.why.format(by=by, **groups)
+    if verb not in flag.use.verbs and not any(_is_on(config, each) for each in flag.use.also):
+        by = next((each for each in verb.flags if each in config.given), "these flags")
+        yield f"is ignored: with {by} {flag.use.otherwise}"
     yield from _budget_reasons(config, flag)
     yield from _clip_reasons(config, flag)
 

@@ -7,8 +7,24 @@ from dataclasses import dataclass, replace
 
 from qlib.config.flags.groups import GROUPS
 from qlib.config.flags.kinds import Kind
+from qlib.config.flags.verb import Verb
 
-__all__ = ["Flag", "Ignored", "Need", "shared"]
+__all__ = ["ANY", "Flag", "Ignored", "Need", "Use", "shared"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """The verbs that use a flag; beside one of the flags `also`, a verb with several reasons uses it too.
+
+    `otherwise` is why others do not: what does not happen there.
+    """
+
+    verbs: tuple[Verb, ...]
+    otherwise: str = ""
+    also: tuple[str, ...] = ()
+
+
+ANY = Use(tuple(Verb))
 
 
 @dataclass(frozen=True)
@@ -36,14 +52,15 @@ class Ignored:
 class Flag:
     """One row of the table: the spellings (the canonical one first), what the value may be, the help.
 
-    A flag whose `needs` are not all met has no effect, nor has one that is `ignored`: a run says so. Nothing is said
-    of what the flag itself may not be combined with: that is an error.
+    A flag that the verb has no `use` for has no effect, nor has one whose `needs` are not all met, or that is
+    `ignored`: a run says so. Nothing is said of what the flag itself may not be combined with: that is an error.
     """
 
     spellings: str
     kind: Kind
     help: str | None
     field: str = ""
+    use: Use = ANY
     needs: tuple[Need, ...] = ()
     ignored: tuple[Ignored, ...] = ()
 
@@ -63,6 +80,16 @@ class Flag:
         return self.field or (f"{group}.{rest}" if group in GROUPS else words)
 
 
-def shared(flags: Iterable[Flag], needs: tuple[Need, ...] = (), ignored: tuple[Ignored, ...] = ()) -> tuple[Flag, ...]:
-    """The flags, each with what all of them need and are ignored beside, before what it says itself."""
-    return tuple(replace(each, needs=(*needs, *each.needs), ignored=(*ignored, *each.ignored)) for each in flags)
+def shared(
+    flags: Iterable[Flag], use: Use = ANY, needs: tuple[Need, ...] = (), ignored: tuple[Ignored, ...] = ()
+) -> tuple[Flag, ...]:
+    """The flags with the use of all that say none, and with what all need and are ignored beside, before their own."""
+    return tuple(
+        replace(
+            each,
+            use=use if each.use is ANY else each.use,
+            needs=(*needs, *each.needs),
+            ignored=(*ignored, *each.ignored),
+        )
+        for each in flags
+    )

@@ -13,23 +13,25 @@ __all__ = ["Verb", "asked", "needs_folder", "nothing_to_do", "verb_of"]
 class Verb(Enum):
     """What a run does: of those that its flags ask for, the first in this order.
 
-    `flag` asks for it; `images`: it looks at images; `weights`: it runs the model, whose weights matter.
+    `flags` ask for it; `images`: it looks at images; `weights`: it runs the model, whose weights matter. `only`: why
+    it has no use for a flag, in a sentence that begins with that flag; the empty text where there are several reasons.
     """
 
-    SUMMARY = ("--summary", False, False)
-    CHECK = ("--check", False, False)
-    SENSE = ("--sense", True, True)
-    QUANTIZE = ("--quantize-eval", True, True)
-    CALIBRATE = ("--qe-calibration", True, True)
-    EVALUATE = ("--evaluate", True, True)
-    EXPORT = ("--export-onnx", False, True)
-    TRAIN = ("--compress", True, True)
-    NOTHING = ("", True, True)
+    SUMMARY = (("--summary",), False, False, "is ignored: --summary only prints")
+    CHECK = (("--check",), False, False, "is ignored: --check only prints")
+    SENSE = (("--sense",), True, True, "has no effect: --sense only analyses")
+    QUANTIZE = (("--quantize-eval",), True, True, "")
+    CALIBRATE = (("--qe-calibration",), True, True, "has no effect: --qe-calibration alone only collects")
+    EVALUATE = (("--evaluate",), True, True, "")
+    EXPORT = (("--export-onnx", "--verify", "--export-encodings"), False, True, "")
+    TRAIN = (("--compress", "--epochs", "--lr"), True, True, "")
+    NOTHING = (("--resume-from",), True, True, "")
 
-    def __init__(self, flag: str, images: bool, weights: bool) -> None:
-        self.flag = flag
+    def __init__(self, flags: tuple[str, ...], images: bool, weights: bool, only: str) -> None:
+        self.flags = flags
         self.images = images
         self.weights = weights
+        self.only = only
 
 
 def asked(config: RunConfig) -> tuple[Verb, ...]:

@@ -1,19 +1,16 @@
-"""What flags of several parts are without effect beside."""
+"""Which verbs use the flags of several parts."""
 
 from __future__ import annotations
 
-from qlib.config.flags.flag import Ignored
+from qlib.config.flags.flag import Use
+from qlib.config.flags.verb import Verb
 
-__all__ = ["EXPORTS", "NOT_EVALUATED", "ONLY_ANALYSES"]
+__all__ = ["ALL_BUT_SUMMARY", "EVALUATES", "HANDS_OVER", "READS", "TRAINS"]
 
-EXPORTS = ("--export-onnx", "--verify", "--export-encodings")
+_EVALUATING = (Verb.QUANTIZE, Verb.EVALUATE, Verb.TRAIN, Verb.NOTHING)
 
-_ONLY_PRINTS = Ignored("is ignored: {by} only prints", by=("--summary", "--check"))
-ONLY_ANALYSES = Ignored("has no effect: {by} only analyses", by=("--sense",), unless=("--summary", "--check"))
-_ONLY_COLLECTS = Ignored(
-    "has no effect: {by} alone only collects",
-    by=("--qe-calibration",),
-    unless=("--quantize-eval", "--summary", "--check", "--sense"),
-)
-
-NOT_EVALUATED = (_ONLY_PRINTS, ONLY_ANALYSES, _ONLY_COLLECTS)
+ALL_BUT_SUMMARY = Use(tuple(verb for verb in Verb if verb is not Verb.SUMMARY))
+EVALUATES = Use(_EVALUATING, "nothing is evaluated")
+HANDS_OVER = Use((*_EVALUATING, Verb.EXPORT))
+READS = Use((*_EVALUATING, Verb.SENSE, Verb.CALIBRATE), "no images are read")
+TRAINS = Use((Verb.TRAIN,), "nothing is trained")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from qlib.config.flags.flag import Flag, Ignored
 from qlib.config.flags.kinds import (
@@ -18,7 +19,8 @@ from qlib.config.flags.kinds import (
     run_name,
     whole,
 )
-from qlib.config.flags.rows.common import EXPORTS, NOT_EVALUATED
+from qlib.config.flags.rows.common import ALL_BUT_SUMMARY, EVALUATES, HANDS_OVER, READS, TRAINS
+from qlib.config.flags.verb import Verb
 from qlib.data.names import DATASETS
 from qlib.registry import registered
 from qlib.values import Interval
@@ -26,15 +28,16 @@ from qlib.values import Interval
 __all__ = ["GROUPS"]
 
 _ENGINES = ("torch", "onnxruntime")
-_TRAINING = ("--compress", "--epochs", "--lr")
 _EVALUATING = ("--evaluate", "--quantize-eval", "--sense")
-_NOT_ASKED = Ignored("has no effect without --evaluate", by=EXPORTS, unless=("--evaluate", "--quantize-eval"))
+_SHOWS_PROGRESS = replace(READS, otherwise="no progress is shown")
+_VERIFIES = replace(READS, also=("--verify",))
+_NOT_ASKED = Ignored("has no effect without --evaluate", by=Verb.EXPORT.flags, unless=("--evaluate", "--quantize-eval"))
 
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "General": (
         Flag("--name -n", run_name(), "name of the run: begins the name of its folder"),
         Flag("--out-dir -o", path(), "where the folders of runs are made"),
-        Flag("--print-freq -p", whole(1), "steps between two progress lines"),
+        Flag("--print-freq -p", whole(1), "steps between two progress lines", use=_SHOWS_PROGRESS),
         Flag("--verbose -v", SWITCH, "show debug messages, and the traceback of an error"),
         Flag(
             "--gpus",
@@ -52,7 +55,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag("--seed", whole(0, 2**32 - 1), "seed of all that is random"),
         Flag("--deterministic --det", SWITCH, "deterministic algorithms only"),
         Flag("--summary", choice(tuple(registered("qlib.report")), many="repeat"), "print it and stop"),
-        Flag("--check", SWITCH, "print the resolved quantization settings of each layer and stop"),
+        Flag("--check", SWITCH, "print the resolved quantization settings of each layer and stop", use=ALL_BUT_SUMMARY),
     ),
     "Model": (
         Flag(
@@ -81,7 +84,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Ignored(
                     "is deprecated: it begins again at epoch 0 with a new optimizer; use --resume-from, which goes on,"
                     " or add --reset-optimizer to it",
-                    by=("--compress", "--epochs", "--lr"),
+                    by=Verb.TRAIN.flags,
                 ),
                 Ignored("is deprecated: use --resume-from"),
             ),
@@ -94,44 +97,45 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             choice(DATASETS),
             "kind of dataset, imagefolder for a folder with its own classes (default: what the model's name implies)",
         ),
-        Flag("--workers -j", whole(0), "processes that read images; 0 reads in this one"),
-        Flag("--batch-size -b", whole(1), "images per batch"),
+        Flag("--workers -j", whole(0), "processes that read images; 0 reads in this one", use=_VERIFIES),
+        Flag("--batch-size -b", whole(1), "images per batch", use=EVALUATES),
         Flag(
             "--validation-split --valid-size --vs",
             real(Interval(0, 1, open_high=True), "a fraction from 0 to below 1"),
             "fraction of the training images held out for validation",
+            use=TRAINS,
         ),
-        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use"),
-        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use"),
+        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use", use=TRAINS),
+        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use", use=TRAINS),
         Flag(
             "--effective-test-size --etes",
             fraction(),
             "fraction of the test images to use",
-            ignored=NOT_EVALUATED,
+            use=EVALUATES,
         ),
-        Flag("--skip-corrupt", SWITCH, "leave out images that cannot be read, instead of stopping"),
+        Flag("--skip-corrupt", SWITCH, "leave out images that cannot be read, instead of stopping", use=_VERIFIES),
     ),
     "Evaluation": (
-        Flag("--evaluate -e", SWITCH, "evaluate on the test split", ignored=NOT_EVALUATED),
-        Flag("--confusion", SWITCH, "print the confusion matrix", ignored=NOT_EVALUATED),
+        Flag("--evaluate -e", SWITCH, "evaluate on the test split", use=HANDS_OVER),
+        Flag("--confusion", SWITCH, "print the confusion matrix", use=EVALUATES),
         Flag(
             "--compare-to",
             run_folder(),
             "compare the predictions, image by image, with those of another run on the same images",
+            use=HANDS_OVER,
             ignored=(
-                *NOT_EVALUATED,
                 _NOT_ASKED,
-                Ignored("is ignored: training writes no predictions", by=_TRAINING, unless=_EVALUATING),
+                Ignored("is ignored: training writes no predictions", by=Verb.TRAIN.flags, unless=_EVALUATING),
             ),
         ),
         Flag(
             "--engine",
             choice(_ENGINES),
             "what computes the model: torch, or ONNX Runtime on the exported file",
+            use=HANDS_OVER,
             ignored=(
-                *NOT_EVALUATED,
                 _NOT_ASKED,
-                Ignored("is ignored: training evaluates with torch", by=_TRAINING, unless=_EVALUATING),
+                Ignored("is ignored: training evaluates with torch", by=Verb.TRAIN.flags, unless=_EVALUATING),
             ),
         ),
     ),

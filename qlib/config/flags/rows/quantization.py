@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qlib.config.flags.flag import Flag, Ignored, Need, shared
+from qlib.config.flags.flag import Flag, Ignored, Need, Use, shared
 from qlib.config.flags.groups import IMPLICIT_CALIBRATION
 from qlib.config.flags.kinds import SWITCH, choice, existing_file, fraction, names, real, schedule_file, whole
-from qlib.config.flags.rows.common import ONLY_ANALYSES
+from qlib.config.flags.rows.common import HANDS_OVER
+from qlib.config.flags.verb import Verb
 from qlib.config.layers.keys import SCALES
 from qlib.quant.clip_names import CLIP_NAMES, CLIP_PARAMETERS, HISTOGRAM_CLIPS, WEIGHT_CLIPS
 from qlib.quant.spec import MODES
@@ -27,17 +28,15 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--quantize-eval --qe",
             SWITCH,
             "quantize the model, then evaluate it; implies --evaluate",
-            ignored=(ONLY_ANALYSES,),
+            use=Use((*HANDS_OVER.verbs, Verb.CHECK)),
         ),
         Flag(
             "--seeds",
             whole(1, 1000),
             "times to quantize and evaluate, each with calibration images of its own: prints mean, lowest and highest",
+            use=HANDS_OVER,
             needs=(Need(("--quantize-eval",)),),
-            ignored=(
-                Ignored("is ignored: with {by} no images are drawn for calibration", by=_RANGES_GIVEN),
-                ONLY_ANALYSES,
-            ),
+            ignored=(Ignored("is ignored: with {by} no images are drawn for calibration", by=_RANGES_GIVEN),),
         ),
         Flag(
             "--qe-calibration",
@@ -126,6 +125,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--qe-save-fp-weights",
             SWITCH,
             "keep the float weights in the quantized model",
+            use=HANDS_OVER,
             needs=(_QUANTIZING,),
             ignored=(_REPLACED,),
         ),

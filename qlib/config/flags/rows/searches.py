@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import NORMS
 from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, real, whole
-from qlib.config.flags.rows.common import NOT_EVALUATED
+from qlib.config.flags.rows.common import ALL_BUT_SUMMARY
 from qlib.values import Interval
 
 __all__ = ["GROUPS"]
@@ -26,7 +26,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "try settings from cheap to dear until the target or the time is reached, judged on training images that"
             " calibration does not see, and take the best; implies --quantize-eval",
             "automatic",
-            ignored=NOT_EVALUATED,
         ),
         Flag(
             "--auto-agree",
@@ -118,12 +117,20 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--sense",
             choice(("quant",)),
             "analyse and stop: loss, Top1 and signal-to-noise ratio with one layer at a time in few bits",
+            use=ALL_BUT_SUMMARY,
         ),
-        Flag("--sense-bits", bit_widths(), "bits to try, with --sense", needs=(Need(("--sense",)),)),
+        Flag(
+            "--sense-bits",
+            bit_widths(),
+            "bits to try, with --sense",
+            use=ALL_BUT_SUMMARY,
+            needs=(Need(("--sense",)),),
+        ),
         Flag(
             "--sense-images",
             whole(1),
             "calibration images to look at, with --sense and --qe-budget",
+            use=ALL_BUT_SUMMARY,
             needs=(Need(("--sense", "--qe-budget"), also=("--auto",)),),
         ),
     ),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
 from qlib.config.flags.groups import BEST_BY, OPTIMIZERS
 from qlib.config.flags.kinds import SWITCH, arch, choice, existing_file, real, schedule_file, whole
-from qlib.config.flags.rows.common import EXPORTS
+from qlib.config.flags.rows.common import TRAINS
+from qlib.config.flags.verb import Verb
 from qlib.values import Interval
 
 __all__ = ["GROUPS"]
@@ -16,10 +18,7 @@ _POSITIVE = real(Interval(0, open_low=True))
 _FROM_0 = real(Interval(0))
 _BELOW_1 = real(Interval(0, 1, open_high=True))
 _TRAINING = Need(("--compress", "--epochs"), also=("--lr",))
-_NOT_TRAINED = Ignored(
-    "is ignored: with {by} nothing is trained",
-    by=("--summary", "--sense", "--quantize-eval", "--qe-calibration", "--evaluate", *EXPORTS),
-)
+_PLANNED = replace(TRAINS, verbs=(*TRAINS.verbs, Verb.CHECK))
 
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "Training": (
@@ -28,9 +27,9 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             schedule_file(),
             "train under this schedule, a YAML file",
             "train.compress",
-            ignored=(_NOT_TRAINED,),
+            use=_PLANNED,
         ),
-        Flag("--epochs", whole(1), "train until so many epochs are done", "train.epochs", ignored=(_NOT_TRAINED,)),
+        Flag("--epochs", whole(1), "train until so many epochs are done", "train.epochs", use=_PLANNED),
         *shared(
             (
                 Flag("--optimizer", choice(OPTIMIZERS), "what moves the weights", "train.optimizer"),
@@ -80,7 +79,6 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Flag("--save-every", _FROM_0, "seconds between two checkpoints within an epoch", "train.save_every"),
             ),
             needs=(_TRAINING,),
-            ignored=(_NOT_TRAINED,),
         ),
     ),
     "Knowledge distillation (with training)": shared(
@@ -98,7 +96,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             Flag("--kd-teacher-wt --kd-tw", _FROM_0, "accepted where it is 0: the teacher does not learn"),
             Flag("--kd-start-epoch", whole(0), "first epoch with the teacher"),
         ),
+        use=_PLANNED,
         needs=(_TRAINING,),
-        ignored=(_NOT_TRAINED,),
     ),
 }
