@@ -2,12 +2,13 @@
 
 from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
-from qlib.graph.folded import LAYOUT, FoldedGraph, deployed_copy, fold, fold_copy, lay_out
+from qlib.graph.folded import LAYOUT, FoldedGraph, fold, fold_copy, lay_out
 from qlib.graph.fuse import activation_bounds, fused_activations
 from qlib.graph.identities import drop_dropouts
 from qlib.graph.ir import Graph
 from qlib.graph.kinds import kind_of
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
+from qlib.graph.recapture import deployed_copy
 
 __all__ = [
     "LAYOUT",

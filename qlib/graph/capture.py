@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from qlib.graph.algebra import join_factors, join_masks
 from qlib.graph.ir import Graph
+from qlib.graph.recapture import is_captured, recapture
 from qlib.graph.refusals import refuse_values
 from qlib.graph.rewrite import rewrite
 from qlib.graph.simplify import simplify
@@ -25,8 +26,12 @@ def capture(model: nn.Module, example: Tensor, *, share: bool = False) -> Graph:
     and, for tensors, ``meta["shape"]``. Dropout and other identities are gone; what does not depend on the input is
     computed once and kept as a constant.
 
+    A model that is such a graph already, as a thinned one is, gives a copy with its names.
+
     Raises ModelError, naming the place, where the model cannot be exported.
     """
+    if is_captured(model):
+        return recapture(model, example, share=share)
     program = simplify(trace(model, example), dropouts=share)
     refuse_values(program.graph.graph, program.images)
     graph = rewrite(program, model, len(example), share=share)

@@ -111,7 +111,7 @@ class LabelTracer(fx.Interpreter):
     def _padded(self, n: fx.Node, labels: Tensor) -> Tensor:
         """What is beside an image belongs to its channel; new channels get new labels, which no tensor has."""
         shape, pad = n.meta["shape"], list(_pad_of(n))
-        for axis in varying(labels):
+        for axis in varying(labels) or range(1, 2 if labels.shape[1] == 1 else 1):
             place = 2 * (labels.ndim - 1 - axis)
             for at, end in enumerate(pad[place : place + 2]):
                 if end > 0:

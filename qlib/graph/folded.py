@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
@@ -12,15 +11,14 @@ from torch import Tensor, nn
 
 from qlib.graph.capture import capture
 from qlib.graph.fold_bn import fold_batch_norm
-from qlib.graph.formulas import settle
 from qlib.graph.fuse import fused_activations
-from qlib.graph.identities import drop_dropouts
 from qlib.graph.ir import Graph, layer_inputs, layers, name_of
 from qlib.graph.kinds import kind_of, layer_kind
 from qlib.graph.norms import NormStatistics, after_folding, norm_statistics
+from qlib.graph.recapture import deployed_copy
 from qlib.graph.weights import swap_channels
 
-__all__ = ["LAYOUT", "FoldedGraph", "deployed_copy", "fold", "fold_copy", "lay_out"]
+__all__ = ["LAYOUT", "FoldedGraph", "fold", "fold_copy", "lay_out"]
 
 LAYOUT = torch.channels_last
 """Memory layout of graphs and of the images they are given: convolutions take up to half the time on the CPU."""
@@ -87,14 +85,6 @@ def fold(model: nn.Module, example: Tensor) -> FoldedGraph:
 def fold_copy(graph: Graph) -> FoldedGraph:
     """As `fold`, of a copy of a captured graph, one that trains."""
     return _fold(deployed_copy(graph))
-
-
-def deployed_copy(graph: Graph) -> Graph:
-    """A copy of a graph that trains, as it would be deployed: without dropout, and with constants for formulas."""
-    graph = copy.deepcopy(graph)
-    drop_dropouts(graph)
-    settle(graph)
-    return graph
 
 
 def _fold(graph: Graph) -> FoldedGraph:

@@ -6,25 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from thinnable import CASES, IMAGES
+from torch import nn
 
 from qlib.graph import fold
 from qlib.graph.capture import capture
 from qlib.graph.coordinates import ChannelClasses, channel_classes
-
-
-class Of(nn.Module):
-    """A model of a forward function and layers."""
-
-    def __init__(self, forward: Callable[..., Tensor], **layers: nn.Module | nn.Parameter | Tensor) -> None:
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
 
 
 def rows(classes: ChannelClasses) -> dict[str, int]:
@@ -36,148 +23,25 @@ def rows(classes: ChannelClasses) -> dict[str, int]:
     return found
 
 
-def logits(m: Of, x: Tensor) -> Tensor:
-    return m.last(x.mean((2, 3)))
-
-
-def shuffled(m: Of, x: Tensor) -> Tensor:
-    x = torch.cat([m.a(x), m.b(x)], 1)
-    n, c, h, w = x.shape
-    return logits(m, x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w))
-
-
-def attention(m: Of, x: Tensor) -> Tensor:
-    x = m.a(x).flatten(2).transpose(1, 2)
-    n, t, c = x.shape
-    q, k, v = m.qkv(x).reshape(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
-    x = (q @ k.transpose(-2, -1)).softmax(-1) @ v
-    return m.last(m.proj(x.transpose(1, 2).reshape(n, t, c)).mean(1))
-
-
-def tokens(m: Of, x: Tensor) -> Tensor:
-    x = m.a(x).flatten(2).transpose(1, 2)
-    x = torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.place
-    return m.last(m.norm(x)[:, 0])
-
-
-def conv(i: int, o: int, **more: int) -> nn.Conv2d:
-    return nn.Conv2d(i, o, 1, bias=False, **more)
-
-
-CASES = [
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.b(m.norm(m.a(x)).relu())), a=conv(3, 4), norm=nn.BatchNorm2d(4),
-                   b=conv(4, 6), last=nn.Linear(6, 2)),
-        {"a.weight:0 norm.weight:0 norm.bias:0 norm.running_mean:0 norm.running_var:0 b.weight:1": 4,
-         "b.weight:0 last.weight:1": 6},
-        id="a chain",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.b(m.a(x)) + m.a(x)), a=conv(3, 4), b=conv(4, 4), last=nn.Linear(4, 2)),
-        {"a.weight:0 b.weight:0 b.weight:1 last.weight:1": 4},
-        id="a residual",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, torch.cat([m.a(x), m.b(x)], 1)), a=conv(3, 4), b=conv(3, 2),
-                   last=nn.Linear(6, 2)),
-        {"a.weight:0 last.weight:1": 4, "b.weight:0 last.weight:1": 2},
-        id="a concatenation ties nothing",
-    ),
-    pytest.param(
-        lambda: Of(shuffled, a=conv(3, 4), b=conv(3, 4), last=nn.Linear(8, 2)),
-        {"a.weight:0 b.weight:0 last.weight:1x2": 4},
-        id="a shuffle ties what it puts side by side",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.b(m.a(x))), a=conv(3, 4), b=conv(4, 8, groups=4), last=nn.Linear(8, 2)),
-        {"a.weight:0 b.weight:0x2 last.weight:1x2": 4},
-        id="a depthwise convolution with a multiplier",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.b(m.a(x))), a=conv(3, 4), b=conv(4, 6, groups=2), last=nn.Linear(6, 2)),
-        {"a.weight:0x2 b.weight:0x3 last.weight:1x3": 2},
-        id="a group is a class",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: m.last(m.a(x).flatten(1)), a=conv(3, 2), last=nn.Linear(32, 2)),
-        {"a.weight:0 last.weight:1x16": 2},
-        id="a channel has the columns of its positions",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.a(x) * m.gate(m.a(x)).sigmoid()), a=conv(3, 4), gate=conv(4, 1),
-                   last=nn.Linear(4, 2)),
-        {"a.weight:0 gate.weight:1 last.weight:1": 4},
-        id="a gate over all channels ties nothing",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, F.pad(m.a(x), (0, 0, 0, 0, 1, 1)) + m.b(x)), a=conv(3, 2), b=conv(3, 4),
-                   last=nn.Linear(4, 2)),
-        {"a.weight:0 b.weight:0 last.weight:1": 2, "b.weight:0 last.weight:1": 2},
-        id="padded channels are those of what is added",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.t(F.pad(m.a(x), (1, 1, 1, 1)))), a=conv(3, 4),
-                   t=nn.ConvTranspose2d(4, 6, 2, bias=False), last=nn.Linear(6, 2)),
-        {"a.weight:0 t.weight:0": 4, "t.weight:1 last.weight:1": 6},
-        id="a transposed convolution",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, F.pixel_shuffle(m.a(x), 2)), a=conv(3, 8), last=nn.Linear(2, 2)),
-        {"a.weight:0x4 last.weight:1": 2},
-        id="a pixel shuffle",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.norm(m.a(x))), a=conv(3, 6), norm=nn.GroupNorm(3, 6), last=nn.Linear(6, 2)),
-        {"a.weight:0x2 norm.weight:0x2 norm.bias:0x2 last.weight:1x2": 3},
-        id="whole groups of a group norm",
-    ),
-    pytest.param(
-        lambda: Of(attention, a=conv(3, 4), qkv=nn.Linear(4, 4 * 3), proj=nn.Linear(4, 4), last=nn.Linear(4, 2)),
-        {"a.weight:0 qkv.weight:1": 4, "qkv.weight:0x6 qkv.bias:0x6 proj.weight:1x2": 2,
-         "proj.weight:0 proj.bias:0 last.weight:1": 4},
-        id="heads",
-    ),
-    pytest.param(
-        lambda: Of(tokens, a=conv(3, 4), token=nn.Parameter(torch.ones(1, 1, 4)),
-                   place=nn.Parameter(torch.ones(1, 17, 4)), norm=nn.LayerNorm(4), last=nn.Linear(4, 2)),
-        {"token:2 place:2 a.weight:0 norm.weight:0 norm.bias:0 last.weight:1": 4},
-        id="tokens and places",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: logits(m, m.a(x).cumsum(1)), a=conv(3, 4), last=nn.Linear(4, 2)),
-        {},
-        id="what no rule knows is pinned",
-    ),
-    pytest.param(
-        lambda: Of(lambda m, x: m.last(m.mix(m.a(x).flatten(2)).mean(2)), a=conv(3, 4), mix=nn.Linear(16, 8),
-                   last=nn.Linear(4, 2)),
-        {"a.weight:0 last.weight:1": 4},
-        id="a layer that mixes positions keeps its own",
-    ),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(("make", "expected"), CASES)
 def test_classes(make: Callable[[], nn.Module], expected: dict[str, int]) -> None:
-    found = rows(channel_classes(capture(make(), torch.zeros(2, 3, 4, 4))))
+    found = rows(channel_classes(capture(make(), torch.zeros(IMAGES))))
 
-    def sorted_names(table: dict[str, int]) -> dict[str, int]:
+    def in_order(table: dict[str, int]) -> dict[str, int]:
         return {" ".join(sorted(names.split())): count for names, count in table.items()}
 
-    assert sorted_names(found) == sorted_names(expected)
+    assert in_order(found) == in_order(expected)
 
 
 def test_only_what_a_mean_is_over_is_not_neutral() -> None:
-    model = Of(tokens, a=conv(3, 4), token=nn.Parameter(torch.ones(1, 1, 4)), place=nn.Parameter(torch.ones(1, 17, 4)),
-               norm=nn.LayerNorm(4), last=nn.Linear(4, 2))  # fmt: skip
-    assert channel_classes(capture(model, torch.zeros(2, 3, 4, 4))).neutral.tolist() == [True, *[False] * 4]
-    model = Of(attention, a=conv(3, 4), qkv=nn.Linear(4, 12), proj=nn.Linear(4, 4), last=nn.Linear(4, 2))
-    assert channel_classes(capture(model, torch.zeros(2, 3, 4, 4))).neutral.all()
+    made = {case.id: case.values[0]() for case in CASES}
+    neutral = {name: channel_classes(capture(model, torch.zeros(IMAGES))).neutral.all() for name, model in made.items()}
+    assert [name for name, of_all in neutral.items() if not of_all] == ["tokens and places"]
 
 
 def test_classes_are_those_of_the_folded_graph() -> None:
     model = CASES[0].values[0]()
-    dense = channel_classes(capture(model, torch.zeros(2, 3, 4, 4)))
-    folded = channel_classes(fold(model, torch.zeros(2, 3, 4, 4)).graph)
+    dense = channel_classes(capture(model, torch.zeros(IMAGES)))
+    folded = channel_classes(fold(model, torch.zeros(IMAGES)).graph)
     assert rows(folded) == {"a.weight:0 a.bias:0 b.weight:1": 4, "b.weight:0 last.weight:1": 6}
     assert folded.of("b.weight", 1).tolist() == dense.of("b.weight", 1).tolist() == [1, 2, 3, 4]
