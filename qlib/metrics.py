@@ -34,7 +34,10 @@ _Z_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result over `samples` images: shares in percent, the mean loss over samples, each prediction and label."""
+    """The result over `samples` images: shares in percent, the mean loss over samples, each prediction and label.
+
+    `margins`: for each image the probability of the predicted class less that of the next one, 0 for a single class.
+    """
 
     samples: int
     top1: float
@@ -43,6 +46,7 @@ class Evaluation:
     predictions: Tensor
     labels: Tensor
     classes: int
+    margins: Tensor
 
     @property
     def confusion(self) -> Tensor:
@@ -138,6 +142,7 @@ class Meter:
         self._ranks: list[Tensor] = []
         self._predictions: list[Tensor] = []
         self._labels: list[Tensor] = []
+        self._margins: list[Tensor] = []
         self._classes = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
@@ -153,6 +158,7 @@ class Meter:
         self._ranks.append(before.sum(1))
         self._predictions.append(self._classes - best.amax(1))
         self._labels.append(labels)
+        self._margins.append(_margins(logits))
         self._losses += F.cross_entropy(logits.double(), labels, reduction="none").tolist()
 
     @property
@@ -170,7 +176,17 @@ class Meter:
         """The evaluation of all that was added; at least one image."""
         loss, top1, top5 = self.running
         predictions, labels = torch.cat(self._predictions), torch.cat(self._labels)
-        return Evaluation(self.samples, top1, top5, loss, predictions, labels, self._classes)
+        return Evaluation(self.samples, top1, top5, loss, predictions, labels, self._classes, torch.cat(self._margins))
+
+
+def _margins(logits: Tensor) -> Tensor:
+    """The largest probability ``[N]`` less the next one, of logits ``[N, C]``.
+
+    >>> _margins(torch.tensor([[0.0, 1.0986123]]))  # 1/4 and 3/4
+    tensor([0.5000])
+    """
+    first, *others = logits.softmax(1).topk(min(2, logits.shape[1])).values.unbind(1)
+    return first - others[0] if others else torch.zeros_like(first)
 
 
 def _percent(hits: Tensor) -> float:

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +36,16 @@ _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "safetens
 
 @dataclass(frozen=True)
 class RunLog:
-    """Where a run writes. `folder` and `file` are absolute."""
+    """Where a run writes. `folder` and `file` are absolute.
+
+    `found` collects the sections of its report, by name, until it ends; `started` is in seconds since 1970.
+    """
 
     folder: Path
     file: Path
+    started: float = field(default_factory=time.time)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def configs(self) -> Path:
@@ -83,10 +89,12 @@ def open_run(
         _log.info("Log file for this run: %s", run.file)
         stack.callback(_log.info, "Log file for this run: %s", run.file)
         _link_latest(run)
-        _log_environment(cpu)
+        environment = _environment(cpu)
+        for what, value in environment.items():
+            _environment_log.debug("%s: %s", what, value, extra=FILE_ONLY)
         try:
             with answered():
-                yield run
+                yield replace(run, environment=environment)
         except BaseException as error:
             _log_failure(error, verbose)
             raise
@@ -207,9 +215,9 @@ def _log_failure(error: BaseException, verbose: bool) -> None:
         _log.error("The run failed.", extra=FILE_ONLY, exc_info=True)
 
 
-def _log_environment(cpu: bool) -> None:
-    """Writes to the file what a report of a problem should tell."""
-    entries = {
+def _environment(cpu: bool) -> dict[str, str]:
+    """What a report of a problem should tell."""
+    return {
         "Command line": " ".join(sys.argv),
         "Working folder": os.getcwd(),
         "System": platform.platform(),
@@ -219,8 +227,6 @@ def _log_environment(cpu: bool) -> None:
         **{package: _version(package) for package in _PACKAGES},
         "Git": _git_revision(),
     }
-    for what, value in entries.items():
-        _environment_log.debug("%s: %s", what, value, extra=FILE_ONLY)
 
 
 def _version(package: str) -> str:

@@ -84,8 +84,9 @@ class Run:
 
     @property
     def lines(self) -> list[str]:
-        """The lines on stdout, without those that name the log file."""
-        return [line for line in self.out.splitlines() if not line.startswith("Log file for this run: ")]
+        """The lines on stdout, without those that name the log file and the report."""
+        named = ("Log file for this run: ", "Report of this run: ")
+        return [line for line in self.out.splitlines() if not line.startswith(named)]
 
     @property
     def log(self) -> str:
@@ -94,9 +95,9 @@ class Run:
 
     @property
     def files(self) -> set[str]:
-        """All files of the run's folder, but for the log."""
+        """All files of the run's folder, but for the log and the report."""
         found = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
-        return {str(path) for path in found} - {f"{self.folder.name}.log"}
+        return {str(path) for path in found} - {f"{self.folder.name}.log", "report.json", "report.html"}
 
     def metrics(self, what: str) -> dict[str, str]:
         """A row of metrics.csv, to the last digit."""

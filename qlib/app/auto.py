@@ -24,6 +24,7 @@ from qlib.app.capture import fold_model
 from qlib.app.images import loader_of, open_split, split_size
 from qlib.app.job import Job
 from qlib.app.plan import make_plan, plan_of, settings_of, stats_for
+from qlib.app.report import record
 from qlib.app.search import measure_sensitivity, with_bits
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.groups import AutoArgs, PtqArgs
@@ -40,6 +41,7 @@ from qlib.lower import exact_arithmetic, lower
 from qlib.metrics import MICRO_BATCH, Evaluation, Meter, Model, compare
 from qlib.progress import TimeUp, time_limit, track
 from qlib.quant.plan_file import write_plan
+from qlib.report import record_parts
 from qlib.runlog import RunLog
 from qlib.search.ladder import RUNGS, Judgement, Rung, Target, best_of, sensitive_layers
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, divergence
@@ -118,6 +120,8 @@ def _report(job: Job, target: Target, trials: Sequence[Trial], best: int) -> Non
     ]
     headers = ("", "Tried", "Agreement %", "Top1 drop", "Divergence", "Seconds")
     _log.info("%s", tabulate(shown, headers, tablefmt="psql", disable_numparse=True))
+    tried = tuple(record_parts.Trial(rung, settings, *rest) for rung, settings, *rest in rows)
+    record(job, auto=record_parts.Trials(tried, best, str(target), target.met(trials[best].judgement)))
     met = "reached" if target.met(trials[best].judgement) else "NOT reached"
     _log.info("Best: %s (%s). Target %s: %s", trials[best].rung, trials[best].settings or "as asked", target, met)
 

@@ -10,6 +10,7 @@ from tabulate import tabulate
 
 from qlib.app.images import images_in_memory
 from qlib.app.job import Job
+from qlib.app.report import record
 from qlib.app.search import Planner, measure_sensitivity, write_sensitivities
 from qlib.config.layers.budget import Budget, parse_budget
 from qlib.config.layers.settings import LayerSettings, PtqConfig
@@ -20,6 +21,7 @@ from qlib.graph import Graph
 from qlib.graph.cost import layer_macs
 from qlib.graph.ir import layers, name_of
 from qlib.graph.kinds import layer_kind
+from qlib.report.record_parts import TradeOff, TradeOffPoint
 from qlib.search.allocate import Choice, Costs, allocate, best_uniform, cost_of, error_of, smallest_cost
 from qlib.search.bit_groups import Group, bit_operations, errors_of, groups_of, weight_bits, weight_count
 from qlib.search.replay import QuantState
@@ -172,7 +174,11 @@ def _report(job: Job, problem: _Problem, rows: Sequence[Sensitivity], choice: Ch
             bits.setdefault(name, {})[group.what] = group.options[i]
     lines = [[name, at.get(WEIGHTS, ""), at.get(ACTIVATIONS, "")] for name, at in bits.items()]
     _log.info("%s", tabulate(lines, ["Layer", "W bits", "A bits"], tablefmt="psql"))
-    curve = _curve(problem, errors_of(problem.groups, rows))
+    errors = errors_of(problem.groups, rows)
+    points = _curve(problem, errors)
+    chosen = _point(problem, errors, choice, problem.text(problem.left))
+    record(job, tradeoff=TradeOff(str(problem.budget), problem.budget.unit, tuple(points), chosen, bits))
+    curve = [(each.budget, each.cost, each.loss, each.bits_weights, each.bits_activations) for each in points]
     headers = ["budget", "cost", "predicted_loss_increase", "mean_bits_weights", "mean_bits_activations"]
     _log.info("%s", tabulate(curve, headers, tablefmt="psql", floatfmt=".4f"))
     path = job.file("tradeoff.csv")
@@ -181,17 +187,19 @@ def _report(job: Job, problem: _Problem, rows: Sequence[Sensitivity], choice: Ch
     _log.info("Bits chosen for a budget of %s: %s are used; trade-off saved to %s", problem.budget, used, path)
 
 
-def _curve(problem: _Problem, errors: Sequence[Sequence[float]]) -> list[list[str | float]]:
+def _curve(problem: _Problem, errors: Sequence[Sequence[float]]) -> list[TradeOffPoint]:
     """Budgets from the smallest feasible one to that of most bits, and the best that each allows."""
     smallest = smallest_cost(problem.costs)
     largest = cost_of(problem.costs, tuple(len(group.options) - 1 for group in problem.groups))
-    table: list[list[str | float]] = []
+    table: list[TradeOffPoint] = []
     for step in range(_CURVE):
         limit = smallest + (largest - smallest) * step // (_CURVE - 1)
         choice = allocate(problem.costs, errors, limit)
         assert choice is not None
-        means = (problem.mean_bits(choice, WEIGHTS), problem.mean_bits(choice, ACTIVATIONS))
-        table.append(
-            [problem.text(limit), problem.text(cost_of(problem.costs, choice)), error_of(errors, choice), *means]
-        )
+        table.append(_point(problem, errors, choice, problem.text(limit)))
     return table
+
+
+def _point(problem: _Problem, errors: Sequence[Sequence[float]], choice: Choice, budget: str) -> TradeOffPoint:
+    cost, means = cost_of(problem.costs, choice), [problem.mean_bits(choice, what) for what in (WEIGHTS, ACTIVATIONS)]
+    return TradeOffPoint(budget, problem.text(cost), cost + problem.fixed, error_of(errors, choice), *means)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlib.app.images import loader_of, open_split, report_skipped
 from qlib.app.job import Job
+from qlib.app.report import record
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.data.datasets import ImageDataset
 from qlib.data.loader import Loader
@@ -21,6 +22,7 @@ from qlib.data.subset import choose_subset
 from qlib.files import STATS
 from qlib.graph import LAYOUT, Graph
 from qlib.progress import track
+from qlib.report.record import Calibration
 from qlib.stats.collect import MICRO_BATCH, Collector
 from qlib.stats.histogram_file import histogram_path
 from qlib.stats.stats_file import write_stats
@@ -58,7 +60,9 @@ def calibrate(job: Job, graph: Graph, fraction: float, *, histograms: bool = Fal
     unfinished = _Unfinished(STATS / f"{stem}.partial.safetensors", key)
     _log.info("Collecting quantization calibration stats based on %.1f%% of %s dataset", 100 * fraction, split)
     collector = Collector(graph, histograms=histograms)
+    began = time.monotonic()
     _collect(job, collector, dataset, indices, unfinished)
+    record(job, calibration=Calibration(collector.samples, split, round(time.monotonic() - began, 3)))
     stats = ModelStats(collector.result(), {**fingerprint, "samples": collector.samples})
     path = STATS / f"{stem}.yaml"
     write_stats(path, stats)

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 import qlib
 from qlib.app.images import loader_of, open_split, report_skipped
 from qlib.app.job import Job
+from qlib.app.report import record_deployment, record_file, record_verification
 from qlib.app.saturation import measure_saturation
 from qlib.config.flags.run_config import RunConfig
 from qlib.data.subset import choose_subset
@@ -127,6 +128,7 @@ def _export_float(job: Job, graph: Graph) -> Path:
     opset = choose_opset(None, job.config.export_opset)
     export_float(graph, job.example.cpu(), path, opset=opset, metadata=_metadata(job))
     _log.info("Exported the float model to %s (opset %d, %.1f MB)", path, opset, path.stat().st_size / 1e6)
+    record_file(job, "ONNX, float", path)
     return path
 
 
@@ -152,6 +154,7 @@ def _export_quantized(job: Job, lowered: fx.GraphModule, plan: Plan, stats: Mode
     )
     for note in storage_notes(plan, opset):
         _log.info("  %s", note)
+    record_file(job, "ONNX, integers", path)
     return path
 
 
@@ -164,6 +167,7 @@ def _report_placement(
     placed = placement(path, lowered, layer_macs(graph), rates)
     _log.info("%s", placement_table(placed))
     write_placement_csv(job.file("placement.csv"), placed)
+    record_deployment(job, placed)
 
 
 def _require_images(job: Job, count: int) -> None:
@@ -183,6 +187,7 @@ def _verify(job: Job, path: Path, lowered: fx.GraphModule, count: int) -> bool:
     report_skipped(loader)
     _log.info("%s", table(result))
     write_verification(job.file("verify.csv"), result)
+    record_verification(job, result)
     return result.exact
 
 

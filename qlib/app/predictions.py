@@ -15,7 +15,7 @@ from qlib.errors import DataError
 from qlib.files import read_csv, write_csv
 from qlib.metrics import Comparison, Evaluation, compare
 
-__all__ = ["compare_to_run", "comparison_row", "log_comparison", "save_predictions"]
+__all__ = ["compare_to_run", "comparison_row", "image_names", "log_comparison", "save_predictions"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def save_predictions(job: Job, loader: Loader, results: Mapping[str, Evaluation]
     """Writes a row for each image of the pass: its path, its label, and what each model predicts."""
     first = next(iter(results.values()))
     columns = (first.labels, *(each.predictions for each in results.values()))
-    rows = zip(_names(job, loader), *(column.tolist() for column in columns), strict=True)
+    rows = zip(image_names(job, loader), *(column.tolist() for column in columns), strict=True)
     write_csv(job.run.folder / _FILE, (*_KNOWN, *results), rows)
 
 
@@ -40,7 +40,7 @@ def compare_to_run(job: Job, loader: Loader, this: Evaluation, run: Path) -> Com
     """
     path = run / _FILE if run.is_dir() else run
     images, labels, predictions = _read(path)
-    if images != _names(job, loader) or labels != this.labels.tolist():
+    if images != list(image_names(job, loader)) or labels != this.labels.tolist():
         raise DataError(
             f"the run in {str(run)!r} looked at {len(images)} images and this one at {this.samples}, which are not the"
             " same; --compare-to needs the same data, --effective-test-size and --seed"
@@ -48,12 +48,12 @@ def compare_to_run(job: Job, loader: Loader, this: Evaluation, run: Path) -> Com
     return compare(torch.tensor(predictions), this)
 
 
-def _names(job: Job, loader: Loader) -> list[str]:
-    """Each image of the pass by its path in the dataset's folder."""
+def image_names(job: Job, loader: Loader) -> dict[str, int]:
+    """Each image of the pass, by its path in the dataset's folder -> its number there."""
     root = "" if job.config.data is None else f"{job.config.data}{os.sep}"
     left_out = set(loader.skipped)
-    paths = [loader.dataset.path(index) for index in loader.indices]
-    return [path.removeprefix(root) for path in paths if path not in left_out]
+    paths = [(loader.dataset.path(index), index) for index in loader.indices]
+    return {path.removeprefix(root): index for path, index in paths if path not in left_out}
 
 
 def _read(path: Path) -> tuple[list[str], list[int], list[int]]:

@@ -20,6 +20,8 @@ from qlib.app.images import test_loader
 from qlib.app.job import Job, choose_device, load_job
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.predictions import compare_to_run, comparison_row, log_comparison, save_predictions
+from qlib.app.report import record_file, record_layers, write_report
+from qlib.app.report_results import record_test, record_versus
 from qlib.app.search import analyse
 from qlib.app.seeds import Draw, next_draw, report_seeds
 from qlib.app.show import check, summarize
@@ -79,7 +81,9 @@ def run(config: RunConfig) -> int:
         if verb is Verb.NOTHING:
             raise nothing_to_do()
         job = load_job(with_corrections(config), run_log, device, checkpoint)
-        return _DO[verb](job, checkpoint) or 0
+        exit_code = _DO[verb](job, checkpoint) or 0
+        write_report(job, exit_code)
+        return exit_code
 
 
 def _analyse(job: Job) -> None:
@@ -90,6 +94,7 @@ def _analyse(job: Job) -> None:
     ptq, settings = settings_of(job, folded)
     correct_float(job, folded)
     stats = stats_for(job, folded, ptq, settings)
+    record_layers(job, folded.graph, None, stats)
     analyse(job, folded.graph, settings, partial(plan_of, folded, stats))
 
 
@@ -98,7 +103,7 @@ def _calibrate(job: Job) -> None:
     folded, fraction = fold_model(job), job.config.qe.calibration
     assert fraction is not None
     correct_float(job, folded)
-    calibrate(job, folded.graph, fraction)
+    record_layers(job, folded.graph, None, calibrate(job, folded.graph, fraction))
 
 
 def _quantize_and_evaluate(job: Job) -> int:
@@ -121,6 +126,7 @@ def _quantize_once(job: Job) -> tuple[int, Draw]:
     lowered = lower(folded.graph, plan).to(job.device)
     for line in arithmetic_lines(folded.graph, plan):
         _log.info("%s", line)
+    record_layers(job, folded.graph, plan, planned.stats)
     deployed = export_model(job, folded.graph, lowered, plan, planned.stats)
     results = _test(job, {"quantized": deployed.engine, "fp32": job.model, **deployed.others})
     result, reference = results["quantized"], results["fp32"]
@@ -129,12 +135,15 @@ def _quantize_once(job: Job) -> tuple[int, Draw]:
     original = job.model if planned.keep_float_weights else None
     save_quantized(path, header, lowered, {"quantized_top1": result.top1}, original)
     _log.info("Saving checkpoint to: %s", path)
+    record_file(job, "quantized checkpoint", path)
     return deployed.exit_code, Draw.of(job, result, reference)
 
 
 def _use_float(job: Job) -> None:
     """Exports and evaluates the float model, as the flags ask."""
-    engine = export_float_model(job, fold_model(job).graph)
+    graph = fold_model(job).graph
+    record_layers(job, graph, None, None)
+    engine = export_float_model(job, graph)
     if job.config.evaluate:
         _test(job, {"fp32": engine})
 
@@ -156,9 +165,11 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
     if config.check:
         _log.info("%s", plan_table(folded.graph, header.plan))
         return 0
+    record_layers(job, folded.graph, header.plan, None)
     deployed = export_model(job, folded.graph, lowered, header.plan, None)
     if config.evaluate or not config.exports:
         _test(job, {"quantized": deployed.engine, **deployed.others})
+    write_report(job, deployed.exit_code)
     return deployed.exit_code
 
 
@@ -201,6 +212,7 @@ def _test(job: Job, models: Mapping[str, Model]) -> dict[str, Evaluation]:
     if job.config.confusion:
         log_confusion(first)
     save_predictions(job, loader, results)
+    record_test(job, loader, results)
     _record_float(job, results, loader.dataset.classes)
     _record_saturating(job, results)
     _record_other_run(job, loader, first)
@@ -241,6 +253,7 @@ def _record_other_run(job: Job, loader: Loader, result: Evaluation) -> None:
     if run is not None:
         comparison = compare_to_run(job, loader, result, run)
         log_comparison(comparison, run.name, loader.dataset.classes)
+        record_versus(job, loader, comparison, "this run", run.name)
         _record(job, f"compared to {run.name}", result, **comparison_row(comparison))
 
 

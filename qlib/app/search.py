@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from qlib.app.images import SEARCH_BATCH, images_in_memory
 from qlib.app.job import Job
+from qlib.app.report import record
 from qlib.config.flags.groups import NORMS
 from qlib.config.layers.settings import LayerSettings
 from qlib.errors import UsageError
@@ -97,7 +98,9 @@ def measure_sensitivity(
         pass
     _log.info("Sensitivity took %.1f s", time.monotonic() - began)
     loss, top1, _ = study.reference.running
-    return study.results(), (loss, top1)
+    rows = study.results()
+    record(job, sensitivity=tuple(rows))
+    return rows, (loss, top1)
 
 
 def _table(rows: Sequence[Sensitivity]) -> str:

@@ -13,12 +13,16 @@ from torch import nn
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
 from qlib.app.policies import read_schedule, set_up
+from qlib.app.report import record_epoch, record_layers
+from qlib.app.report_results import record_test
 from qlib.checkpoint.fields import Record, check_fields
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
+from qlib.config.schedule.timeline import timeline
 from qlib.config.schedule.types import Schedule
 from qlib.errors import UsageError
-from qlib.graph import LAYOUT
+from qlib.graph import LAYOUT, Graph
 from qlib.lower import lower
+from qlib.quant.plan import Plan
 from qlib.train.best import EpochScore, nonzero, ranked
 from qlib.train.loop import Diverged, Progress, StepSettings, Trainee, run_epoch
 from qlib.train.records import MetricsWriter
@@ -57,9 +61,11 @@ class _Run:
 
     def __init__(self, job: Job, schedule: Schedule) -> None:
         self.args = job.config.train
+        self.timeline = timeline(schedule, self.args.epochs) if schedule.policies else ""
         setup = set_up(job, schedule)
         self.job, self.images, self.convert = setup.job, setup.images, setup.convert
         self.trainee = Trainee.of(self.args, setup.module, setup.weights, setup.policies)
+        self.learned: tuple[Graph, Plan] | None = None
         self.progress = Progress()
         self.state = TrainingState(self.job.model, self.trainee, self.progress, [], setup.masks)
         self.metrics = MetricsWriter(job.run.folder)
@@ -141,6 +147,9 @@ class _Run:
         for best in self.state.best:
             _log.info("%s", best)
         self.metrics.add(epoch, {**means, "LR": lr}, metrics, seconds)
+        numbers = {f"train {name}": value for name, value in {**means, "LR": lr}.items()}
+        numbers |= {**{f"valid {name}": value for name, value in metrics.items()}, "sparsity": sparsity}
+        record_epoch(self.job, epoch, numbers, self.state.best[0].epoch, self.timeline)
         self.progress.epoch, self.progress.steps = epoch + 1, 0
         self.progress.running.sums, self.progress.running.images = {}, 0
         if quantized is not None:
@@ -151,10 +160,10 @@ class _Run:
 
     def _evaluated(self) -> tuple[nn.Module, dict[str, Any] | None]:
         """The model as it would be deployed, and its checkpoint if it is in integers."""
-        learned = self.convert()
-        if learned is None:
+        self.learned = self.convert()
+        if self.learned is None:
             return self.trainee.model.eval(), None
-        graph, plan = learned
+        graph, plan = self.learned
         lowered = lower(graph.eval(), plan).to(self.job.device)
         header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
         return lowered, quantized_checkpoint(header, lowered, {})
@@ -172,6 +181,10 @@ class _Run:
         log_interval(result)
         if self.job.config.confusion:
             log_confusion(result)
+        if self.learned is not None:
+            record_layers(self.job, *self.learned, None)
+        names = ("quantized", "training") if quantized is not None else ("fp32",)
+        record_test(self.job, self.images.test, dict(zip(names, (result, *others), strict=True)))
 
 
 def _laid_out(model: nn.Module) -> Any:

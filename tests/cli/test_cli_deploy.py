@@ -16,6 +16,7 @@ from runs import ROOT, Run, finish, good, make_images, rows, run, start, user_mo
 from qlib.deploy import verify as verification
 from qlib.deploy.verify import Checked, Verification
 from qlib.models import create_model, find_model
+from qlib.report.record_file import read_report
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -89,6 +90,21 @@ def test_what_the_run_leaves(proved: Run) -> None:
     assert "predictions: 20 of 20 agree, largest logit difference 0" in proved.lines
     assert "verification: exact" in proved.lines
     assert "100.00% of multiply-accumulates in integers" in proved.lines
+
+
+def test_the_report_says_the_same(proved: Run) -> None:
+    report = read_report(proved.folder)
+    assert report.verification is not None
+    assert (report.verification.exact, report.verification.images, report.verification.agreeing) == (True, 20, 20)
+    assert {each.verdict for each in report.verification.layers} == {"exact"}
+    assert report.deployment is not None
+    assert report.deployment.integer_share == 1
+    placed = rows(proved.folder / f"{MINE}_placement.csv")
+    assert [(each.layer, each.kernels) for each in report.deployment.layers] == [
+        (row["layer"], row["kernel"]) for row in placed
+    ]
+    assert [each.model for each in report.results] == ["quantized", "fp32", "saturating"]
+    assert [each.what for each in report.files] == ["ONNX, integers", "quantized checkpoint"]
 
 
 def test_messages_of_the_exporter_are_not_in_the_log(proved: Run) -> None:

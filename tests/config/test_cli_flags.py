@@ -25,7 +25,8 @@ IN_RUN = Path("run-folder")
 
 SPELLINGS = """
 -h --help
---name -n --out-dir -o --print-freq -p --verbose -v --gpus --cpu --load-serialized --seed --deterministic --det
+--name -n --out-dir -o --no-report --print-freq -p --verbose -v --gpus --cpu --load-serialized --seed
+--deterministic --det
 --summary --check
 --run-config
 --arch -a --pretrained --resume-from --resume --exp-load-weights-from
@@ -114,6 +115,7 @@ RIGHT = [
     ("-j 0", "workers", 0),
     ("-b 1", "batch_size", 1),
     ("-b 1 -b 2", "batch_size", 2),
+    ("--no-report", "no_report", True),
     ("-p 3", "print_freq", 3),
     ("--compress s.yaml", "train.compress", Path("s.yaml")),
     ("--epochs 3", "train.epochs", 3),

@@ -56,6 +56,7 @@ class RunConfig:
     verbose: bool = False
     name: str | None = None
     out_dir: Path = Path("logs")
+    no_report: bool = False
     gpus: tuple[int, ...] | None = None
     cpu: bool = False
     load_serialized: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from qlib.config.flags.flag import Flag, Ignored
+from qlib.config.flags.flag import Flag, Ignored, Use
 from qlib.config.flags.kinds import (
     SWITCH,
     arch,
@@ -30,6 +30,7 @@ __all__ = ["GROUPS"]
 _ENGINES = ("torch", "onnxruntime")
 _EVALUATING = ("--evaluate", "--quantize-eval", "--sense")
 _SHOWS_PROGRESS = replace(READS, otherwise="no progress is shown")
+_REPORTS = Use(tuple(verb for verb in Verb if verb not in (Verb.SUMMARY, Verb.CHECK)))
 _VERIFIES = replace(READS, also=("--verify",))
 _NOT_ASKED = Ignored("has no effect without --evaluate", by=Verb.EXPORT.flags, unless=("--evaluate", "--quantize-eval"))
 
@@ -37,6 +38,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "General": (
         Flag("--name -n", run_name(), "name of the run: begins the name of its folder"),
         Flag("--out-dir -o", path(), "where the folders of runs are made"),
+        Flag("--no-report", SWITCH, "write no report.json and no report.html", use=_REPORTS),
         Flag("--print-freq -p", whole(1), "steps between two progress lines", use=_SHOWS_PROGRESS),
         Flag("--verbose -v", SWITCH, "show debug messages, and the traceback of an error"),
         Flag(
