@@ -7,9 +7,11 @@ Ctrl-C stays what it is.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sysconfig
 import traceback
+import warnings
 from collections.abc import Iterator
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -19,7 +21,16 @@ from typing import Any
 from qlib.errors import ModelError, QlibError
 from qlib.system import shortage
 
-__all__ = ["UsersFile", "definition_of", "layer_of", "line_of", "reason_of", "users_code", "users_models"]
+__all__ = [
+    "UsersFile",
+    "definition_of",
+    "layer_of",
+    "line_of",
+    "reason_of",
+    "settings_kept",
+    "users_code",
+    "users_models",
+]
 
 _OURS = str(Path(__file__).parent)
 _PYTHONS = re.compile(rf"<|{re.escape(sysconfig.get_path('stdlib'))}[/\\]|.*[/\\](site|dist)-packages[/\\]")
@@ -72,6 +83,26 @@ def users_models(of_users: bool) -> Iterator[None]:
             with users_code("the captured model cannot be computed, and fails", "write that layer in another way"):
                 raise
         raise
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """Where a model file is loaded, or builds its model: what it sets for the whole process is set back.
+
+    These are the current folder, the filters of warnings, torch's default dtype and device, and whether it makes
+    gradients.
+    """
+    import torch
+
+    folder, dtype = os.getcwd(), torch.get_default_dtype()
+    with warnings.catch_warnings(), torch.set_grad_enabled(torch.is_grad_enabled()):
+        try:
+            yield
+        finally:
+            os.chdir(folder)
+            torch.set_default_dtype(dtype)
+            if torch.get_default_device() != torch.device("cpu"):
+                torch.set_default_device(None)
 
 
 def reason_of(error: BaseException) -> str:

@@ -204,10 +204,20 @@ def _check_output(job: Job) -> None:
 
 
 def _check_repeats(job: Job) -> None:
-    """Warns of a model whose answer is another each time: what is captured of it is one of them."""
+    """Warns of a model whose answer is another each time: what is captured of it is one of them.
+
+    Raises ModelError where the answer to an image depends on those beside it: no batch tells what is deployed.
+    """
     images = torch.linspace(-1, 1, job.example.numel(), device=job.device).view_as(job.example)
     with torch.inference_mode():
         first, second = (job.model(images) for _ in range(2))
+        alone = job.model(images[1:])
+    if torch.equal(first, second) and not torch.allclose(first[1:], alone, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise ModelError(
+            f"{job.spec.arch!r} answers an image alone in another way than in a batch, where its logits depend on the"
+            " other images; compute nothing over the first dimension, as x.mean(0) does, and give batch-norms their"
+            " running statistics"
+        )
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
         _log.warning(
             "Warning: %s answers the same images in another way each time (random numbers, or what it keeps of the"

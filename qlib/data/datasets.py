@@ -7,6 +7,7 @@ values back.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,8 @@ class ImageDataset:
         except Exception as error:  # decoders raise anything for a file that is truncated, damaged or no image
             if refused := shortage(error):
                 raise refused from error
+            if _is_mistake(error):
+                raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
                 f"cannot read image {self.path(index)!r}, number {index + 1:,} of {len(self):,} ({reason}); "
@@ -130,6 +133,12 @@ class ImageDataset:
     def path(self, index: int) -> str:
         """The file of image `index`, or for an image that has none the dataset's name and the index."""
         return self.images.name(index)
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether an error is one in this package, and not what a decoder says of a file."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__package__") == __package__ and not isinstance(error, (OSError, ValueError))
 
 
 def open_dataset(

@@ -34,7 +34,7 @@ from qlib.models.transforms import (
     standard_classes,
     standard_input_shape,
 )
-from qlib.users_code import UsersFile, users_code
+from qlib.users_code import UsersFile, settings_kept, users_code
 
 
 def model_spec(arch: str) -> ModelSpec:
@@ -102,7 +102,7 @@ def _function(path: Path, name: str) -> Callable[..., Any]:
     sys.modules[module_name] = module
     if str(path.resolve().parent) not in sys.path:
         sys.path.append(str(path.resolve().parent))  # for what stands beside the file
-    with users_code(f"{str(path)!r} fails"):
+    with users_code(f"{str(path)!r} fails"), settings_kept():
         loader.exec_module(module)
     functions: dict[str, Callable[..., Any]] = {key: value for key, value in vars(module).items() if callable(value)}
     if name not in functions:
@@ -115,7 +115,7 @@ def _function(path: Path, name: str) -> Callable[..., Any]:
 
 def _build(function: Callable[..., Any], arch: str, num_classes: int | None) -> nn.Module:
     """The function's model; without `num_classes` it is called with its own default, or 1000 if it has none."""
-    with users_code(f"{arch!r} fails", function=function):
+    with users_code(f"{arch!r} fails", function=function), settings_kept():
         model = function(**_arguments(function, num_classes))
         if not isinstance(model, nn.Module):
             raise ModelError(f"{arch!r} returns {type(model).__name__!r}, not an nn.Module; make it return the model")

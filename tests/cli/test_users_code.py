@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from runs import good, make_images, run
 
 HEAD = """
@@ -275,6 +277,42 @@ def test_a_model_that_does_not_repeat_itself(folder: Path, body: str) -> None:
     assert sum("Warning: net.py:make answers the same images in another way each time" in line for line in done.lines)
     done = good(f"-a {write(folder, 'body(self, x)', 'return x')} images -e", folder)
     assert not any("another way" in line for line in done.lines)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("return x - x.mean(0)", id="mean"),
+        pytest.param("return x - x[0]", id="first image"),
+        pytest.param("return x.cumsum(0)", id="order"),
+        pytest.param("return F.batch_norm(x, None, None, training=True)", id="norm of the batch"),
+    ],
+)
+def test_a_model_whose_answer_depends_on_the_batch(folder: Path, body: str) -> None:
+    done = run(f"-a {write(folder, 'body(self, x)', body)} images -e", folder)
+    assert done.code == 2
+    assert "'net.py:make' answers an image alone in another way than in a batch, where its logits depend" in done.err
+
+
+@pytest.mark.parametrize("where", ["file", "function"])
+def test_what_a_model_file_sets_for_the_process_is_set_back(folder: Path, where: str) -> None:
+    write(folder, "init(self)", "pass")
+    lines = [
+        "import os; os.chdir('/')",
+        "warnings.simplefilter('error')",
+        "torch.set_grad_enabled(False)",
+        "torch.set_default_device('meta')",
+        "torch.set_default_dtype(torch.float64)",
+    ]
+    text = (folder / "net.py").read_text()
+    made = "def make(num_classes):\n    model = Net()\n    {}\n    return model\n".format("\n    ".join(lines))
+    (folder / "net.py").write_text(text + ("\n".join(lines) if where == "file" else made))
+    filters = list(warnings.filters)
+    good("-a net.py:make images --epochs 1" if where == "function" else "-a net.py:make images -e", folder)
+    assert warnings.filters == filters
+    assert torch.is_grad_enabled()
+    assert (torch.get_default_dtype(), torch.get_default_device()) == (torch.float32, torch.device("cpu"))
+    assert list((folder / "logs").iterdir())
 
 
 def test_a_forward_method_without_self(folder: Path) -> None:

@@ -206,6 +206,12 @@ def test_gray_of_16_bits_is_rounded_as_by_numbers_of_64_bits(folder: Path) -> No
     assert np.array_equal(np.asarray(dataset[0][0])[..., 0], np.rint(values / 257))
 
 
+def test_a_mistake_of_ours_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlib.data.pixels._THINNEST", "a thousand")
+    with pytest.raises(TypeError, match="not supported between instances of 'int' and 'str'"):
+        next(iter(make_loader(opened(folder), batch_size=2, skip_corrupt=True)))
+
+
 def test_a_small_file_is_no_giant_image(folder: Path) -> None:
     path = folder / "val" / "a" / "0.png"
     path.write_bytes(b"P5 9000 9000 255\n" + bytes(500_000))
