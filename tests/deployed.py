@@ -70,6 +70,13 @@ def attention(m: Any, x: Tensor) -> Tensor:
     return m.fc(F.gelu(m.mlp(x))[:, 0])  # type: ignore[no-any-return]
 
 
+def axes(m: Any, x: Tensor) -> Tensor:
+    x = x * F.softmax(m.a(x), 1) + m.b(x).softmax(-2)
+    key = m.k(F.adaptive_avg_pool2d(x, 1).flatten(2).transpose(1, 2))
+    x = F.softmax(m.q(key) @ key.transpose(-2, -1), -1) @ m.v(key)  # one token
+    return m.fc(x.flatten(1))  # type: ignore[no-any-return]
+
+
 def floats(m: Any, x: Tensor) -> Tensor:
     x = F.hardswish(m.deconv(F.leaky_relu(m.a(x))))
     return (F.silu(m.b(x)) * 0.5).flatten(1)  # type: ignore[no-any-return]
@@ -109,6 +116,10 @@ NETS: dict[str, tuple[_Forward, Callable[[], dict[str, nn.Module]]]] = {
             "mlp": nn.Linear(100, 24),
             "fc": nn.Linear(24, 10),
         },
+    ),
+    "axes": (
+        axes,
+        lambda: {"a": conv(), "b": conv(), **{name: nn.Linear(8, 8) for name in "qkv"}, "fc": nn.Linear(8, 10)},
     ),
     "floats": (floats, lambda: {"a": conv(), "deconv": nn.ConvTranspose2d(8, 6, 2, stride=2), "b": conv(6, 4)}),
 }

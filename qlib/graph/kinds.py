@@ -104,7 +104,7 @@ def _pools_all(module: nn.Module) -> bool:
 
 
 def _plain_softmax(module: nn.Module) -> bool:
-    return isinstance(module, nn.Softmax) and module.dim == -1
+    return isinstance(module, nn.Softmax)
 
 
 _WIDE, _BYTES = 16, 8
@@ -164,7 +164,7 @@ _ROWS = (
         _BYTES,
         fixed_grid=True,
         integer_if=_plain_softmax,
-        and_if=", over the last axis, without a mask",
+        and_if=", without a mask",
         onnx=("Softmax",),
     ),
     LayerKind("move", (*DROPOUTS, ops.Formula), keeps_grid=True, moves=True),  # of a graph that trains

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qlib.graph.aten import arguments_of
+from qlib.graph.constants import make_constant, merge_equal, softmax_of_one
 from qlib.graph.edit import insert, sizes_of
 from qlib.graph.moves import is_move
 from qlib.graph.names import DROPOUTS, op_of, writes
@@ -38,11 +39,11 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
         if node.op == "call_function" and not (op_of(node) in kept and _drops(node)) and not _stops(node, depending):
             _drop(graph, node)
     for node in list(graph.nodes):
-        _make_constant(graph, node)
+        make_constant(graph, node)
         _give_sizes(graph, node)
         _drop_places(graph, node)
         _pad_for_maximum(graph, node)
-    _merge_equal(graph)
+    merge_equal(graph)
     for node in list(graph.nodes):
         split_scatter(graph, node)
         split_product(graph, node)
@@ -60,6 +61,8 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
     for node in list(graph.nodes):
         if op_of(node) == "batch_norm":
             norm_before_moves(graph, node)
+        elif op_of(node) == "softmax":
+            softmax_of_one(graph, node)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or writes(node))
     return trace
 
@@ -76,53 +79,6 @@ def _drop(graph: fx.Graph, node: fx.Node) -> None:
     elif op in _IDENTITIES | DROPOUTS or (op == "cast" and _same(node, "dtype")) or _is_same_pool(node):
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
-
-
-_FACTORIES: dict[str, int | None] = {
-    **dict.fromkeys(("zeros", "new_zeros", "zeros_like", "zero"), 0),
-    **dict.fromkeys(("ones", "new_ones", "ones_like"), 1),
-    **dict.fromkeys(("full", "new_full", "full_like", "fill"), None),
-}
-"""Ops that make a tensor of one number: that number, or None where the op is given it."""
-
-
-def _make_constant(graph: fx.Graph, node: fx.Node) -> None:
-    """A tensor of one number that takes only type and sizes from others: a constant, repeated for each image."""
-    op = op_of(node)
-    if op not in _FACTORIES or writes(node) or not node.all_input_nodes:
-        return
-    given, like = arguments_of(node), node.meta["val"]
-    value = _FACTORIES[op] if _FACTORIES[op] is not None else given.get("fill_value", given.get("value"))
-    sizes = given["size"] if "size" in given else _asked_sizes(graph, node)
-    unknown = [isinstance(size, fx.Node) for size in sizes]
-    if not isinstance(value, (int, float)):
-        return
-    one = [1 if each else size for each, size in zip(unknown, sizes, strict=True)]
-    made = insert(graph, node, aten.full.default, one, value, dtype=like.dtype, device=like.device)
-    times = [size if each else 1 for each, size in zip(unknown, sizes, strict=True)]
-    node.replace_all_uses_with(insert(graph, node, aten.repeat.default, made, times) if any(unknown) else made)
-    graph.erase_node(node)
-
-
-def _merge_equal(graph: fx.Graph) -> None:
-    """Constants that are made twice, as both states of an LSTM are, are made once, unless one is changed in place."""
-    made: dict[tuple[object, ...], fx.Node] = {}
-    for node in list(graph.nodes):
-        if op_of(node) in ("full", "repeat", "sym_size"):
-            first = made.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
-            if first is not node and not any(map(writes, (*first.users, *node.users))):
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
-
-
-def _asked_sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
-    """The sizes of a tensor, as numbers and, where the images decide them, as nodes."""
-    source, value = node.all_input_nodes[0], node.meta["val"]
-    more = node.meta.get("more", value)
-    return [
-        int(size) if isinstance(size, int) and size == other else insert(graph, node, aten.sym_size.int, source, axis)
-        for axis, (size, other) in enumerate(zip(value.shape, more.shape, strict=True))
-    ]
 
 
 def _give_sizes(graph: fx.Graph, node: fx.Node) -> None:

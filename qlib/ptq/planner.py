@@ -219,7 +219,9 @@ class _Planner:
     def _plan_output(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> TensorPlan:
         stats = self._layer_stats(node).output
         if kind.fixed_grid:
-            return softmax_plan(stats.max, node.meta["shape"][-1], settings)
+            axis = self.graph.get_submodule(str(node.target)).dim
+            assert isinstance(axis, int)
+            return softmax_plan(stats.max, node.meta["shape"][axis], settings)
         norm = self.norm_of.get(name_of(node))
         assert self.stats is not None
         if norm is not None and norm in self.stats.layers:

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "branches, sym, 4 bits": ("branches", SYM_4),
     "attention, asym_u": ("attention", {}),
     "attention, sym": ("attention", {"mode_activations": "sym", "per_channel_wts": False}),
+    "softmax over other axes, and over one element": ("axes", {}),
     "floats, asym_u": ("floats", {}),
     "convolutions, own grids of inputs": ("convolutions", OWN_5),
     "branches, own grids of inputs": ("branches", OWN_5),

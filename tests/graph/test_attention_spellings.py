@@ -81,6 +81,32 @@ def test_attention_is_products_and_a_softmax(spelling: str) -> None:
         assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
 
 
+class OneToken(nn.Module):
+    """Attention over one token, and over one key by several queries."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.qkv = nn.Linear(24, 48)
+        self.proj = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.mean(2).flatten(1))[:, None].chunk(3, -1)
+        x = F.scaled_dot_product_attention(q, k, v) if self.fused else (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        several = (q.reshape(-1, 4, 4) @ k[..., :4].transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(x + several.mean(1, keepdim=True)).flatten(1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_softmax_over_one_element_is_1(fused: bool) -> None:
+    model = redraw(OneToken(fused))
+    graph = capture(model, IMAGES[:2])
+    kinds = [kind_of(module) for _, module in layers(graph)]
+    assert kinds == ["float_op", "linear", "float_op", "add", "linear"], "means, and what is made of the value"
+    with torch.no_grad():
+        assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
+
+
 def test_a_factor_below_zero_stays_a_layer() -> None:
     model = redraw(Attention("of another sign"))
     graph = capture(model, IMAGES[:2])

@@ -223,6 +223,14 @@ def test_softmax(shape: tuple[int, ...], scale: float) -> None:
     assert (run("softmax", module, (x,), y, (shorter,)) == oracle.softmax(shorter, x, y)).all()
 
 
+@pytest.mark.parametrize("axis", [1, -2, 3])
+def test_softmax_over_any_axis(axis: int) -> None:
+    x, y = Codes.of("asym_u", 8, 0.0235, 117), Codes.of("asym_u", 8, 2**-8)
+    q = x.random(np.random.default_rng(4), 2, 49, 7, 5)
+    want = np.moveaxis(oracle.softmax(np.moveaxis(q, axis, -1), x, y), -1, axis)
+    assert (run("softmax", nn.Softmax(axis), (x,), y, (q,)) == want).all()
+
+
 def test_softmax_by_hand() -> None:
     x, y = Codes.of("asym_u", 8, 1.0), Codes.of("asym_u", 8, 2**-8)
     got = run("softmax", nn.Softmax(-1), (x,), y, (np.array([[3, 3], [0, 5], [0, 255]]),))

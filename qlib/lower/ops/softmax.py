@@ -32,30 +32,33 @@ class ExactSoftmax(ExactLayer):
     def __init__(self, context: LayerContext) -> None:
         super().__init__()
         assert context.output is not None
+        assert isinstance(context.module, nn.Softmax)
+        assert context.module.dim is not None
         (grid,) = context.codes_in()
+        self.dim = context.module.dim
         self.grid = Grid(context.output)
         self.scale, self.size = float(grid.scale), 0
         self.steps = float(math.floor(1.0 / float(context.output.scale)))
         self.register_buffer("table", torch.empty(0), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        if codes.shape[-1] != self.size:
-            self.size = codes.shape[-1]
+        if codes.shape[self.dim] != self.size:
+            self.size = codes.shape[self.dim]
             self.table = softmax_table(self.scale, self.size).to(codes.device)
-        index = (codes - codes.amax(-1, keepdim=True)).add_(255).long()
+        index = (codes - codes.amax(self.dim, keepdim=True)).add_(255).long()
         exponentials = self.table[index]
-        columns = exponentials.movedim(-1, 0).contiguous()
+        columns = exponentials.movedim(self.dim, 0).contiguous()
         total = columns[0].clone()
         for column in columns[1:]:  # in order, as the kernel adds: another order rounds differently
             total += column
-        return self.grid.forward((exponentials * self.steps).div_(total[..., None]))
+        return self.grid.forward((exponentials * self.steps).div_(total.unsqueeze(self.dim)))
 
     def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
         """The float layer between dequantize and quantize."""
-        return QdqLayer(nn.Softmax(-1), inputs, output)
+        return QdqLayer(nn.Softmax(self.dim), inputs, output)
 
 
 @LOWERINGS.register("softmax")
 def lower_softmax(context: LayerContext) -> Lowered:
-    """Exact for a softmax over the last axis, without a mask, on codes of at most 8 bits; in float otherwise."""
+    """Exact for a softmax without a mask, on codes of at most 8 bits; in float otherwise."""
     return (ExactSoftmax(context), context.output) if context.integer else lower_float(context)
