@@ -106,7 +106,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     namespace, rest = build_parser().parse_known_args(_with_values(_in_full(argv)))
     words: dict[str, Any] = vars(namespace)
     file = words.pop(_RUN_CONFIG, None)
-    texts: _Texts = words
+    texts: _Texts = {name: [_one_text(each) for each in found] for name, found in words.items()}
     given, folder = frozenset(texts), _positional(rest)
     single = {flag.name for flag in FLAGS if not flag.kind.many}
     repeated = frozenset(flag for flag, values in texts.items() if flag in single and len(values) > 1)
@@ -120,6 +120,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
         raise UsageError(_no_folder(config))
     check_combination(config)
     return replace(config, repeated=repeated)
+
+
+def _one_text(words: str | Sequence[str]) -> str:
+    """The text of a value, which may be of several words."""
+    return words if isinstance(words, str) else " ".join(words)
 
 
 def _in_full(argv: Sequence[str]) -> list[str]:
@@ -291,6 +296,8 @@ def build_parser() -> argparse.ArgumentParser:
             kind = switch if flag.kind is SWITCH else {"metavar": flag.kind.metavar, "action": "append"}
             if flag.kind.many == "words":
                 kind |= {"nargs": "+", "action": "extend"}
+            if flag.kind.words > 1:
+                kind |= {"nargs": flag.kind.words, "metavar": tuple(str(flag.kind.metavar).split())}
             group.add_argument(*flag.names, dest=flag.name, help=_help(flag), **kind)
         if title == "General":
             group.add_argument(

@@ -20,6 +20,7 @@ __all__ = [
     "evaluate",
     "evaluate_together",
     "mcnemar",
+    "score_sums",
     "wilson_interval",
 ]
 
@@ -149,13 +150,11 @@ class Meter:
         """Adds ``logits [N, C]`` and ``labels [N]``. Equal logits rank by index: the lower one first."""
         logits, labels = logits.detach().float().cpu(), labels.cpu()
         self._classes = logits.shape[1]
-        scores = torch.where(logits.isnan(), -math.inf, logits)  # NaN must not count as a hit
-        own = scores.gather(1, labels[:, None])
+        ranks, scores = _ranks(logits, labels)
         index = torch.arange(self._classes)
-        before = (scores > own) | ((scores == own) & (index < labels[:, None])) | (own == -math.inf)
         # argmax would do, but torch leaves open which of equal values it returns
         best = (scores == scores.amax(1, keepdim=True)) * (self._classes - index)
-        self._ranks.append(before.sum(1))
+        self._ranks.append(ranks)
         self._predictions.append(self._classes - best.amax(1))
         self._labels.append(labels)
         self._margins.append(_margins(logits))
@@ -187,6 +186,27 @@ def _margins(logits: Tensor) -> Tensor:
     """
     first, *others = logits.softmax(1).topk(min(2, logits.shape[1])).values.unbind(1)
     return first - others[0] if others else torch.zeros_like(first)
+
+
+def _ranks(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """How many classes come before the own one ``[N]``, of equal ones the first; and the scores ``[N, C]``."""
+    scores = torch.where(logits.isnan(), -math.inf, logits)  # NaN must not count as a hit
+    own = scores.gather(1, labels[:, None])
+    index = torch.arange(logits.shape[1])
+    before = (scores > own) | ((scores == own) & (index < labels[:, None])) | (own == -math.inf)
+    return before.sum(1), scores
+
+
+def score_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the losses, and how many labels are the first class, and among the first five: float64 ``[3]``.
+
+    >>> score_sums(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), torch.tensor([0, 1]))
+    tensor([1.3863, 1.0000, 2.0000], dtype=torch.float64)
+    """
+    logits, labels = logits.detach().float().cpu(), labels.cpu()
+    ranks, _ = _ranks(logits, labels)
+    loss = math.fsum(F.cross_entropy(logits.double(), labels, reduction="none").tolist())
+    return torch.tensor([loss, int((ranks < 1).sum()), int((ranks < 5).sum())], dtype=torch.float64)
 
 
 def _percent(hits: Tensor) -> float:

@@ -24,6 +24,7 @@ from qlib.app.report import record_file, record_layers, write_report
 from qlib.app.report_results import record_test, record_versus
 from qlib.app.search import analyse
 from qlib.app.seeds import Draw, next_draw, report_seeds
+from qlib.app.sense import analyse_pruning
 from qlib.app.show import check, summarize
 from qlib.app.train import train
 from qlib.checkpoint.quantized import (
@@ -266,11 +267,14 @@ def _record(job: Job, what: str, result: Evaluation, **more: float | str) -> Non
 
 _QUANTIZED = "{file} is quantized already; drop --quantize-eval and --qe-calibration to evaluate it"
 
+_SENSED = "--sense needs a float model, but {file} is quantized; give the original"
+
 _NEEDS_FLOAT: Mapping[Verb, str] = {
     Verb.TRAIN: "{file} holds integers, which cannot be trained; give the checkpoint of the float model",
     Verb.QUANTIZE: _QUANTIZED,
     Verb.CALIBRATE: _QUANTIZED,
-    Verb.SENSE: "--sense needs a float model, but {file} is quantized; give the original",
+    Verb.SENSE: _SENSED,
+    Verb.SENSE_PRUNING: _SENSED,
     Verb.SUMMARY: "--summary needs a float model, but {file} is quantized; give the original",
 }
 """Verb -> why it cannot be done with a quantized checkpoint."""
@@ -279,6 +283,7 @@ _DO: Mapping[Verb, Callable[[Job, Mapping[str, Any]], int | None]] = {
     Verb.SUMMARY: lambda job, _: summarize(job),
     Verb.CHECK: lambda job, _: check(job),
     Verb.SENSE: lambda job, _: _analyse(job),
+    Verb.SENSE_PRUNING: lambda job, _: analyse_pruning(job),
     Verb.QUANTIZE: lambda job, _: _quantize_and_evaluate(job),
     Verb.CALIBRATE: lambda job, _: _calibrate(job),
     Verb.EVALUATE: lambda job, _: _use_float(job),

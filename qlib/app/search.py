@@ -21,7 +21,7 @@ from qlib.files import write_csv
 from qlib.graph import Graph
 from qlib.progress import track
 from qlib.quant.plan import Plan
-from qlib.report.plots import plot_sensitivity
+from qlib.report.plots import NO_MATPLOTLIB, plot_sensitivity
 from qlib.search.lapq import search_ranges
 from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, Sensitivity, Study
 
@@ -66,7 +66,7 @@ def analyse(job: Job, graph: Graph, settings: Mapping[str, LayerSettings], plann
     if plot_sensitivity(plot, rows):
         _log.info("Plot saved to %s", plot)
     else:
-        _log.info("No plot: matplotlib is not installed; pip install 'qlib-compress[plot]'")
+        _log.info(NO_MATPLOTLIB)
 
 
 def measure_sensitivity(

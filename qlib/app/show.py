@@ -9,8 +9,10 @@ from qlib.app.distill import make_distillation
 from qlib.app.job import Job
 from qlib.app.plan import fitting, given_plan, plan_of, settings_of, stats_for
 from qlib.app.policies import make_quantization, read_schedule
+from qlib.app.sense import pruning_table
 from qlib.config.schedule.timeline import timeline
 from qlib.graph import fold
+from qlib.prune.removal import REMOVALS
 from qlib.report.summary import summary
 from qlib.report.tables import plan_table, settings_table
 
@@ -29,6 +31,9 @@ def check(job: Job) -> None:
     """Prints what the run would do with each layer: by the schedule, the plan or the settings that it is given."""
     if job.config.train.compress is not None:
         _check_schedule(job, job.config.train.compress)
+        return
+    if job.config.sense in REMOVALS:
+        _log.info("%s", pruning_table(job))
         return
     folded = fold(job.model, job.example)
     plan = given_plan(job, folded)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -150,6 +151,19 @@ class Replay:
         """The first step whose result a grid at `slot` changes."""
         return self._computes[self._nodes[slot[0]]] if slot[1] == WEIGHT else self._rounds[slot]
 
+    def first_use(self, parameter: Tensor) -> int | None:
+        """The first step that reads the memory of a parameter of the model; None where none does."""
+        return self._reads.get(parameter.untyped_storage().data_ptr())
+
+    @cached_property
+    def _reads(self) -> dict[int, int]:
+        """The memory of each tensor that the graph holds -> the first step that reads it."""
+        found: dict[int, int] = {}
+        for i, step in enumerate(self.steps):
+            for tensor in _held(self.graph, step.node) if step.slot is None else ():
+                found.setdefault(tensor.untyped_storage().data_ptr(), i)
+        return found
+
     def output_of(self, name: str) -> tuple[int, _Key]:
         """The step after which a layer's output is there, rounded and behind its fused activation, and its key."""
         step = self._rounds[name, OUTPUT]
@@ -194,6 +208,14 @@ class Replay:
         if weight is None:
             return module(*args, **kwargs)
         return torch.func.functional_call(module, {"weight": weight}, args, kwargs)
+
+
+def _held(graph: Graph, node: fx.Node) -> list[Tensor]:
+    """The tensors of the model that a node computes with."""
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        return [*module.parameters(), *module.buffers()]
+    return [attribute(graph, node)] if node.op == "get_attr" else []
 
 
 def _not_in_place(module: nn.Module) -> nn.Module:

@@ -51,7 +51,7 @@ SPELLINGS = """
 --qe-lapq --qe-coordinate-search --lapq-maxiter --lapq-maxfev --lapq-method --lapq-basinhopping --lapq-bh
 --lapq-basinhopping-niter --lapq-bh-niter --lapq-init-mode --lapq-init-method --lapq-eval-size --lapq-images
 --lapq-eval-memoize-dataloader --lapq-search-clipping
---sense --sense-bits --sense-images
+--sense --sense-range --sense-bits --sense-images
 --export-onnx --export-opset --export-encodings --verify
 """
 
@@ -213,6 +213,9 @@ RIGHT = [
     ("--lapq-eval-memoize-dataloader", "lapq.eval_memoize_dataloader", True),
     ("--lapq-search-clipping", "lapq.search_clipping", True),
     ("--sense Quant", "sense", "quant"),
+    ("--sense Filter", "sense", "filter"),
+    ("--sense element --sense-range 0 0.5 .1", "sense_range", (0.0, 0.5, 0.1)),
+    ("--sense channel --sense-ra 0.5 1 0.25", "sense_range", (0.5, 1.0, 0.25)),
     ("--sense quant --sense-bits 4,8", "sense_bits", (4, 8)),
     ("--sense-images 16", "sense_images", 16),
     ("--auto", "automatic", True),
@@ -263,6 +266,7 @@ BITS = "0 (left in float) or a whole number from 2 to 16"
 NEW_FILE = "a file to write that ends in .onnx, in a folder that exists and can be written"
 FRACTION = "a fraction above 0 and at most 1, such as 0.05 for 5 %"
 BUDGET = "a number above 0 with its unit: 3.2MB of weights, 4.5bits for each weight, or 12GBOPs"
+RANGE = "three numbers, START below STOP from 0 to 1 and a STEP from 0.001, such as 0 0.95 0.05"
 WIDTHS = "different whole numbers from 2 to 16 with commas between them, such as 2,3,4,8"
 WRONG = [
     ("-b 0", "--batch-size '0' is not allowed: it must be a whole number, 1 or more"),
@@ -329,9 +333,17 @@ WRONG = [
     ("--qe-budget 4bits", "--qe-budget needs --quantize-eval, which quantizes the model and evaluates it"),
     ("--qe-lapq", "--qe-lapq needs --quantize-eval, which quantizes the model and evaluates it"),
     ("--qe --qe-bits-choices 4,4", f"--qe-bits-choices '4,4' is not allowed: it must be {WIDTHS}"),
+    ("--sense filter --sense-range 0 0.5", "--sense-range: expected 3 arguments"),
+    ("--sense filter --sense-range 0 1.5 0.1", f"--sense-range '0 1.5 0.1' is not allowed: it must be {RANGE}"),
+    ("--sense filter --sense-range 0.5 0.5 0.1", f"--sense-range '0.5 0.5 0.1' is not allowed: it must be {RANGE}"),
+    ("--sense filter --sense-range 0 0.5 0", f"--sense-range '0 0.5 0' is not allowed: it must be {RANGE}"),
+    ("--sense filter --sense-range 0 0.5 nan", f"--sense-range '0 0.5 nan' is not allowed: it must be {RANGE}"),
     ("--sense quant --sense-bits 1,8", f"--sense-bits '1,8' is not allowed: it must be {WIDTHS}"),
     ("--sense quant --sense-bits many", f"--sense-bits 'many' is not allowed: it must be {WIDTHS}"),
-    ("--sense filters", "--sense 'filters' is not allowed: it must be one of quant"),
+    (
+        "--sense filters",
+        "--sense 'filters' is not allowed: it must be one of element, filter, channel, quant; did you mean filter?",
+    ),
     (
         "--sense quant --qe-dynamic",
         "--sense and --qe-dynamic cannot be combined: --sense needs ranges that are the same for all images; "
@@ -446,14 +458,6 @@ BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the b
         pytest.param("--greedy --greedy-target-density=0.5", f"--greedy {PRUNING}", id="greedy"),
         pytest.param("--greedy-ft-epochs 3", f"--greedy-ft-epochs {PRUNING}", id="greedy's others"),
         pytest.param(
-            "--sense element --sense-range 0 0.5 0.1", f"--sense-range {PRUNING}--sense quant tries the", id="range"
-        ),
-        pytest.param(
-            "--sense Filter",
-            f"--sense 'Filter' is not allowed: it must be one of quant; Filter {PRUNING}--sense quant tells",
-            id="sense",
-        ),
-        pytest.param(
             "--summary png",
             "--summary 'png' is not allowed: it must be one of sparsity, compute, model, modules; png is not there yet;"
             " --summary modules lists the layers",
@@ -567,8 +571,8 @@ WARNINGS = [
         [
             "--qe-bits-choices has no effect without --qe-budget",
             "--lapq-maxiter has no effect without --qe-lapq",
-            "--sense-bits has no effect without --sense",
-            "--sense-images has no effect without --sense or --qe-budget",
+            "--sense-bits has no effect without --sense quant",
+            "--sense-images has no effect without --sense quant or --qe-budget",
         ],
     ),
     (
@@ -804,6 +808,7 @@ VERBS = [
     ("--qe-calibration 0.1 -e", Verb.CALIBRATE),
     ("--qe-calibration 0.1 --qe", Verb.QUANTIZE),
     ("--sense quant --qe", Verb.SENSE),
+    ("--sense filter --qe", Verb.SENSE_PRUNING),
     ("--check --qe --compress s.yaml", Verb.CHECK),
     ("--summary model --check", Verb.SUMMARY),
     ("--export-onnx", Verb.EXPORT),

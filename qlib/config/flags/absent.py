@@ -11,17 +11,12 @@ _PRUNING = "is not there yet, as pruning is not"
 _EXITS = "is not there yet, as early exits are not; train the same model without them"
 _BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the bits of each layer under a budget"
 _STATISTICS = "is not there yet; --qe-calibration collects the range, mean and deviation of each activation"
-_SENSE = f"{_PRUNING}; --sense quant tells what few bits in each layer do"
 _DRAWING = "is not there yet; --summary modules lists the layers, and --export-onnx writes a file that viewers draw"
 
 ABSENT: Mapping[str, str] = {
     "--masks-sparsity": f"{_PRUNING}; --summary sparsity prints how many weights are zero",
     "--thinnify": f"{_PRUNING}; the model is evaluated and quantized with its zeros",
     "--greedy*": f"{_PRUNING}; --qe-budget chooses the bits of each layer under a budget",
-    "--sense-range": f"{_PRUNING}; --sense quant tries the bits of --sense-bits",
-    "--sense element": _SENSE,
-    "--sense filter": _SENSE,
-    "--sense channel": _SENSE,
     "--activation-stats": _STATISTICS,
     "--act-stats": _STATISTICS,
     "--activation-histograms": "is not there; --qe-calibration collects histograms with --qe-histograms",

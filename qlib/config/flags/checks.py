@@ -90,7 +90,7 @@ def _check_quantized(config: RunConfig) -> None:
 def searches(config: RunConfig) -> list[str]:
     """The flags that ask for a search."""
     qe = config.qe
-    wanted = {"--sense": config.sense is not None, "--qe-budget": qe.budget is not None, "--qe-lapq": qe.lapq}
+    wanted = {"--sense": config.sense == "quant", "--qe-budget": qe.budget is not None, "--qe-lapq": qe.lapq}
     return [flag for flag, is_wanted in wanted.items() if is_wanted]
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "IMPLICIT_CALIBRATION",
     "NORMS",
     "OPTIMIZERS",
+    "PRUNED_PARTS",
     "AutoArgs",
     "KdArgs",
     "LapqArgs",
@@ -29,6 +30,9 @@ __all__ = [
 
 BITS_CHOICES = (2, 3, 4, 6, 8)
 """The bits that a search tries where the user names none."""
+
+PRUNED_PARTS = ("element", "filter", "channel")
+"""What `--sense` removes from one weight after another."""
 
 IMPLICIT_CALIBRATION = 0.05
 """The fraction of the images that ranges are collected on where the user gives neither ranges nor a fraction."""

@@ -19,8 +19,9 @@ from qlib.values import FLAG, Interval, TooLarge, Value
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
 __all__ += ["names", "path", "real"]
-__all__ += ["new_file", "run_folder", "run_name", "schedule_file", "split_names", "whole"]
+__all__ += ["new_file", "run_folder", "run_name", "schedule_file", "sparsity_range", "split_names", "whole"]
 
+_FINEST = 0.001  #: step between two levels of sparsity
 _LONGEST_NAME = 200  #: of 255 that file systems take; the rest is for what files are called after it
 
 _SCHEDULES = Path(__file__).resolve().parents[2] / "schedules"  #: in a checkout a link to the folder at its top
@@ -31,7 +32,7 @@ class Kind:
     """How a flag's text becomes a value. `read` raises ValueError for a text that is not `allowed`.
 
     `many`: the flag takes several words (`words`), or may be repeated with one each (`repeat`).
-    `without`: what the flag alone, without a value, stands for.
+    `without`: what the flag alone, without a value, stands for. `words`: how many a value consists of.
     """
 
     read: Callable[[str], object]
@@ -40,6 +41,7 @@ class Kind:
     choices: tuple[str, ...] = ()
     many: str = ""
     without: str | None = None
+    words: int = 1
 
     def value(self, flag: str, text: str) -> object:
         """The value of `text`.
@@ -209,6 +211,23 @@ def bit_widths() -> Kind:
         return tuple(bits)
 
     return Kind(read, "different whole numbers from 2 to 16 with commas between them, such as 2,3,4,8", "BITS")
+
+
+def sparsity_range() -> Kind:
+    """The start, the stop and the step of sparsity levels, as three words.
+
+    >>> sparsity_range().value("--sense-range", "0 0.95 0.05")
+    (0.0, 0.95, 0.05)
+    """
+    number = values.real(Interval(0, 1))
+
+    def read(text: str) -> tuple[float, ...]:
+        start, stop, step = (float(number.read(number.parse(word))) for word in re.split(r"[,\s]+", text))
+        _require(start < stop and step >= _FINEST)
+        return start, stop, step
+
+    allowed = f"three numbers, START below STOP from 0 to 1 and a STEP from {_FINEST}, such as 0 0.95 0.05"
+    return Kind(read, allowed, "START STOP STEP", words=3)
 
 
 def budget() -> Kind:

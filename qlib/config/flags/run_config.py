@@ -72,6 +72,7 @@ class RunConfig:
     train: TrainArgs = field(default_factory=TrainArgs)
     kd: KdArgs = field(default_factory=KdArgs)
     sense: str | None = None
+    sense_range: tuple[float, ...] = (0.0, 0.95, 0.05)
     sense_bits: tuple[int, ...] = BITS_CHOICES
     sense_images: int = 256
     export_onnx: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from qlib.config.flags.groups import PRUNED_PARTS
 from qlib.config.flags.run_config import RunConfig
 from qlib.errors import UsageError
 
@@ -20,6 +21,7 @@ class Verb(Enum):
     SUMMARY = (("--summary",), False, False, "is ignored: --summary only prints")
     CHECK = (("--check",), False, False, "is ignored: --check only prints")
     SENSE = (("--sense",), True, True, "has no effect: --sense only analyses")
+    SENSE_PRUNING = (("--sense",), True, True, "has no effect: this --sense only prunes and evaluates")
     QUANTIZE = (("--quantize-eval",), True, True, "")
     CALIBRATE = (("--qe-calibration",), True, True, "has no effect: --qe-calibration alone only collects")
     EVALUATE = (("--evaluate",), True, True, "")
@@ -44,7 +46,8 @@ def asked(config: RunConfig) -> tuple[Verb, ...]:
     wanted = {
         Verb.SUMMARY: bool(config.summary),
         Verb.CHECK: config.check,
-        Verb.SENSE: config.sense is not None,
+        Verb.SENSE: config.sense is not None and config.sense not in PRUNED_PARTS,
+        Verb.SENSE_PRUNING: config.sense in PRUNED_PARTS,
         Verb.QUANTIZE: config.quantize_eval,
         Verb.CALIBRATE: config.qe.calibration is not None,
         Verb.EVALUATE: config.evaluate,

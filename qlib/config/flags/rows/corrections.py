@@ -13,8 +13,8 @@ from qlib.config.flags.verb import Verb
 __all__ = ["GROUPS"]
 
 _OF_PLAN = Use((*HANDS_OVER.verbs, Verb.CALIBRATE))
-_QUANTIZING = Need(("--quantize-eval",), also=("--sense",))
-_COLLECTING = Need(("--quantize-eval",), also=("--sense", "--qe-calibration"))
+_QUANTIZING = Need(("--quantize-eval",), also=("--sense quant",))
+_COLLECTING = Need(("--quantize-eval",), also=("--sense quant", "--qe-calibration"))
 
 
 def _asking(wanted: Callable[[CorrectionFlag], bool]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from qlib.config.flags.kinds import (
     run_name,
     whole,
 )
-from qlib.config.flags.rows.common import ALL_BUT_SUMMARY, EVALUATES, HANDS_OVER, READS, TRAINS
+from qlib.config.flags.rows.common import ALL_BUT_SUMMARY, EVALUATES, HANDS_OVER, READS, TESTS, TRAINS
 from qlib.config.flags.verb import Verb
 from qlib.data.names import DATASETS
 from qlib.registry import registered
@@ -113,7 +113,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--effective-test-size --etes",
             fraction(),
             "fraction of the test images to use",
-            use=EVALUATES,
+            use=TESTS,
         ),
         Flag("--skip-corrupt", SWITCH, "leave out images that cannot be read, instead of stopping", use=_VERIFIES),
     ),

@@ -16,8 +16,8 @@ from qlib.quant.spec import MODES
 
 __all__ = ["GROUPS"]
 
-_QUANTIZING = Need(("--quantize-eval",), also=("--check", "--sense"))
-_COLLECTING = Need(("--qe-calibration", "--quantize-eval"), also=("--sense", "--auto", "--check", "--compress"))
+_QUANTIZING = Need(("--quantize-eval",), also=("--check", "--sense quant"))
+_COLLECTING = Need(("--qe-calibration", "--quantize-eval"), also=("--sense quant", "--auto", "--check", "--compress"))
 _REPLACED = Ignored("is ignored: {qe.config_file} (--qe-config-file) replaces it", by=("--qe-config-file",))
 _CHOSEN = Ignored("is ignored: --sense-bits tells which are tried", by=("--sense",))
 _RANGES_GIVEN = ("--qe-stats-file", "--qe-dynamic", "--qe-config-file")

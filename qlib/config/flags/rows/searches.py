@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Ignored, Need, shared
-from qlib.config.flags.groups import NORMS
-from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, real, whole
+from qlib.config.flags.groups import NORMS, PRUNED_PARTS
+from qlib.config.flags.kinds import SWITCH, bit_widths, budget, choice, fraction, real, sparsity_range, whole
 from qlib.config.flags.rows.common import ALL_BUT_SUMMARY
 from qlib.values import Interval
 
@@ -115,23 +115,32 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "Analysis": (
         Flag(
             "--sense",
-            choice(("quant",)),
-            "analyse and stop: loss, Top1 and signal-to-noise ratio with one layer at a time in few bits",
+            choice((*PRUNED_PARTS, "quant")),
+            "analyse and stop: Top1, Top5 and loss without the smallest elements, filters or input channels of one"
+            " weight at a time; or (quant) loss, Top1 and signal-to-noise ratio with one layer at a time in few bits",
             use=ALL_BUT_SUMMARY,
+        ),
+        Flag(
+            "--sense-range",
+            sparsity_range(),
+            "first level of sparsity to try, the end of the levels (not tried), and the step between them, with"
+            " --sense element, filter and channel",
+            use=ALL_BUT_SUMMARY,
+            needs=(Need(tuple(f"--sense {what}" for what in PRUNED_PARTS)),),
         ),
         Flag(
             "--sense-bits",
             bit_widths(),
-            "bits to try, with --sense",
+            "bits to try, with --sense quant",
             use=ALL_BUT_SUMMARY,
-            needs=(Need(("--sense",)),),
+            needs=(Need(("--sense quant",)),),
         ),
         Flag(
             "--sense-images",
             whole(1),
-            "calibration images to look at, with --sense and --qe-budget",
+            "calibration images to look at, with --sense quant and --qe-budget",
             use=ALL_BUT_SUMMARY,
-            needs=(Need(("--sense", "--qe-budget"), also=("--auto",)),),
+            needs=(Need(("--sense quant", "--qe-budget"), also=("--auto",)),),
         ),
     ),
 }
