@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from qlib.checkpoint.fields import NAME, NUMBER, Each, Named, Record, Schema
 from qlib.errors import ModelError
 from qlib.prune.masks import Masks, parameters_by_name, unmasked
+from qlib.train.parts import Parts, laid_out, part_of, parts_of
 from qlib.train.policy import Batch, Policy
 
 __all__ = ["LASTING", "Masking", "Mode"]
@@ -54,22 +55,25 @@ class Masking(Policy):
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self._model = model
         self._parameters = parameters_by_name(model)
-        self.masks: Masks = {name: _laid_out(mask, self._parameters[name]) for name, mask in masks.items()}
+        self.masks: Masks = {name: laid_out(mask, self._parameters[name]) for name, mask in masks.items()}
         self._modes: dict[str, Mode] = dict.fromkeys(masks, LASTING)
         self._unmasked: dict[str, Tensor] = {}
-        self._trained: Mapping[str, Sequence[nn.Parameter]] = {}
+        self._trained: Parts = {}
         self._optimizer: Optimizer | None = None
 
     def use(self, optimizer: Optimizer, first: int) -> None:
         self._optimizer = optimizer
-        trained = [each for group in optimizer.param_groups for each in group["params"]]
-        self._trained = {name: _parts(own, trained) for name, own in self._parameters.items()}
+        self._trained = parts_of(self._parameters, optimizer)
+
+    def weight(self, name: str) -> nn.Parameter:
+        """A parameter of the model by its name."""
+        return self._parameters[name]
 
     @torch.no_grad()
     def set(self, name: str, mask: Tensor, mode: Mode = LASTING) -> None:
         """Gives a parameter a mask, which acts at once if it is lasting."""
         before, weight = self.masks.get(name), self._parameters[name]
-        mask = _laid_out(mask, weight)
+        mask = laid_out(mask, weight)
         self.masks[name], self._modes[name] = mask, mode
         if mode.lasting:
             weight.masked_fill_(~mask, 0.0)
@@ -90,7 +94,7 @@ class Masking(Policy):
         if self._optimizer is None or not bool(changed.any()):
             return
         for part in self._trained[name]:
-            mine = _part_of(changed, self._parameters[name], part)
+            mine = part_of(changed, self._parameters[name], part)
             for kept in self._optimizer.state.get(part, {}).values():
                 if isinstance(kept, Tensor) and kept.shape == part.shape:
                     kept.masked_fill_(mine, 0.0)
@@ -121,7 +125,7 @@ class Masking(Policy):
             if mode.lasting or mode.gradients:
                 for part in self._trained[name]:
                     if part.grad is not None:
-                        part.grad.masked_fill_(_part_of(~self.masks[name], self._parameters[name], part), 0.0)
+                        part.grad.masked_fill_(part_of(~self.masks[name], self._parameters[name], part), 0.0)
 
     def _restore(self) -> None:
         for name, weight in self._unmasked.items():
@@ -166,31 +170,3 @@ class Masking(Policy):
         for name in self.masks:
             flags = {flag: name in state[flag] for flag in _FLAGS}
             self._modes[name] = Mode(**flags, scale=state["scale"].get(name, 1.0))
-
-
-def _parts(own: Tensor, trained: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters of an optimizer that lie in the memory of one of the model's.
-
-    >>> weight = nn.Parameter(torch.zeros(4, 2))
-    >>> [tuple(part.shape) for part in _parts(weight, [nn.Parameter(weight.detach()[2:]), nn.Parameter(torch.ones(1))])]
-    [(2, 2)]
-    """
-    return [each for each in trained if each.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()]
-
-
-def _part_of(mask: Tensor, own: Tensor, part: Tensor) -> Tensor:
-    """What of a mask of `own` is that of `part`, which lies in the same memory.
-
-    >>> own = torch.zeros(2, 2)
-    >>> _part_of(torch.tensor([[True, False], [False, False]]), own, own[:, 0])
-    tensor([ True, False])
-    """
-    if part.shape == own.shape and part.stride() == own.stride():
-        return mask
-    offset = part.storage_offset() - own.storage_offset()
-    return _laid_out(mask, own).as_strided(part.shape, part.stride(), offset)
-
-
-def _laid_out(mask: Tensor, own: Tensor) -> Tensor:
-    """A mask on the device of its parameter, and in memory as that is."""
-    return torch.empty_strided(own.shape, own.stride(), dtype=mask.dtype, device=own.device).copy_(mask)

@@ -1,0 +1,1 @@
+"""The pruners that a schedule may name: one family a file."""

@@ -1,0 +1,1 @@
+"""Regularizers: losses that drive weights, or groups of them, to zero."""
