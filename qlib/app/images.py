@@ -165,10 +165,15 @@ class TrainingImages:
         """How many steps an epoch has."""
         return -(-len(self.epoch(0).indices) // self.job.config.batch_size)
 
+    def sample(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """Batches of `count` training images as evaluation sees them, always the same ones."""
+        order = epoch_order(self.training, 1.0, self.job.config.seed, epoch=0)[:count]
+        for images, _ in loader_of(self.job, self.dataset, order, batch_size):
+            yield images.to(self.job.device, memory_format=LAYOUT)
+
     def statistics(self, graph: Graph, count: int) -> ModelStats:
         """Statistics, with histograms, of training images as evaluation sees them."""
         collector = Collector(graph, histograms=True)
-        order = epoch_order(self.training, 1.0, self.job.config.seed, epoch=0)[:count]
-        for images, _ in loader_of(self.job, self.dataset, order, MICRO_BATCH):
-            collector.update(images.to(self.job.device, memory_format=LAYOUT), consumed=len(images))
+        for images in self.sample(count, MICRO_BATCH):
+            collector.update(images, consumed=len(images))
         return ModelStats(collector.result(), {"samples": collector.samples})

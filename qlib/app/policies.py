@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from qlib.app.distill import make_distillation
 from qlib.app.images import TrainingImages
 from qlib.app.job import Job
+from qlib.app.sparsity import make_pruning, make_regularizing
 from qlib.config.schedule.keys import EXTENSION_CLASSES, ClassFields
 from qlib.config.schedule.read import load_schedule
 from qlib.config.schedule.types import Schedule
 from qlib.errors import ConfigError, ModelError
 from qlib.graph import Graph, capture, fold, lay_out
 from qlib.models import create_model
+from qlib.prune.pruner import pruner_classes
 from qlib.qat.assignment import quantizer_classes
 from qlib.qat.quantization import Quantization
 from qlib.quant.plan import Plan
 from qlib.registry import Registry
+from qlib.regularize._base import regularizer_classes
 from qlib.stats.tensor_stats import ModelStats
 from qlib.surgery.widen import find_wide_model, wide_name
 from qlib.train.lr.policy import LrPolicy
@@ -105,11 +108,27 @@ def set_up(job: Job, schedule: Schedule) -> Setup:
     weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not weights:
         raise ModelError(f"{job.spec.arch} has no parameter that can be trained; give one whose requires_grad is set")
-    masking = Masking(wide.model, wide.masks) if wide.masks else None
-    setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights, masking=masking).plus(masking)
+    sparse = wide.masks or schedule.of("pruners") or schedule.of("regularizers")
+    masking = Masking(wide.model, wide.masks) if sparse else None
+    setup = Setup(wide, job, schedule, TrainingImages.of(wide), module, weights, masking=masking)
     for section in SECTIONS:
         setup = SECTIONS[section].add(setup)
     return setup
+
+
+@_section("pruners", pruner_classes())
+def _pruners(setup: Setup) -> Setup:
+    if setup.masking is None:
+        return setup
+    return setup.plus(*make_pruning(setup.job, setup.schedule, setup.images, setup.masking))
+
+
+@_section("regularizers", regularizer_classes())
+def _regularizers(setup: Setup) -> Setup:
+    """And the masks, which act after all that sets them."""
+    if setup.masking is None:
+        return setup
+    return setup.plus(*make_regularizing(setup.job, setup.schedule, setup.masking), setup.masking)
 
 
 @_section("quantizers", quantizer_classes())

@@ -23,6 +23,7 @@ from qlib.errors import UsageError
 from qlib.graph import LAYOUT, Graph
 from qlib.lower import lower
 from qlib.quant.plan import Plan
+from qlib.report.summary import summary
 from qlib.train.best import EpochScore, nonzero, ranked
 from qlib.train.loop import Diverged, Progress, StepSettings, Trainee, run_epoch
 from qlib.train.records import MetricsWriter
@@ -63,6 +64,9 @@ class _Run:
         self.args = job.config.train
         self.timeline = timeline(schedule, self.args.epochs) if schedule.policies else ""
         setup = set_up(job, schedule)
+        self.sparse = setup.masking is not None
+        pruned = bool(schedule.of("pruners")) and "--best-by" not in job.config.given
+        self.best_by = "sparsity" if pruned else self.args.best_by
         self.job, self.images, self.convert = setup.job, setup.images, setup.convert
         self.trainee = Trainee.of(self.args, setup.module, setup.weights, setup.policies)
         self.learned: tuple[Graph, Plan] | None = None
@@ -134,6 +138,9 @@ class _Run:
         with self.trainee.deployed():
             model, quantized = self._evaluated()
             left, sparsity = nonzero(self.job.model)
+            if self.sparse:
+                text = summary("sparsity", self.job.model, self.job.example, self.job.run.folder)
+                _log.info("\nParameters:\n%s", text)
             _log.info("--- validate (epoch=%d)-----------", epoch)
             (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
         log_result(result)
@@ -143,7 +150,7 @@ class _Run:
         for policy in self.trainee.policies:
             policy.on_epoch_end(epoch, metrics)
         score = EpochScore(epoch, result.top1, result.top5, result.loss, sparsity, left)
-        self.state.best[:] = ranked([*self.state.best, score], self.args.best_by, max(self.args.num_best_scores, 1))
+        self.state.best[:] = ranked([*self.state.best, score], self.best_by, max(self.args.num_best_scores, 1))
         for best in self.state.best:
             _log.info("%s", best)
         self.metrics.add(epoch, {**means, "LR": lr}, metrics, seconds)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from qlib.checkpoint.fields import NAME, NUMBER, Each, Named, Record, Schema
 from qlib.errors import ModelError
 from qlib.prune.masks import Masks, parameters_by_name, unmasked
-from qlib.train.parts import Parts, laid_out, part_of, parts_of
+from qlib.train.parts import Parts, gradient_of, laid_out, part_of, parts_of
 from qlib.train.policy import Batch, Policy
 
 __all__ = ["LASTING", "Masking", "Mode"]
@@ -69,15 +69,24 @@ class Masking(Policy):
         """A parameter of the model by its name."""
         return self._parameters[name]
 
+    def kept(self, name: str) -> Tensor:
+        """The mask of a parameter: one that keeps all where there is none."""
+        weight = self._parameters[name]
+        return self.masks[name] if name in self.masks else torch.ones_like(weight, dtype=torch.bool)
+
+    def gradient(self, name: str) -> Tensor | None:
+        """The gradient of a parameter; None before the first backward pass."""
+        return gradient_of(self._parameters[name].detach(), self._trained[name])
+
     @torch.no_grad()
     def set(self, name: str, mask: Tensor, mode: Mode = LASTING) -> None:
         """Gives a parameter a mask, which acts at once if it is lasting."""
-        before, weight = self.masks.get(name), self._parameters[name]
+        before, weight = self.kept(name), self._parameters[name]
         mask = laid_out(mask, weight)
         self.masks[name], self._modes[name] = mask, mode
         if mode.lasting:
             weight.masked_fill_(~mask, 0.0)
-            self._forget(name, mask != (torch.ones_like(mask) if before is None else before))
+            self._forget(name, mask != before)
 
     def drop(self, name: str) -> None:
         """Forgets the mask of a parameter."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Parts", "laid_out", "part_of", "parts_of"]
+__all__ = ["Parts", "gradient_of", "laid_out", "part_of", "parts_of"]
 
 Parts = Mapping[str, list[nn.Parameter]]
 """Name of a parameter of the model -> what trains in its memory: quantizers hold some parameters in pieces."""
@@ -40,12 +40,31 @@ def part_of(values: Tensor, own: Tensor, part: Tensor) -> Tensor:
     >>> part_of(torch.tensor([[True, False], [False, False]]), own, own[:, 0])
     tensor([ True, False])
     """
-    if part.shape == own.shape and part.stride() == own.stride():
+    if part.shape == own.shape:
         return values
-    offset = part.storage_offset() - own.storage_offset()
-    return laid_out(values, own).as_strided(part.shape, part.stride(), offset)
+    values = values if values.stride() == own.stride() else laid_out(values, own)
+    return values.as_strided(part.shape, part.stride(), part.storage_offset() - own.storage_offset())
 
 
 def laid_out(values: Tensor, own: Tensor) -> Tensor:
     """Values on the device of a parameter, and in memory as that is."""
     return torch.empty_strided(own.shape, own.stride(), dtype=values.dtype, device=own.device).copy_(values)
+
+
+def gradient_of(own: Tensor, parts: Iterable[nn.Parameter]) -> Tensor | None:
+    """The gradient of a parameter, put together of those of its parts; None before the first backward pass.
+
+    >>> own = torch.zeros(3)
+    >>> part = nn.Parameter(own[1:])
+    >>> part.sum().backward()
+    >>> gradient_of(own, [part])
+    tensor([0., 1., 1.])
+    """
+    with_gradient = [part for part in parts if part.grad is not None]
+    if not with_gradient:
+        return None
+    whole = laid_out(torch.zeros_like(own), own)
+    for part in with_gradient:
+        assert part.grad is not None
+        part_of(whole, own, part).copy_(part.grad)
+    return whole

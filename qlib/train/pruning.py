@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlib.checkpoint.fields import WEIGHTS, Record, Schema
+from qlib.checkpoint.fields import WEIGHTS, Record, Schema, shown
 from qlib.config.schedule.types import PolicySpec
 from qlib.errors import CheckpointError
 from qlib.prune.pruner import Chosen, Moment, Pruner, Target
@@ -59,9 +59,10 @@ class Pruning(Policy):
 
     def on_minibatch_begin(self, batch: Batch) -> None:
         frequency = self._spec.args.get("mini_batch_pruning_frequency")
-        if isinstance(frequency, int) and frequency and batch.step and self._spec.active(batch.epoch):
-            if (batch.epoch * self._steps + batch.step) % frequency == 0:
-                self._prune(batch.epoch, batch.step)
+        if not isinstance(frequency, int) or not frequency or not batch.step or not self._spec.active(batch.epoch):
+            return
+        if (batch.epoch * self._steps + batch.step) % frequency == 0:
+            self._prune(batch.epoch, batch.step)
 
     @torch.no_grad()
     def _prune(self, epoch: int, step: int) -> None:
@@ -127,8 +128,22 @@ class Pruning(Policy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state["memory"].items():
-            if name not in self._names or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"the pruner {self._spec.component.name!r} remembers no {name!r}; {REMEDY}")
+            if not self._remembers(name, value):
+                raise CheckpointError(
+                    f"the pruner {self._spec.component.name!r} in the checkpoint remembers {shown(value)} of {name!r},"
+                    f" which is not what it would; {REMEDY}"
+                )
         self._pruned = state["pruned"]
         device = {name: self._masking.weight(name).device for name in state["memory"]}
         self._memory = {name: value.to(device[name]) for name, value in state["memory"].items()}
+
+    @torch.no_grad()
+    def _remembers(self, name: str, value: Tensor) -> bool:
+        """Whether a value may be what the pruner remembers of a parameter."""
+        if name not in self._names:
+            return False
+        weight = self._masking.weight(name).detach()
+        own = self._pruner.at_first(weight)
+        own = self._pruner.after_backward(weight, weight, None) if own is None else own
+        same = own is not None and own.shape == value.shape and own.dtype == value.dtype
+        return same and bool(torch.isfinite(value).all())

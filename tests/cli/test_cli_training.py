@@ -57,6 +57,21 @@ policies:
     ending_epoch: 3
     frequency: 1
 """
+PRUNED = """\
+pruners:
+  gradual: {class: AutomatedGradualPruner, initial_sparsity: 0.1, final_sparsity: 0.8, weights: fc.weight}
+  surgery: {class: SplicingPruner, sensitivities: {wide.conv.weight: 0.5}, low_thresh_mult: 0.9, hi_thresh_mult: 1.1}
+  gradient: {class: GradientRankedFilterPruner, desired_sparsity: 0.3, weights: [pointwise.conv.weight]}
+regularizers:
+  lasso: {class: GroupLassoRegularizer, reg_regims: {narrow.conv.weight: [0.01, Channels]}, threshold_criteria: Max}
+"""
+PRUNED_POLICIES = """\
+  - {pruner: {instance_name: gradual}, starting_epoch: 0, ending_epoch: 3, frequency: 1}
+  - pruner: {instance_name: surgery, args: {mini_batch_pruning_frequency: 3, use_double_copies: true}}
+    epochs: [0, 1, 2]
+  - {pruner: {instance_name: gradient}, epochs: [1, 2]}
+  - {regularizer: {instance_name: lasso, args: {keep_mask: true}}, epochs: [0, 2]}
+"""
 LSQ = """\
 quantizers:
   lsq: {class: LSQQuantizer, bits_activations: 4, bits_weights: 4, calibration_images: 64, bits_first_last: 8}
@@ -164,10 +179,11 @@ def test_float_training_is_that_of_plain_torch() -> None:
 
 
 def test_killed_at_any_step_and_resumed_gives_the_same_bytes() -> None:
-    Path("two.yaml").write_text(TWO_QUANTIZERS)
+    Path("two.yaml").write_text(PRUNED + TWO_QUANTIZERS + PRUNED_POLICIES)
     words = f"{MODEL} --compress two.yaml --epochs 3 --lr 0.02 {FAST} -p 1 --save-every 0"
     whole = good(words, Path.cwd())
     expected = contents(whole.folder / "checkpoint.pth.tar")
+    assert set(expected["masks"]) >= {"fc.weight", "wide.conv.weight", "pointwise.conv.weight"}
     for steps in (4, 25):  # in the first epoch, and after the second quantizer has begun
         shutil.rmtree("logs")
         command = [sys.executable, str(ROOT / "compress.py"), *words.split(), "--cpu", "-j", "0"]

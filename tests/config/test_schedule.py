@@ -571,9 +571,9 @@ def test_one_mistake_in_a_policy(tmp_path: Path, policy: str, expected: str) -> 
                 "regularizer: {instance_name: r}, epochs: [0]",
             ),
             [
-                "a.yaml:1: pruning is not available in this version yet; remove the pruner 'p' and its policies",
-                "a.yaml:2: regularization is not available in this version yet; remove the regularizer 'r' and its "
-                "policies",
+                "a.yaml:1: AutomatedGradualPruner needs initial_sparsity; add it",
+                "a.yaml:1: AutomatedGradualPruner needs weights; add it",
+                "a.yaml:2: L1Regularizer needs reg_regims; add it",
             ],
             id="pruning",
         ),

@@ -24,6 +24,7 @@ LINES = (
     ("lower", "ptq"),
     ("correct", "search", "deploy", "checkpoint"),
     ("prune",),
+    ("regularize",),
     ("models",),
     ("report", "train", "surgery"),
     ("qat", "distill"),

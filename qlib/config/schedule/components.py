@@ -33,21 +33,15 @@ KIND_OF = {
 }
 """Section -> what one of its components is called, which is also the key by which a policy names it."""
 
-_NAME_OF = {"pruners": "pruning", "regularizers": "regularization"}
-
 
 @dataclass(frozen=True)
 class Declared:
-    """A name that the file declares; `component` is None if it has a mistake, which has then been reported.
-
-    `available`: this version has components of that section.
-    """
+    """A name that the file declares; `component` is None if it has a mistake, which has then been reported."""
 
     section: str
     name: str
     where: str
     component: Component | None
-    available: bool = True
 
 
 def read_components(section: str, node: Node, classes: Classes, problems: list[str]) -> Iterator[Declared]:
@@ -56,12 +50,7 @@ def read_components(section: str, node: Node, classes: Classes, problems: list[s
         problems.append(f"{node.where}: {section} is {node}; allowed: a mapping of names to components")
     for name, entry in (node.mapping or {}).items():
         where = node.where_key(name)
-        if section not in classes:
-            what = f"remove the {KIND_OF[section]} {name!r} and its policies"
-            problems.append(f"{where}: {_NAME_OF.get(section, section)} is not available in this version yet; {what}")
-            yield Declared(section, name, where, None, available=False)
-        else:
-            yield Declared(section, name, where, _read_component(section, name, entry, where, classes, problems))
+        yield Declared(section, name, where, _read_component(section, name, entry, where, classes, problems))
 
 
 def _read_component(
@@ -130,7 +119,7 @@ def _read_rules(key: str, node: Node, fields: Mapping[str, Field], problems: lis
 def _read_other(
     cls: str, arguments: ClassFields, node: Node, where: str, problems: list[str]
 ) -> tuple[Settings, tuple[Rule, ...]]:
-    """A learning-rate scheduler or an extension."""
+    """A component that is no quantizer."""
     settings, places = read_fields(node, {**arguments.fields, "class": read_elsewhere}, problems)
     problems += _combination_problems(cls, arguments, node, where)
     milestones, gammas = settings.get("milestones"), settings.get("gammas")

@@ -10,6 +10,7 @@ from qlib.config.layers.keys import Settings, read_elsewhere, read_fields
 from qlib.config.schedule.components import KIND_OF, Declared, read_components
 from qlib.config.schedule.dialect import is_distillers
 from qlib.config.schedule.keys import LR_POLICY_ARGS, POLICY_FIELDS, Classes
+from qlib.config.schedule.pruning_keys import PRUNER_POLICY_ARGS, REGULARIZER_POLICY_ARGS
 from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError, did_you_mean
 from qlib.yaml_tree import MOST_SETTINGS, Node, load_yaml
@@ -19,6 +20,13 @@ __all__ = ["load_schedule"]
 _SECTIONS = ("version", *KIND_OF, "policies")
 _KINDS = tuple(KIND_OF.values())
 _POLICY_KEYS = {**dict.fromkeys(_KINDS, read_elsewhere), **POLICY_FIELDS}
+POLICY_ARGS = {
+    "lr_scheduler": LR_POLICY_ARGS,
+    "pruner": PRUNER_POLICY_ARGS,
+    "regularizer": REGULARIZER_POLICY_ARGS,
+}
+"""Kind of component -> the `args` that its policies may have."""
+
 _log = logging.getLogger(__name__)
 
 _SPAN = ("starting_epoch", "ending_epoch", "frequency")
@@ -56,7 +64,7 @@ def load_schedule(path: str | Path, epochs: int, classes: Classes) -> Schedule:
         raise ConfigError(problems)
     for each in [*(f"{each}; the last one counts" for each in doubled), *idle]:
         _log.warning("Warning: %s", each)
-    return Schedule(tuple(policies))
+    return Schedule(tuple(policies), distillers)
 
 
 def _entries(root: Node, problems: list[str]) -> Sequence[Node]:
@@ -87,7 +95,7 @@ def _unused(declared: Sequence[Declared], entries: Sequence[Node]) -> Iterator[s
     used = {(kind, _name_of(node)) for entry in entries for kind, node in (entry.mapping or {}).items()}
     for each in declared if entries else ():
         kind = KIND_OF[each.section]
-        if each.available and (kind, each.name) not in used:
+        if (kind, each.name) not in used:
             yield f"{each.where}: no policy uses the {kind} {each.name!r}; add one under 'policies' or remove it"
 
 
@@ -182,17 +190,22 @@ def _find(kind: str, node: Node, declared: Sequence[Declared], problems: list[st
 
 
 def _read_args(kind: str, node: Node, component: Component | None, problems: list[str]) -> Settings:
-    """The arguments of a policy: only one of a learning-rate scheduler has any."""
+    """The arguments of a policy; those of quantizers and extensions have none."""
     args = (node.mapping or {}).get("args")
     if args is None or args.value is None or component is None:
         return {}
-    if kind != "lr_scheduler":
+    if kind not in POLICY_ARGS:
         if args.value != {}:
             problems.append(f"{args.where}: a policy of a {kind} takes no args; set them where it is declared")
         return {}
-    settings, places = read_fields(args, LR_POLICY_ARGS, problems)
+    settings, places = read_fields(args, POLICY_ARGS[kind], problems)
     if component.cls == "ReduceLROnPlateau" and settings.get("per") == "step":
         problems.append(
             f"{places['per']}: ReduceLROnPlateau acts on the results of an epoch; remove per or write epoch"
+        )
+    if settings.get("mask_gradients") and not settings.get("mask_on_forward_only"):
+        problems.append(
+            f"{places['mask_gradients']}: mask_gradients has no effect without mask_on_forward_only, as other masks"
+            " mask gradients too; add that or remove it"
         )
     return settings

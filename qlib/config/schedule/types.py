@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qlib.config.layers.settings import Rule
 
@@ -12,7 +12,7 @@ __all__ = ["Component", "PolicySpec", "Schedule"]
 
 @dataclass(frozen=True)
 class Component:
-    """One component of a schedule: a quantizer, a learning-rate scheduler or an extension.
+    """One component of a schedule, as a quantizer, a pruner or a learning-rate scheduler.
 
     `settings` holds the arguments that the file gives, checked; what it does not give is not there. `rules` are the
     overrides of a quantizer, in order of precedence.
@@ -48,6 +48,20 @@ class PolicySpec:
     args: Mapping[str, object] = field(default_factory=dict)
     where: str = ""
 
+    @property
+    def last(self) -> int:
+        """The last epoch in which the policy acts.
+
+        >>> component = Component("pruners", "p", "SensitivityPruner", {})
+        >>> PolicySpec(component, 3, 10, 3).last, PolicySpec(component, 2, 8, 1, (2, 7)).last
+        (9, 7)
+        """
+        return self.start + (self.end - 1 - self.start) // self.frequency * self.frequency
+
+    def with_settings(self, settings: Mapping[str, object]) -> PolicySpec:
+        """The policy of a component of the same class with other settings."""
+        return replace(self, component=replace(self.component, settings=settings))
+
     def active(self, epoch: int) -> bool:
         """Whether the policy acts in an epoch."""
         if self.epochs is not None:
@@ -57,9 +71,13 @@ class PolicySpec:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The policies of a file, in order of declaration, which is the order in which they act."""
+    """The policies of a file, in order of declaration, which is the order in which they act.
+
+    `distillers`: Distiller could read the file, so that less of it is an error.
+    """
 
     policies: tuple[PolicySpec, ...]
+    distillers: bool = False
 
     def active(self, epoch: int) -> tuple[PolicySpec, ...]:
         """The policies that act in an epoch: a pure function."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -91,11 +92,13 @@ class Ranked(Pruner):
         if self.noise:
             drawn = torch.randn(scores.shape, generator=moment.generator(target.index)).to(scores.device)
             scores = scores + self.noise * scores.std() * drawn
-        return keep_largest(scores, self.removed(scores.numel(), self.level(moment))) & ~self._dead(target)
+        kept = keep_largest(scores, self.removed(scores.numel(), self.level(moment)))
+        return kept & ~self._dead(target)
 
     def _dead(self, target: Target) -> Tensor:
         """The groups that were pruned before and are zero: they do not come back."""
-        return (self.groups.norms(target.weight, 1) == 0) & (self.groups.norms(target.kept.float(), 1) == 0)
+        live = target.weight.abs().float() + target.kept
+        return torch.eq(self.groups.norms(live, 1), 0)
 
     def removed(self, groups: int, level: float) -> int:
         """How many groups go.
@@ -141,7 +144,7 @@ class _L2(Ranked):
     """By their root mean square."""
 
     def scores(self, target: Target, moment: Moment) -> Tensor:
-        return self.groups.norms(target.weight, 2) / self.groups.size(target.weight) ** 0.5
+        return self.groups.norms(target.weight, 2) / math.sqrt(self.groups.size(target.weight))
 
 
 class _Apoz(Ranked):

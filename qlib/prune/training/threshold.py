@@ -87,8 +87,8 @@ class Splicing(Alone):
         grown = 1 + (moment.epoch - moment.start) * self.sensitivity_multiplier
         threshold = mean + deviation * self.sensitivities[target.name] * grown
         magnitude = target.weight.abs()
-        returning = magnitude >= self.hi_thresh_mult * threshold
-        return (target.kept & (magnitude >= self.low_thresh_mult * threshold)) | returning
+        large: Tensor = magnitude >= self.hi_thresh_mult * threshold
+        return torch.logical_or(large, target.kept & (magnitude >= self.low_thresh_mult * threshold))
 
 
 @PRUNERS.register("BaiduRNNPruner")

@@ -72,7 +72,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                 Flag(
                     "--best-by",
                     choice(BEST_BY),
-                    "what makes an epoch the best: Top1, or sparsity before it",
+                    "what makes an epoch the best: Top1, or sparsity before it, as is usual where a schedule prunes",
                     "train.best_by",
                 ),
                 Flag("--num-best-scores", whole(1), "how many of the best epochs to list", "train.num_best_scores"),
