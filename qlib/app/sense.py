@@ -17,6 +17,7 @@ from torch import Tensor
 from qlib.app.capture import capture_model
 from qlib.app.images import SEARCH_BATCH, loader_of, report_skipped, test_loader
 from qlib.app.job import Job
+from qlib.app.report import record
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.data.loader import Loader
 from qlib.errors import ModelError, UsageError
@@ -53,6 +54,7 @@ def analyse_pruning(job: Job) -> None:
     _log.info("As it is: Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
     path = job.file("sensitivity.csv")
     write_csv(path, [each.name for each in fields(PruningSensitivity)], map(astuple, rows))
+    record(job, pruning_sensitivity=tuple(rows))
     partial.unlink(missing_ok=True)
     _log.info("Sensitivity of each weight saved to %s", path)
     plot = job.file("sensitivity.png")

@@ -25,6 +25,7 @@ from qlib.graph.weights import give_bias
 from qlib.lower import bias_names, lower
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import plan_from_text, plan_text
+from qlib.tensor_file import flushed
 
 __all__ = [
     "QuantizedHeader",
@@ -78,7 +79,9 @@ def save_quantized(
     Raises OutputError when the file cannot be written.
     """
     checkpoint = quantized_checkpoint(header, lowered, extras)
-    write_checkpoint(path, checkpoint if original is None else {**checkpoint, _FLOAT_WEIGHTS: _on_cpu(original)})
+    if original is not None:
+        checkpoint[_FLOAT_WEIGHTS] = flushed(_on_cpu(original))
+    write_checkpoint(path, checkpoint)
 
 
 def quantized_checkpoint(

@@ -29,6 +29,7 @@ from qlib.graph import Graph
 from qlib.graph.ir import source_line
 from qlib.lower.ops.weighted import ExactWeighted, FloatWeighted
 from qlib.lower.qdq import lower_qdq
+from qlib.tensor_file import FLUSHED_BELOW
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -288,6 +289,21 @@ def _save(model: ir.Model, path: Path, metadata: Mapping[str, str]) -> None:
     model.producer_name, model.producer_version = "qlib-compress", metadata.get("version", "")
     model.metadata_props.clear()
     model.metadata_props.update({f"qlib.{key}": value for key, value in metadata.items()})
+    _flush(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     external = f"{path.name}.data" if size > _EXTERNAL else None
     write_whole(path, lambda file: ir.save(model, file, external_data=external), "ONNX model")
+
+
+def _flush(model: ir.Model) -> None:
+    """Weights of almost 0 become 0, as in checkpoints; scales stay: they are divided by."""
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        scales = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node, _ in value.uses())
+        if value.const_value is None or value.dtype != ir.DataType.FLOAT or scales:
+            continue
+        weights = value.const_value.numpy()
+        tiny = (abs(weights) < FLUSHED_BELOW) & (weights != 0)
+        if tiny.any():
+            value.const_value = ir.Tensor(np.where(tiny, np.float32(0), weights), name=value.name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from qlib.prune.sensitivity import PruningSensitivity
 from qlib.report.record_parts import Deployment, Layer, TradeOff, Training, Trials, Verification
 from qlib.search.sensitivity import Sensitivity
 
@@ -155,6 +156,7 @@ class RunReport:
     calibration: Calibration | None = None
     layers: tuple[Layer, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    pruning_sensitivity: tuple[PruningSensitivity, ...] = ()
     tradeoff: TradeOff | None = None
     auto: Trials | None = None
     deployment: Deployment | None = None

@@ -18,6 +18,7 @@ from qlib.checkpoint.masks import saved_masks
 from qlib.checkpoint.write import write_checkpoint
 from qlib.errors import CheckpointError
 from qlib.files import move
+from qlib.tensor_file import flushed
 from qlib.train.best import EpochScore
 from qlib.train.loop import Diverged, Progress, Running, Trainee
 from qlib.train.saved import REMEDY, check_optimizer, check_training
@@ -66,7 +67,7 @@ class TrainingState:
             "epoch": progress.epoch - 1,  # the last one that was finished, as people's scripts expect
             "steps": progress.steps,
             "running": {"sums": progress.running.sums, "images": progress.running.images},
-            "state_dict": dict(self.weights.state_dict()),
+            "state_dict": flushed(self.weights.state_dict()),
             **saved_masks(self.masks),
             "optimizer_state_dict": self.trainee.optimizer.state_dict(),
             "optimizer_type": type(self.trainee.optimizer).__name__,

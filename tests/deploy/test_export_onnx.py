@@ -107,6 +107,18 @@ def logits_of(exact: fx.GraphModule, images: Tensor) -> Tensor:
     return logits
 
 
+def test_weights_of_almost_nothing_are_written_as_zero(tmp_path: Path) -> None:
+    model, images = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten()), torch.ones(2, 3, 2, 2)
+    model[0].weight.data[:] = torch.tensor([1e-31, 1e-29, 1.0])[None, :, None, None]
+    model[0].bias.data[:] = torch.tensor([-1e-38, 2.0])
+    export_float(capture(model.eval(), images), images, tmp_path / "m.onnx", opset=20, metadata={})
+    found = sorted(
+        value.flatten().tolist() for value in initializers(tmp_path / "m.onnx").values() if value.ndim in (1, 4)
+    )
+    assert [0.0, 2.0] in found
+    assert pytest.approx([0.0, 1e-29, 1.0] * 2, rel=1e-6, abs=0.0) in found
+
+
 def test_names_of_the_integer_model(files: Files) -> None:
     graph = onnx.load(files("padding")[1]).graph
     assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]

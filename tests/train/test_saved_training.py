@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,3 +230,14 @@ def test_settings_of_the_schedule_are_not_those_of_the_file(written: Callable[[s
     lr = state.trainee.lr
     state.trainee.policies[0].on_epoch_end(2, {"loss": 9.0, "top1": 0.0})
     assert state.trainee.lr == pytest.approx(lr * 0.1)
+
+
+def test_weights_of_almost_nothing_are_written_as_zero(tmp_path: Path) -> None:
+    state, path = fresh(), tmp_path / "checkpoint.pth.tar"
+    state.weights.weight.data[0] = torch.tensor([1e-31, -3e-39, 1e-29, -1.0])
+    state.trainee.optimizer.state[state.weights.weight]["exp_avg_sq"] = torch.full((3, 4), 1e-33)
+    state.save(path, HEADER, None)
+    written = read_checkpoint(path)
+    assert written["state_dict"]["weight"][0].tolist() == pytest.approx([0.0, 0.0, 1e-29, -1.0], rel=1e-6, abs=0.0)
+    assert float(written["optimizer_state_dict"]["state"][0]["exp_avg_sq"].max()) > 0, "a square may be that small"
+    assert float(state.weights.weight[0, 0].detach()) > 0, "training goes on with what it has"
