@@ -26,10 +26,11 @@ from qlib.models.names import names_python_file
 from qlib.models.transforms import standard_classes
 from qlib.prune.masks import Masks, apply_masks
 from qlib.runlog import RunLog
+from qlib.surgery.recipe_file import THINNING, thinned_as
 from qlib.surgery.widen import find_wide_model, is_wide
 from qlib.users_code import users_code
 
-__all__ = ["Job", "choose_device", "load_job", "tell_masks"]
+__all__ = ["Job", "choose_device", "example_of", "load_job", "tell_masks"]
 
 _log = logging.getLogger(__name__)
 
@@ -65,11 +66,16 @@ class Job:
     @property
     def example(self) -> Tensor:
         """A batch of two images of the model's size, on its device."""
-        return torch.zeros(2, *self.spec.input_shape, device=self.device)
+        return example_of(self.spec, self.device)
 
     def file(self, name: str) -> Path:
         """A file in the run's folder; the run's name is its prefix, as people's scripts expect."""
         return self.run.folder / (f"{self.config.name}_{name}" if self.config.name else name)
+
+
+def example_of(spec: ModelSpec, device: torch.device | None = None) -> Tensor:
+    """A batch of two images of the size of a model."""
+    return torch.zeros(2, *spec.input_shape, device=device)
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -147,6 +153,7 @@ def _load_model(
         return model, {}
     _log.info("=> loading checkpoint %s", file)
     source = f"checkpoint {str(file)!r}"
+    model = thinned_as(model, checkpoint, example_of(spec), source)
     load_state(model, model_state(checkpoint), source, remedy_for(checkpoint))
     if config.exp_load_weights_from is not None:
         tell_masks(checkpoint, source, "dropped, as --exp-load-weights-from asks")
@@ -240,4 +247,4 @@ def _weights_only(path: Path) -> Mapping[str, Any]:
             f"{path} holds integers, not float weights; evaluate it with --resume-from,"
             " or write it again with --qe-save-fp-weights"
         )
-    return {"arch": checkpoint.get("arch"), "state_dict": kept}
+    return {"arch": checkpoint.get("arch"), "state_dict": kept, THINNING: checkpoint.get(THINNING)}

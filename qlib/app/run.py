@@ -17,7 +17,7 @@ from qlib.app.correct import correct_float
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.export import SATURATING, export_float_model, export_model
 from qlib.app.images import test_loader
-from qlib.app.job import Job, choose_device, load_job
+from qlib.app.job import Job, choose_device, example_of, load_job
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.predictions import compare_to_run, comparison_row, log_comparison, save_predictions
 from qlib.app.report import record_file, record_layers, write_report
@@ -48,6 +48,7 @@ from qlib.models.names import family_of
 from qlib.quant.plan_file import check_plan, write_plan
 from qlib.report.tables import arithmetic_lines, plan_table
 from qlib.runlog import RunLog, open_run
+from qlib.surgery.recipe_file import saved_recipe, thinned_as
 from qlib.surgery.widen import find_wide_model
 from qlib.train.state import is_training
 from qlib.users_code import users_models
@@ -132,7 +133,7 @@ def _quantize_once(job: Job) -> tuple[int, Draw]:
     results = _test(job, {"quantized": deployed.engine, "fp32": job.model, **deployed.others})
     result, reference = results["quantized"], results["fp32"]
     path = job.file("quantized_checkpoint.pth.tar")
-    header = QuantizedHeader(job.spec.arch, job.dataset_name, job.num_classes, plan)
+    header = QuantizedHeader(job.spec.arch, job.dataset_name, job.num_classes, plan, saved_recipe(job.model))
     original = job.model if planned.keep_float_weights else None
     save_quantized(path, header, lowered, {"quantized_top1": result.top1}, original)
     _log.info("Saving checkpoint to: %s", path)
@@ -157,7 +158,8 @@ def _use_checkpoint(config: RunConfig, run_log: RunLog, device: torch.device, ch
         raise UsageError(f"{file} is a quantized {header.arch}, not {config.arch}; drop --arch, as the file knows it")
     refuse_python_file(header.arch, f"checkpoint {file!r}", "-a", named=config.arch)
     spec = find_wide_model(header.arch)
-    model = create_model(spec, num_classes=header.num_classes).to(device)
+    model = create_model(spec, num_classes=header.num_classes)
+    model = thinned_as(model, header.thinning, example_of(spec), f"checkpoint {file!r}").to(device)
     job = Job(config, run_log, device, spec, config.dataset or header.dataset, header.num_classes, model)
     _log.info("=> loaded a quantized %s model with the %s dataset", spec.arch, job.dataset_name)
     folded = fold_model(job)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.app.images import loader_of, open_split
-from qlib.app.job import Job, tell_masks
+from qlib.app.job import Job, example_of, tell_masks
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.checkpoint.fit import load_state, model_state, remedy_for
 from qlib.checkpoint.quantized import float_weights, is_quantized
@@ -26,6 +26,7 @@ from qlib.metrics import MICRO_BATCH
 from qlib.models import ModelSpec, create_model, find_model
 from qlib.models.transforms import normalization
 from qlib.progress import track
+from qlib.surgery.recipe_file import THINNING, thinned_as
 from qlib.tensor_file import read_tensors, write_tensors
 from qlib.users_code import users_code
 
@@ -119,7 +120,7 @@ def _resumed(job: Job, spec: ModelSpec, path: Path, prefix: str) -> nn.Module:
                 f"{str(path)!r} holds integers, and a teacher computes in float; give the checkpoint that it was made"
                 " from, or write it again with --qe-save-fp-weights"
             )
-        checkpoint = {"arch": checkpoint.get("arch"), "state_dict": dict(kept)}
+        checkpoint = {"arch": checkpoint.get("arch"), "state_dict": dict(kept), THINNING: checkpoint.get(THINNING)}
     if checkpoint.get("quantized") is not None:
         _log.warning("Warning: %s was trained with quantizers, and the teacher computes with its float weights", path)
     arch = checkpoint.get("arch")
@@ -134,6 +135,7 @@ def _resumed(job: Job, spec: ModelSpec, path: Path, prefix: str) -> nn.Module:
     if theirs != job.num_classes:
         raise _other_classes(spec, theirs, job)
     source, remedy = f"the teacher's checkpoint {str(path)!r}", f"give the {prefix}teacher that it was made with"
+    model = thinned_as(model, checkpoint, example_of(spec), source)
     load_state(model, state, source, remedy_for(checkpoint, remedy))
     tell_masks(checkpoint, source, "not applied to the teacher")
     return model

@@ -24,6 +24,7 @@ from qlib.graph import LAYOUT, Graph
 from qlib.lower import lower
 from qlib.quant.plan import Plan
 from qlib.report.summary import summary
+from qlib.surgery.recipe_file import saved_recipe
 from qlib.train.best import EpochScore, nonzero, ranked
 from qlib.train.loop import Diverged, Progress, StepSettings, Trainee, run_epoch
 from qlib.train.records import MetricsWriter
@@ -74,6 +75,7 @@ class _Run:
         self.state = TrainingState(self.job.model, self.trainee, self.progress, [], setup.masks)
         self.metrics = MetricsWriter(job.run.folder)
         header = {"arch": self.job.spec.arch, "dataset": self.job.dataset_name, "num_classes": self.job.num_classes}
+        header |= saved_recipe(self.job.model)
         self.checkpoints = Checkpoints(self.state, self.job.file, header, self.args.save_every)
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
@@ -172,7 +174,9 @@ class _Run:
             return self.trainee.model.eval(), None
         graph, plan = self.learned
         lowered = lower(graph.eval(), plan).to(self.job.device)
-        header = QuantizedHeader(self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan)
+        header = QuantizedHeader(
+            self.job.spec.arch, self.job.dataset_name, self.job.num_classes, plan, saved_recipe(self.job.model)
+        )
         return lowered, quantized_checkpoint(header, lowered, {})
 
     def _test(self) -> None:

@@ -58,8 +58,6 @@ def own_name(name: str) -> str:
 _REMEDY = "give the -a that it was made with, and data with as many classes"
 
 _CHANGED = {
-    "thinning_recipes": "it was thinned, and a model of fewer channels is not there yet: give the checkpoint that it"
-    " was thinned from",
     "quantizer_metadata": "it was quantized by Distiller, whose quantized models are not read: give the checkpoint in"
     " float that it was made from",
 }
@@ -69,7 +67,7 @@ _CHANGED = {
 def remedy_for(checkpoint: Mapping[str, Any], remedy: str = _REMEDY) -> str:
     """What to do about a checkpoint that does not fit its model: `remedy`, unless it tells itself why.
 
-    >>> remedy_for({"state_dict": {}, "thinning_recipes": []}, "give another")
+    >>> remedy_for({"state_dict": {}, "quantizer_metadata": {}}, "give another")
     'give another'
     """
     return next((why for key, why in _CHANGED.items() if checkpoint.get(key)), remedy)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 _FORMAT = "qlib_quantized"
 _VERSION = 1
 _FLOAT_WEIGHTS = "float_state_dict"
-_HASH = "hash"
+_HASH, _THINNING = "hash", "thinning"
 _HEADER = {"arch": NAME, "dataset": NAME, "num_classes": CLASSES, "plan": TEXT}
 _FIELDS = Record({"version": ANY, **_HEADER, "state_dict": WEIGHTS})
 _REMEDY = "write it again with --quantize-eval"
@@ -56,6 +56,8 @@ class QuantizedHeader:
     dataset: str
     num_classes: int
     plan: Plan
+    thinning: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint holds of the recipe by which the model was thinned, if it was."""
 
 
 def is_quantized(checkpoint: Mapping[str, Any]) -> bool:
@@ -94,6 +96,7 @@ def quantized_checkpoint(
         "num_classes": header.num_classes,
         "plan": plan_text(header.plan),
         "state_dict": _on_cpu(lowered),
+        **header.thinning,
     }
     version = {"format": _FORMAT, "version": _VERSION}
     return {**version, **content, _HASH: _content_hash(content), "extras": dict(extras)}
@@ -101,7 +104,8 @@ def quantized_checkpoint(
 
 def _content_hash(checkpoint: Mapping[str, Any]) -> str:
     """That of plan, integers and the model's name."""
-    return content_hash({key: checkpoint[key] for key in (*_HEADER, "state_dict")})
+    thinning = [_THINNING] if _THINNING in checkpoint else []
+    return content_hash({key: checkpoint[key] for key in (*_HEADER, "state_dict", *thinning)})
 
 
 def _on_cpu(model: nn.Module) -> dict[str, Tensor]:
@@ -135,7 +139,8 @@ def read_header(checkpoint: Mapping[str, Any], source: str) -> QuantizedHeader:
             " in layer_quant_params.yaml and give that with --quantize-eval --qe-config-file"
         )
     plan = plan_from_text(checkpoint["plan"], source)
-    return QuantizedHeader(checkpoint["arch"], checkpoint["dataset"], checkpoint["num_classes"], plan)
+    thinning = {_THINNING: checkpoint[_THINNING]} if _THINNING in checkpoint else {}
+    return QuantizedHeader(checkpoint["arch"], checkpoint["dataset"], checkpoint["num_classes"], plan, thinning)
 
 
 def restore_quantized(

@@ -57,6 +57,7 @@ class ChannelClasses:
     count: int
     axes: tuple[ChannelAxis, ...]
     neutral: Tensor
+    summed: Tensor
     values: Mapping[str, Tensor | Sequence[Tensor]] = field(repr=False)
 
     def entries(self, number: int) -> list[Entry]:
@@ -71,7 +72,7 @@ class ChannelClasses:
     def keeps(self, removed: Iterable[int]) -> Tensor:
         """Whether each class stays, without some: ``[count + 1]``.
 
-        >>> ChannelClasses(3, (), torch.ones(4, dtype=torch.bool), {}).keeps([2])
+        >>> ChannelClasses(3, (), torch.ones(4), torch.ones(4), {}).keeps([2])
         tensor([ True,  True, False,  True])
         """
         keep = torch.ones(self.count + 1, dtype=torch.bool)
@@ -109,16 +110,19 @@ def channel_classes(graph: Graph) -> ChannelClasses:
         found: Tensor = places * (roots[places] == few)
         return found.expand(labels.shape)
 
-    neutral = torch.ones(len(roots), dtype=torch.bool)
+    neutral, summed = torch.ones(len(roots), dtype=torch.bool), torch.zeros(len(roots), dtype=torch.bool)
     for labels in tracer.counted:
         neutral[numbers(labels)] = False
+    for labels in tracer.summed:
+        summed[numbers(labels)] = True
     neutral[0] = True
     values = {
         node.name: numbers(value) if isinstance(value, Tensor) else tuple(map(numbers, value))
         for node, value in tracer.values.items()
     }
     found = tuple(ChannelAxis(name, axis, numbers(labels)) for name, axis, labels in axes)
-    return ChannelClasses(len(roots) - 1, tuple(each for each in found if bool(each.classes.any())), neutral, values)
+    varied = tuple(each for each in found if bool(each.classes.any()))
+    return ChannelClasses(len(roots) - 1, varied, neutral, summed, values)
 
 
 def _axes(graph: Graph, tracer: LabelTracer) -> Iterator[Entry]:

@@ -37,6 +37,9 @@ class Ties(Protocol):
     def counts(self, labels: Tensor) -> None:
         """Notes a mean, a deviation or a maximum over these: without one of them it is another one."""
 
+    def sums(self, labels: Tensor) -> None:
+        """Notes that these are summed without weights: a product of activations, or all of a tensor."""
+
 
 Rule = Callable[[Ties, nn.Module, Sequence[Tensor], Sequence[int]], Tensor]
 """(ties, module, labels of the inputs, shape of the output) -> labels of the output."""

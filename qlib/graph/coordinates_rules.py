@@ -110,8 +110,7 @@ def _reduced(of_zeros: bool) -> Rule:
         dims = range(labels.ndim) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
         axes = {int(dim) % labels.ndim for dim in dims}
         if not axes.isdisjoint(varying(labels)):
-            if not of_zeros:
-                ties.counts(labels)
+            (ties.sums if of_zeros else ties.counts)(labels)
             return pinned(shape)
         keeps = len(shape) == labels.ndim
         places = (slice(None) if axis not in axes else slice(0, 1) if keeps else 0 for axis in range(labels.ndim))
@@ -138,7 +137,9 @@ def _matmul(ties: Ties, module: nn.Module, inputs: Sequence[Tensor], shape: Sequ
     rank = max(a.ndim, b.ndim)
     a, b = (labels[(None,) * (rank - labels.ndim)] for labels in (a, b))
     if varying(a) == [rank - 1] or varying(b) == [rank - 2]:
-        ties.unite(along(ties, a, -1), along(ties, b, -2))
+        inner = along(ties, a, -1)
+        ties.unite(inner, along(ties, b, -2))
+        ties.sums(inner)
         return pinned(shape)
     for axis in range(rank - 2):
         if a.shape[axis] == b.shape[axis] > 1 and axis in (*varying(a), *varying(b)):

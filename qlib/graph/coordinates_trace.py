@@ -33,6 +33,7 @@ class LabelTracer(fx.Interpreter):
         self.tied: dict[tuple[int, int], Tensor] = {}
         self.elements: dict[int, Tensor] = {}
         self.counted: list[Tensor] = []
+        self.summed: list[Tensor] = []
         self.made: dict[nn.Module, Tensor] = {}
         self.values: dict[fx.Node, Labels] = {}
         self.unsettled: set[fx.Node] = set()
@@ -158,6 +159,11 @@ class LabelTracer(fx.Interpreter):
     def counts(self, labels: Tensor) -> None:
         """Notes a mean, a deviation or a maximum over these: without one of them it is another one."""
         self.counted.append(narrowed(labels).flatten())
+        self.sums(labels)
+
+    def sums(self, labels: Tensor) -> None:
+        """Notes that these are summed without weights: a product of activations, or all of a tensor."""
+        self.summed.append(narrowed(labels).flatten())
 
     def settled(self, labels: Tensor, *, heads: bool = False) -> Tensor:
         """The roots of labels, joined until they vary along one axis at most; one label for all is pinned.

@@ -18,11 +18,11 @@ __all__ = ["Recipe", "RecipeEntry"]
 
 @dataclass(frozen=True)
 class RecipeEntry:
-    """The indices that stay along an axis of a tensor which had `size` of them."""
+    """The indices that stay along an axis of a tensor which had `size` of them, None where nobody knows."""
 
     name: str
     axis: int
-    size: int
+    size: int | None
     kept: tuple[int, ...]
 
 
@@ -86,14 +86,15 @@ class Recipe:
             found, tensor = classes.of(each.name, each.axis), tensors.get(each.name)
             if tensor is None:
                 raise _for_another(f"{each.name!r} is no tensor of the model")
-            if found is None or tensor.shape[each.axis] != each.size:
-                size = tensor.shape[each.axis] if tensor.ndim > each.axis else "none"
+            size = tensor.shape[each.axis] if tensor.ndim > each.axis else 0
+            if size <= each.kept[-1] or each.size not in (None, size):
                 already = "; it is thinned already" if size == len(each.kept) else ""
-                raise _for_another(
-                    f"{each.name!r} has {size} indices on axis {each.axis}, and it was made of {each.size}{already}"
-                )
-            gone = torch.ones(each.size, dtype=torch.bool)
+                made = each.size or f"more than {each.kept[-1]}"
+                raise _for_another(f"{each.name!r} has {size} indices on axis {each.axis}, of {made}{already}")
+            gone = torch.ones(size, dtype=torch.bool)
             gone[list(each.kept)] = False
+            if found is None or bool((found[gone] == 0).any()):
+                raise _for_another(f"axis {each.axis} of {each.name!r} is one that always stays")
             removed[found[gone]] = True
         return removed[1:].nonzero().flatten().add(1).tolist()
 

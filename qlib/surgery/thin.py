@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlib.errors import ModelError
 from qlib.graph.coordinates import ChannelClasses, channel_classes
@@ -70,9 +70,9 @@ def _refuse_empty(classes: ChannelClasses, keep: Tensor) -> None:
         raise ModelError(f"{layer} would be left without channels; at least one of them must stay")
 
 
-def recipe_of(graph: Graph) -> Recipe | None:
-    """The recipe by which a graph was thinned; None for one that was not."""
-    found = graph.meta.get(_META)
+def recipe_of(model: nn.Module) -> Recipe | None:
+    """The recipe by which a model was thinned; None for one that was not."""
+    found = model.meta.get(_META) if isinstance(model, Graph) else None
     return found if isinstance(found, Recipe) else None
 
 
@@ -92,7 +92,7 @@ def replay(graph: Graph, recipe: Recipe) -> Graph:
 def masked(state: Mapping[str, Tensor], classes: ChannelClasses, removed: Sequence[int]) -> dict[str, Tensor]:
     """The tensors of a graph, copied, with 0 in the entries of some classes: what thinning leaves out.
 
-    >>> classes = ChannelClasses(0, (), torch.ones(1, dtype=torch.bool), {})
+    >>> classes = ChannelClasses(0, (), torch.ones(1), torch.ones(1), {})
     >>> masked({"weight": torch.ones(2)}, classes, [])
     {'weight': tensor([1., 1.])}
     """

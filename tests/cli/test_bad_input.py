@@ -127,6 +127,8 @@ def distiller(folder: Path) -> None:
         "shaped": {"masks": {"fc.weight": torch.zeros(128, 10, dtype=torch.uint8)}},
         "odd": {"compression_sched": {"masks_dict": {"fc.weight": [0, 1]}}},
         "thinned": {"thinning_recipes": ["a recipe"], "state_dict": shapes},
+        "recipe": {"thinning": [{"parameter": "fc.weight", "axis": 1, "size": 99, "kept": [0, 3]}]},
+        "torn": {"thinning": [{"parameter": "fc.weight", "axis": 1, "size": 99, "kept": [3, 0]}]},
         "ptq": {"quantizer_metadata": {"params": {}}, "state_dict": {**weights, "fc.w_scale": torch.ones(1)}},
     }.items():
         torch.save({"arch": "digits_cnn", "epoch": 3, "state_dict": weights, **more}, folder / f"{name}.pth.tar")
@@ -347,10 +349,20 @@ TABLE = {
         r"checkpoint 'odd.pth.tar' holds masks that are no tensors by name; save the state_dict of its model",
         distiller,
     ),
+    "a recipe of another model": Row(
+        "-e --resume-from recipe.pth.tar",
+        r"the thinning recipe is for another model: 'fc.weight' has 128 indices on axis 1, of 99; give the -a that",
+        distiller,
+    ),
+    "a damaged recipe": Row(
+        "-e --resume-from torn.pth.tar",
+        r"checkpoint 'torn.pth.tar' has a thinning recipe that keeps no rising indices of 'fc.weight'; give",
+        distiller,
+    ),
     "thinned": Row(
         "-e --resume-from thinned.pth.tar",
-        r"does not fit the model: 1 of another shape \(fc.weight is 10x100 in it and 10x128 in the model\); it was"
-        r" thinned, and a model of fewer channels is not there yet: give the checkpoint that it was thinned from",
+        r"checkpoint 'thinned.pth.tar' has a thinning recipe that is none of Distiller's; give the checkpoint that it"
+        r" was thinned from, and --thinnify",
         distiller,
     ),
     "quantized by Distiller": Row(

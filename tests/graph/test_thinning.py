@@ -105,8 +105,8 @@ def test_a_recipe_of_another_model_is_refused() -> None:
     with pytest.raises(CheckpointError) as error:
         replay(small, recipe_of(small))
     assert str(error.value) == (
-        "the thinning recipe is for another model: 'a.weight' has 2 indices on axis 0, and it was made of 4; it is"
-        " thinned already; give the -a that the checkpoint was made with"
+        "the thinning recipe is for another model: 'a.weight' has 2 indices on axis 0, of 4; it is thinned"
+        " already; give the -a that the checkpoint was made with"
     )
     with pytest.raises(CheckpointError, match=r"'norm\.weight' is no tensor of the model"):
         replay(captured(CASES[1].values[0]), recipe_of(small))
