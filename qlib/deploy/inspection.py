@@ -72,7 +72,7 @@ class Inspection:
         altered = frozenset(
             name for name, found in kernels.items() if _plain(found) != _plain(others.get(name, Kernels()))
         )
-        merged = _merged(nodes, seen)
+        merged = _merged(exact, seen)
         return cls(shipped, inspected, grids, frozenset(from_float), kernels, altered, seen, merged)
 
     def run(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,17 +90,17 @@ def dequantizes(exact: fx.GraphModule) -> bool:
     return source.op == "call_module" and isinstance(exact.get_submodule(str(source.target)), Dequantize)
 
 
-def _merged(nodes: Mapping[fx.Node, nn.Module], seen: Sequence[str]) -> dict[str, str]:
-    """Layers that the file does not hold -> one of the same type on the same inputs that it holds."""
+def _merged(exact: fx.GraphModule, seen: Sequence[str]) -> dict[str, str]:
+    """Layers that the file does not hold -> one of the same type on the same inputs, through moves, that it holds."""
+    kinds = {node: type(module) for node, module in exact_layers(exact)}
     first: dict[tuple[Any, ...], fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
-    for node, module in nodes.items():
-        key = (type(module), *(same.get(source, source) for source in layer_inputs(node)))
-        if str(node.target) in seen:
-            first.setdefault(key, node)
-        elif key in first:
-            same[node] = first[key]
-    return {str(node.target): str(kept.target) for node, kept in same.items()}
+    for node in exact.graph.nodes:
+        args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: same.get(source, source))
+        kept = first.setdefault((kinds.get(node, node.target), repr(args)), node)
+        if kept is not node and str(node.target) not in seen:
+            same[node] = kept
+    return {str(node.target): str(kept.target) for node, kept in same.items() if str(kept.target) in seen}
 
 
 def _is_computed(exact: fx.GraphModule, node: fx.Node) -> bool:

@@ -11,7 +11,7 @@ from qlib.graph.aten import arguments_of
 from qlib.graph.edit import insert
 from qlib.graph.names import op_of, writes
 
-__all__ = ["make_constant", "merge_equal", "softmax_of_one"]
+__all__ = ["make_constant", "merge_equal", "settle_softmax"]
 
 aten = torch.ops.aten
 
@@ -42,10 +42,13 @@ def make_constant(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def merge_equal(graph: fx.Graph) -> None:
-    """Constants that are made twice, as both states of an LSTM are, are made once, unless one is changed in place."""
+    """Constants that are made twice, as both states of an LSTM are, are made once, unless one is changed in place.
+
+    So are the sizes that they have: the exporter merges what is equal, and verification misses what it merged.
+    """
     made: dict[tuple[object, ...], fx.Node] = {}
     for node in list(graph.nodes):
-        if op_of(node) in ("full", "repeat", "sym_size"):
+        if op_of(node) in ("full", "repeat") or isinstance(node.meta.get("val"), (int, torch.SymInt)):
             first = made.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
             if first is not node and not any(map(writes, (*first.users, *node.users))):
                 node.replace_all_uses_with(first)
@@ -62,14 +65,31 @@ def _asked_sizes(graph: fx.Graph, node: fx.Node) -> list[Any]:
     ]
 
 
-def softmax_of_one(graph: fx.Graph, node: fx.Node) -> None:
-    """A softmax over one element is 1, and the product of such weights with the one value is that value.
+def softmax_of_images(x: Tensor, dim: int) -> Tensor:
+    """A softmax in operators that no integer kernel stands for.
 
-    ONNX Runtime's integer kernel gives 0 there: its product overflows.
+    >>> softmax_of_images(torch.tensor([[0.0], [0.0]]), 1).flatten().tolist()
+    [1.0, 1.0]
+    """
+    return torch.log_softmax(x, dim).exp()
+
+
+def settle_softmax(graph: fx.Graph, node: fx.Node) -> None:
+    """A softmax over one element is 1; one over the images of a batch, which may be one, computes in float.
+
+    The integer kernel of ONNX Runtime gives 0 for one element: its product overflows.
     """
     axis = arguments_of(node)["dim"]
-    if any(value.shape[axis] != 1 for value in _values(node)):
-        return
+    sizes = [value.shape[axis] for value in _values(node)]
+    if any(size != sizes[0] or not isinstance(size, int) for size in sizes):
+        node.replace_all_uses_with(insert(graph, node, softmax_of_images, arguments_of(node)["self"], axis))
+        graph.erase_node(node)
+    elif sizes[0] == 1:
+        _drop_softmax(graph, node)
+
+
+def _drop_softmax(graph: fx.Graph, node: fx.Node) -> None:
+    """The product of weights that are 1 with the one value is that value."""
     for user in list(node.users):
         value = user.args[1] if op_of(user) == "matmul" and user.args[0] is node else None
         if isinstance(value, fx.Node) and _outer(value) == _outer(user) and user.meta["val"].ndim > 1:

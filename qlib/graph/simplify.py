@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qlib.graph.aten import arguments_of
-from qlib.graph.constants import make_constant, merge_equal, softmax_of_one
+from qlib.graph.constants import make_constant, merge_equal, settle_softmax
 from qlib.graph.edit import insert, sizes_of
 from qlib.graph.moves import is_move
 from qlib.graph.names import DROPOUTS, op_of, writes
@@ -62,7 +62,7 @@ def simplify(trace: Trace, *, dropouts: bool = False) -> Trace:
         if op_of(node) == "batch_norm":
             norm_before_moves(graph, node)
         elif op_of(node) == "softmax":
-            softmax_of_one(graph, node)
+            settle_softmax(graph, node)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or writes(node))
     return trace
 

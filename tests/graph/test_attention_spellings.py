@@ -107,6 +107,25 @@ def test_a_softmax_over_one_element_is_1(fused: bool) -> None:
         assert torch.allclose(graph(IMAGES), model(IMAGES), atol=1e-6)
 
 
+def test_a_softmax_over_images_is_a_float_layer() -> None:
+    """ONNX Runtime's integer kernel would give 0 where one image comes alone."""
+
+    class OverImages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(192, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.fc(x.flatten(1))
+            return F.softmax(x @ x.transpose(0, 1), -1) @ x
+
+    model = redraw(OverImages())
+    graph = capture(model, IMAGES[:2])
+    assert [kind_of(module) for _, module in layers(graph)] == ["linear", "matmul", "float_op", "matmul"]
+    with torch.no_grad():
+        assert all(torch.allclose(graph(part), model(part), atol=1e-6) for part in (IMAGES[:3], IMAGES[:1]))
+
+
 def test_a_factor_below_zero_stays_a_layer() -> None:
     model = redraw(Attention("of another sign"))
     graph = capture(model, IMAGES[:2])
