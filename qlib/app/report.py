@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
 import sys
 import time
@@ -21,6 +22,7 @@ from qlib.deploy.verify import Verification as Found
 from qlib.files import write_text
 from qlib.graph import Graph
 from qlib.quant.plan import Plan
+from qlib.report.html.page import PAGE, run_page
 from qlib.report.layers import layer_rows
 from qlib.report.record import VERSION, Origin, RunReport, WrittenFile
 from qlib.report.record_file import REPORT, report_text
@@ -36,6 +38,8 @@ __all__ = [
     "record_verification",
     "write_report",
 ]
+
+_log = logging.getLogger(__name__)
 
 _PART = 2**20
 
@@ -103,13 +107,16 @@ def record_epoch(job: Job, epoch: int, metrics: dict[str, float], best: int, sch
 
 
 def write_report(job: Job, exit_code: int) -> None:
-    """Writes `report.json`, unless `--no-report` says not to or the run only printed.
+    """Writes `report.json` and `report.html`, unless `--no-report` says not to or the run only printed.
 
     Raises OutputError where it cannot be written.
     """
     if job.config.no_report or not job.run.found:
         return
-    write_text(job.run.folder / REPORT, report_text(_report(job, exit_code)), "report")
+    report, page = _report(job, exit_code), job.run.folder / PAGE
+    write_text(job.run.folder / REPORT, report_text(report), "report")
+    write_text(page, run_page(report), "report")
+    _log.info("Report of this run: %s", page)
 
 
 def _report(job: Job, exit_code: int) -> RunReport:
