@@ -26,6 +26,7 @@ from qlib.app.search import analyse
 from qlib.app.seeds import Draw, next_draw, report_seeds
 from qlib.app.sense import analyse_pruning
 from qlib.app.show import check, summarize
+from qlib.app.thin import thinnify
 from qlib.app.train import train
 from qlib.checkpoint.quantized import (
     QuantizedHeader,
@@ -83,7 +84,7 @@ def run(config: RunConfig) -> int:
         if verb is Verb.NOTHING:
             raise nothing_to_do()
         job = load_job(with_corrections(config), run_log, device, checkpoint)
-        exit_code = _DO[verb](job, checkpoint) or 0
+        exit_code = _DO[verb](thinnify(job) if config.thinnify else job, checkpoint) or 0
         write_report(job, exit_code)
         return exit_code
 
@@ -274,6 +275,7 @@ _SENSED = "--sense needs a float model, but {file} is quantized; give the origin
 _NEEDS_FLOAT: Mapping[Verb, str] = {
     Verb.TRAIN: "{file} holds integers, which cannot be trained; give the checkpoint of the float model",
     Verb.QUANTIZE: _QUANTIZED,
+    Verb.THINNIFY: "{file} holds integers; thin the checkpoint of the float model, and quantize that",
     Verb.CALIBRATE: _QUANTIZED,
     Verb.SENSE: _SENSED,
     Verb.SENSE_PRUNING: _SENSED,
@@ -290,6 +292,7 @@ _DO: Mapping[Verb, Callable[[Job, Mapping[str, Any]], int | None]] = {
     Verb.CALIBRATE: lambda job, _: _calibrate(job),
     Verb.EVALUATE: lambda job, _: _use_float(job),
     Verb.EXPORT: lambda job, _: _use_float(job),
+    Verb.THINNIFY: lambda job, _: None,
     Verb.TRAIN: train,
 }
 """Verb -> what does it with a float model and its checkpoint: the exit code, None for 0."""

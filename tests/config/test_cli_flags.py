@@ -29,7 +29,7 @@ SPELLINGS = """
 --deterministic --det
 --summary --check
 --run-config
---arch -a --pretrained --resume-from --resume --exp-load-weights-from
+--arch -a --pretrained --resume-from --resume --exp-load-weights-from --thinnify
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
 --effective-valid-size --evs --effective-test-size --etes --skip-corrupt
 --evaluate -e --confusion --compare-to --engine
@@ -159,6 +159,7 @@ RIGHT = [
     ("--resume m.pth.tar", "resume_from", Path("m.pth.tar")),
     ("--resume=m.pth.tar", "train.reset_optimizer", True),
     ("--exp-load-weights-from m.pth.tar", "exp_load_weights_from", Path("m.pth.tar")),
+    ("--thinnify", "thinnify", True),
     ("--qe", "quantize_eval", True),
     ("--quantize-eval", "evaluate", True),
     ("--qem ASYM_U", "qe.mode", "asym_u"),
@@ -454,7 +455,6 @@ BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the b
         pytest.param("--masks", f"--masks-sparsity {PRUNING}", id="abbreviated"),
         pytest.param("--act-stats train valid", f"--act-stats {STATISTICS}", id="statistics"),
         pytest.param("--act-hist=0.1", "--act-hist is not there; --qe-calibration collects histograms with", id="="),
-        pytest.param("--thinnify --resume-from m.pth.tar", f"--thinnify {PRUNING}the model is eval", id="thinnify"),
         pytest.param("--greedy --greedy-target-density=0.5", f"--greedy {PRUNING}", id="greedy"),
         pytest.param("--greedy-ft-epochs 3", f"--greedy-ft-epochs {PRUNING}", id="greedy's others"),
         pytest.param(

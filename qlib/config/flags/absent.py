@@ -15,7 +15,6 @@ _DRAWING = "is not there yet; --summary modules lists the layers, and --export-o
 
 ABSENT: Mapping[str, str] = {
     "--masks-sparsity": f"{_PRUNING}; --summary sparsity prints how many weights are zero",
-    "--thinnify": f"{_PRUNING}; the model is evaluated and quantized with its zeros",
     "--greedy*": f"{_PRUNING}; --qe-budget chooses the bits of each layer under a budget",
     "--activation-stats": _STATISTICS,
     "--act-stats": _STATISTICS,

@@ -38,6 +38,7 @@ class RunConfig:
     pretrained: bool = False
     resume_from: Path | None = None
     exp_load_weights_from: Path | None = None
+    thinnify: bool = False
     dataset: str | None = None
     workers: int = 4
     batch_size: int = 256

@@ -26,6 +26,7 @@ class Verb(Enum):
     CALIBRATE = (("--qe-calibration",), True, True, "has no effect: --qe-calibration alone only collects")
     EVALUATE = (("--evaluate",), True, True, "")
     EXPORT = (("--export-onnx", "--verify", "--export-encodings"), False, True, "")
+    THINNIFY = (("--thinnify",), False, True, "")
     TRAIN = (("--compress", "--epochs", "--lr"), True, True, "")
     NOTHING = (("--resume-from",), True, True, "")
 
@@ -52,6 +53,7 @@ def asked(config: RunConfig) -> tuple[Verb, ...]:
         Verb.CALIBRATE: config.qe.calibration is not None,
         Verb.EVALUATE: config.evaluate,
         Verb.EXPORT: config.exports,
+        Verb.THINNIFY: config.thinnify and not config.trains,
         Verb.TRAIN: config.trains,
     }
     return tuple(verb for verb in Verb if wanted.get(verb, False))
@@ -76,5 +78,5 @@ def nothing_to_do() -> UsageError:
     """The error of a command line that asks for nothing."""
     return UsageError(
         "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress, --epochs or --lr to"
-        " train, --export-onnx, --sense, --summary or --check"
+        " train, --export-onnx, --thinnify, --sense, --summary or --check"
     )

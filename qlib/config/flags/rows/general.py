@@ -92,6 +92,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             ),
         ),
         Flag("--exp-load-weights-from", existing_file(), "checkpoint to load the weights from"),
+        Flag("--thinnify", SWITCH, "remove the channels whose weights are zero, and save the smaller model"),
     ),
     "Data": (
         Flag(
