@@ -26,9 +26,9 @@ from qlib.graph import Graph, capture, fold_batch_norm
 from qlib.graph.cost import layer_costs
 from qlib.graph.ir import layers, name_of
 from qlib.lower import exact_arithmetic, lower
+from qlib.lower.fit import fit
 from qlib.lower.ops.float_op import FloatOp
 from qlib.lower.ops.weighted import FloatWeighted
-from qlib.lower.overflow import fit_int32
 from qlib.ptq.planner import plan_post_train_linear
 from qlib.quant.plan import Plan
 from qlib.stats.collect import Collector
@@ -143,7 +143,7 @@ def plan_eight_bits(graph: Graph, folded: dict[str, str], images: Tensor) -> Pla
     settings = LayerSettings(mode_activations="asym_u", per_channel_wts=True)
     everywhere = {name_of(node): settings for node, _ in layers(graph)}
     plan = plan_post_train_linear(graph, everywhere, ModelStats(collector.result()), folded)
-    return fit_int32(graph, plan)[0]
+    return fit(graph, plan)[0]
 
 
 def build(make: Callable[[], nn.Module], images: Tensor) -> nn.Module:

@@ -26,7 +26,7 @@ from qlib.config.layers.resolve import resolve, wants_histograms
 from qlib.config.layers.settings import LayerSettings, PtqConfig
 from qlib.errors import UsageError
 from qlib.graph import FoldedGraph
-from qlib.lower.overflow import fit_int32
+from qlib.lower.fit import fit
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
 from qlib.quant.plan import Plan
 from qlib.quant.plan_file import check_plan, is_plan_file, read_plan, stats_from_plan
@@ -66,8 +66,8 @@ def make_plan(job: Job, folded: FoldedGraph) -> Planned:
 
 
 def fitting(folded: FoldedGraph, plan: Plan) -> Plan:
-    """The plan with weight scales so large that int32 holds every bias and accumulator."""
-    plan, raised = fit_int32(folded.graph, plan)
+    """The plan with scales for which every kernel computes the same integers."""
+    plan, raised = fit(folded.graph, plan)
     if raised:
         listed = ", ".join(f"{name} ({count})" for name, count in raised.items())
         _log.info("Scales of weights raised so that int32 holds their biases, channels by layer: %s", listed)

@@ -21,7 +21,7 @@ from qlib.graph.ir import is_layer, layer_inputs, name_of
 from qlib.graph.walk import keeps_grid
 from qlib.graph.weights import swap_channels
 from qlib.lower.fake import fake_quantize
-from qlib.lower.overflow import fit_int32
+from qlib.lower.fit import fit
 from qlib.quant.affine import QParams, range_of_grid
 from qlib.quant.plan import Plan, WeightPlan
 
@@ -304,4 +304,4 @@ def convert(graph: Graph, lowered: fx.GraphModule, plan: Plan) -> tuple[Graph, P
         grids = [grid.params if isinstance(grid, ActivationQuantizer) else None for grid in layer.inputs]
         plans[name] = learned.with_grids(grids, layer.output.params if layer.output is not None else None, "learned")
     fold_batch_norm(folded)
-    return folded, fit_int32(folded, replace(plan, layers=plans))[0]
+    return folded, fit(folded, replace(plan, layers=plans))[0]
