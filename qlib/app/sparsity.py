@@ -14,6 +14,7 @@ from qlib.app.job import Job
 from qlib.config.schedule.types import Component, PolicySpec, Schedule
 from qlib.errors import ConfigError
 from qlib.graph import FoldedGraph, Graph, capture, fold_copy
+from qlib.graph.coordinates import channel_classes
 from qlib.graph.fuse import fused_activations
 from qlib.graph.ir import name_of
 from qlib.prune.masks import parameters_by_name
@@ -66,9 +67,13 @@ def make_pruning(job: Job, schedule: Schedule, images: TrainingImages, masking: 
 def make_regularizing(job: Job, schedule: Schedule, masking: Masking) -> list[Policy]:
     """The regularizers of a schedule over the job's model. Raises ConfigError as `make_pruning` does."""
     specs = schedule.of("regularizers")
-    made = [REGULARIZERS[spec.component.cls](**_settings(job.model, spec.component, schedule)) for spec in specs]
+    pairs = zip(specs, settings, strict=True)
+    made: list[Regularizer] = [REGULARIZERS[spec.component.cls](**each) for spec, each in pairs]
     _check(job.model, specs, made)
     parameters = parameters_by_name(job.model)
+    if any(each.needs_classes for each in made):
+        classes = channel_classes(capture(job.model, job.example))
+        made = [each.with_classes(classes, parameters) if each.needs_classes else each for each in made]
     for spec, regularizer in zip(specs, made, strict=True):
         frozen = [name for name in regularizer.names if not parameters[name].requires_grad]
         if frozen:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from qlib.config.schedule.keys import ClassFields
 from qlib.config.schedule.pruning_keys import NAMING, class_fields
+from qlib.graph.coordinates import ChannelClasses
 from qlib.prune.groups import Groups
 from qlib.registry import Registry
 
@@ -18,6 +21,9 @@ __all__ = ["REGULARIZERS", "Regularizer", "group_problem", "regularizer_classes"
 class Regularizer(ABC):
     """A regularizer: a frozen dataclass whose fields are the keys of its YAML component."""
 
+    needs_classes: ClassVar[bool] = False
+    """Whether it acts on the channel classes of a model."""
+
     @property
     def names(self) -> Sequence[str]:
         """The parameters that it acts on."""
@@ -26,6 +32,19 @@ class Regularizer(ABC):
     def problem(self, weights: Mapping[str, Tensor]) -> str:
         """Why it cannot act on these weights, after the name of one of them; empty if it can."""
         return ""
+
+    def with_classes(self, classes: ChannelClasses, parameters: Mapping[str, Tensor]) -> Regularizer:
+        """The regularizer over the channel classes of a model, where `needs_classes`."""
+        return self
+
+    def total(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The loss of all its weights."""
+        return torch.stack([self.loss(name, weight) for name, weight in weights.items()]).sum()
+
+    def masks(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The masks of what is not small enough to go, of those weights of which something may."""
+        found = {name: self.kept(name, weight) for name, weight in weights.items()}
+        return {name: mask for name, mask in found.items() if mask is not None}
 
     @abstractmethod
     def loss(self, name: str, weight: Tensor) -> Tensor:

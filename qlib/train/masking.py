@@ -74,6 +74,10 @@ class Masking(Policy):
         weight = self._parameters[name]
         return self.masks[name] if name in self.masks else torch.ones_like(weight, dtype=torch.bool)
 
+    def unmasked(self, name: str) -> Tensor:
+        """A weight as the step will move it, also while a mask of the forward pass is on it."""
+        return self._unmasked.get(name, self._parameters[name].detach())
+
     def gradient(self, name: str) -> Tensor | None:
         """The gradient of a parameter; None before the first backward pass."""
         return gradient_of(self._parameters[name].detach(), self._trained[name])

@@ -104,10 +104,10 @@ class Pruning(Policy):
     @torch.no_grad()
     def before_optimizer_step(self) -> None:
         for name in self._names if self._pruner.watches_gradients else ():
-            gradient = self._masking.gradient(name)
-            weight = self._masking.weight(name).detach()
-            if gradient is not None and (now := self._pruner.after_backward(weight, gradient, None)) is not None:
-                self._memory[name] = now
+            gradient, weight = self._masking.gradient(name), self._masking.unmasked(name)
+            if gradient is not None:
+                now = self._pruner.after_backward(weight, gradient, self._memory.get(name))
+                self._memory |= {} if now is None else {name: now}
 
     def on_minibatch_end(self, batch: Batch) -> None:
         if self._spec.args.get("discard_masks_at_minibatch_end") and self._spec.active(batch.epoch):

@@ -37,7 +37,7 @@ class Regularizing(Policy):
             return losses
         weights = {name: weight.detach().requires_grad_() for name, weight in self._weights.items()}
         with torch.autocast(batch.images.device.type, enabled=False):
-            loss = torch.stack([self._regularizer.loss(name, weight) for name, weight in weights.items()]).sum()
+            loss = self._regularizer.total(weights)
         gradients = torch.autograd.grad(loss, list(weights.values()))
         self._gradients = dict(zip(weights, gradients, strict=True))
         return losses.plus(f"{self._spec.component.cls}_loss", loss.detach())
@@ -63,5 +63,4 @@ class Regularizing(Policy):
 
     @torch.no_grad()
     def _kept(self) -> dict[str, Tensor]:
-        masks = {name: self._regularizer.kept(name, weight) for name, weight in self._weights.items()}
-        return {name: mask for name, mask in masks.items() if mask is not None}
+        return self._regularizer.masks(self._weights)

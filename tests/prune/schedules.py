@@ -1,4 +1,4 @@
-"""A schedule of each pruner and regularizer as Distiller spells it, for the model `digits_cnn`."""
+"""A schedule of each pruner and regularizer as Distiller spells it, and of our own, for the model `digits_cnn`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ PRUNERS = {
     "RandomRankedFilterPruner": f"desired_sparsity: 0.5, group_type: Filters, weights: {CONVS}",
     "RandomRankedFilterPruner_AGP": f"{AGP}, group_type: Filters",
     "BernoulliFilterPruner": f"desired_sparsity: 0.2, group_type: Filters, weights: {CONVS}",
+    "RigLPruner": f"sparsity: 0.6, weights: {CONVS}",
+    "MovementPruner": AGP,
     "BernoulliFilterPruner_AGP": f"{AGP}, group_type: Filters",
 }
 """Class -> its arguments."""
@@ -49,6 +51,8 @@ ARGS = {
         "mini_batch_pruning_frequency: 1, discard_masks_at_minibatch_end: True, use_double_copies: True,"
         " mask_on_forward_only: True, mask_gradients: True"
     ),
+    "RigLPruner": "mini_batch_pruning_frequency: 1",
+    "MovementPruner": "use_double_copies: True",
     "L1RankedStructureParameterPruner": "fold_batchnorm: True, keep_mask: True",
 }
 """Class -> the args of its policy, where it has some."""
@@ -60,6 +64,7 @@ REGULARIZERS = {
         " module.pointwise.conv.weight: [0.02, 2D], module.narrow.conv.weight: [0.01, Filters],"
         " module.stem.conv.weight: [0.01, 4D], module.fc.weight: [0.01, Rows+Cols]}"
     ),
+    "ChannelLassoRegularizer": "strength: 0.001, threshold: 0.05",
     "GroupVarianceRegularizer": "reg_regims: {module.wide.conv.weight: [0.001, Channels]}",
 }
 """Class -> its arguments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import schedules
 from qlib.app.policies import read_schedule
 from qlib.config.schedule.types import Component, PolicySpec
+from qlib.graph import capture
+from qlib.graph.coordinates import ChannelClasses, channel_classes
 from qlib.models import create_model, find_model
 from qlib.prune.groups import GROUP_TYPES, Groups
 from qlib.prune.masks import sparsity
@@ -58,6 +61,11 @@ def targets_of(pruner: Pruner, model: nn.Module) -> list[Target]:
     ]
 
 
+@functools.cache
+def classes_of_digits() -> ChannelClasses:
+    return channel_classes(capture(digits(), torch.zeros(2, 1, 8, 8)))
+
+
 def activations(names: Sequence[str], model: nn.Module) -> Mapping[str, tuple[Tensor, Tensor]]:
     sums = {name: model.get_parameter(name).detach().flatten(1).double().sum(1) for name in names}
     return {name: (value.sigmoid(), value.exp()) for name, value in sums.items()}
@@ -93,6 +101,7 @@ LEVELS = {
     "SparsityLevelParameterPruner": "levels",
     "BaiduRNNPruner": "q",
     "SplicingPruner": "sensitivities",
+    "RigLPruner": "sparsity",
     "RandomLevelStructureParameterPruner": "sparsity_range",
     "StructureParameterPruner": "reg_regims",
 }
@@ -188,6 +197,8 @@ def _policy(spec: PolicySpec, model: nn.Module, masking: Masking) -> Policy:
     if spec.component.section == "regularizers":
         settings = in_own_names_of(spec.component.settings, dict(model.named_parameters()))
         regularizer: Regularizer = REGULARIZERS[spec.component.cls](**settings)
+        if regularizer.needs_classes:
+            regularizer = regularizer.with_classes(classes_of_digits(), dict(model.named_parameters()))
         return Regularizing(spec, regularizer, regularizer.names, masking)
     pruner = pruner_of(spec, model)
     shown = lambda names: activations(names, model)  # noqa: E731
@@ -276,6 +287,29 @@ def test_curves_go_from_the_first_level_to_the_last(curve: str) -> None:
 def test_the_cubic_curve_is_distillers(start: int, end: int, frequency: int, levels: list[float]) -> None:
     moments = (Moment(epoch, start, end, frequency) for epoch in range(start, end, frequency))
     assert [0.8 * CURVES["cubic"](moment.share) for moment in moments] == pytest.approx(levels)
+
+
+def test_rigl_keeps_its_sparsity_and_moves_its_mask(tmp_path: Path) -> None:
+    (spec,) = specs_of(tmp_path, schedules.schedule({"RigLPruner": schedules.PRUNERS["RigLPruner"]}))
+    run = _Steps(spec)
+    run.run(0, 1)
+    first = run.masking.masks["wide.conv.weight"]
+    run.run(1, 3)
+    now = run.masking.masks["wide.conv.weight"]
+    assert int(now.sum()) == int(first.sum()) == first.numel() - int(0.6 * first.numel())
+    assert not torch.equal(now, first)
+    assert not bool((run.model.get_parameter("wide.conv.weight")[~now] != 0).any())
+
+
+def test_the_lasso_of_channels_zeroes_all_that_belongs_to_one(tmp_path: Path) -> None:
+    text = {"ChannelLassoRegularizer": "strength: 0.001, threshold: 0.2"}
+    (spec,) = specs_of(tmp_path, schedules.schedule(None, text))
+    run = _Steps(spec)
+    run.run(0, 6)
+    dead = (run.model.get_parameter("wide.conv.weight").flatten(1) == 0).all(1)
+    assert 0 < int(dead.sum()) < len(dead)
+    for name in ("wide.bn.weight", "wide.bn.bias"):
+        assert bool((run.model.get_parameter(name)[dead] == 0).all())
 
 
 def test_the_leader_decides_for_all() -> None:

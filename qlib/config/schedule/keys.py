@@ -105,6 +105,8 @@ def key(default: Any, value: Value) -> Any:
 def keys_of(cls: type) -> dict[str, Field]:
     """The keys of YAML that set the fields of a dataclass; `mode_activations` and `mode_weights` are set by `mode`.
 
+    A field whose `value` is None is none.
+
     >>> @dataclass
     ... class Example:
     ...     gamma: float = key(0.1, POSITIVE)
@@ -115,6 +117,8 @@ def keys_of(cls: type) -> dict[str, Field]:
     found: dict[str, Field] = {}
     for each in fields(cls):
         name = "mode" if each.name in ("mode_activations", "mode_weights") else each.name
+        if each.metadata.get("value", FLAG) is None:
+            continue
         found[name] = modes if name == "mode" else setting(each.metadata.get("value", FLAG), name)
     return found
 
