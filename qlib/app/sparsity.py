@@ -67,8 +67,9 @@ def make_pruning(job: Job, schedule: Schedule, images: TrainingImages, masking: 
 def make_regularizing(job: Job, schedule: Schedule, masking: Masking) -> list[Policy]:
     """The regularizers of a schedule over the job's model. Raises ConfigError as `make_pruning` does."""
     specs = schedule.of("regularizers")
-    pairs = zip(specs, settings, strict=True)
-    made: list[Regularizer] = [REGULARIZERS[spec.component.cls](**each) for spec, each in pairs]
+    made: list[Regularizer] = [
+        REGULARIZERS[spec.component.cls](**_settings(job.model, spec.component, schedule)) for spec in specs
+    ]
     _check(job.model, specs, made)
     parameters = parameters_by_name(job.model)
     if any(each.needs_classes for each in made):

@@ -21,6 +21,9 @@ __all__ = ["REGULARIZERS", "Regularizer", "group_problem", "regularizer_classes"
 class Regularizer(ABC):
     """A regularizer: a frozen dataclass whose fields are the keys of its YAML component."""
 
+    lasting: ClassVar[bool] = False
+    """Whether what it lets go does not come back."""
+
     needs_classes: ClassVar[bool] = False
     """Whether it acts on the channel classes of a model."""
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from qlib.config.schedule.keys import FROM_0, key
@@ -24,8 +23,9 @@ _TINY = 1e-8
 class ClassLasso(Regularizer):
     """``strength * sum over classes of the L2 norm of all their weights``: rows, columns, batch-norms and biases.
 
-    With a threshold the classes go after each step whose root mean square is not above it.
+    With a threshold the classes go after each step, for good, the root mean square of whose weights is not above it.
 
+    >>> import torch
     >>> axes = (ChannelAxis("a", 0, torch.tensor([1, 2])), ChannelAxis("b", 1, torch.tensor([1, 2])))
     >>> weights = {"a": torch.tensor([[3.0], [0.0]]), "b": torch.tensor([[4.0, 0.1]])}
     >>> lasso = ClassLasso(strength=1.0, threshold=0.2, axes=axes)
@@ -34,6 +34,7 @@ class ClassLasso(Regularizer):
     """
 
     needs_classes: ClassVar[bool] = True
+    lasting: ClassVar[bool] = True
 
     strength: float = needed(FROM_0)
     threshold: float = key(0.0, FROM_0)
@@ -68,16 +69,18 @@ class ClassLasso(Regularizer):
         return found
 
     def _sums(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The sum of squares of each class, and of how many weights; at 0 what belongs to none."""
+        """The sum of squares of each class, and of how many weights that are not zero; at 0 what belongs to none.
+
+        Those that are zero do not count: where one class goes, others that share weights with it must not follow.
+        """
         first = next(iter(weights.values()))
         count = 1 + max(int(each.classes.max()) for each in self.axes)
         squares, counts = first.new_zeros(count), first.new_zeros(count)
         for each in self.axes:
-            rows = weights[each.name].movedim(each.axis, 0).flatten(1 if weights[each.name].ndim > 1 else 0)
-            sums = rows.square().sum(1) if rows.ndim > 1 else rows.square()
+            rows = weights[each.name].movedim(each.axis, 0).reshape(len(each.classes), -1)
             classes = each.classes.to(first.device)
-            squares = squares.index_add(0, classes, sums)
-            counts = counts.index_add(0, classes, torch.full_like(sums.detach(), rows.numel() / len(rows)))
+            squares = squares.index_add(0, classes, rows.square().sum(1))
+            counts = counts.index_add(0, classes, (rows != 0).sum(1).to(first.dtype))
         return squares, counts
 
 

@@ -20,7 +20,8 @@ __all__ = ["Regularizing"]
 class Regularizing(Policy):
     """A regularizer in the epochs of its policy.
 
-    What it lets go is zero after each step, and may come back, unless `keep_mask` makes it a mask in the end.
+    What it lets go is zero after each step, and may come back, unless it is lasting or `keep_mask` makes it a mask in
+    the end.
     """
 
     def __init__(self, spec: PolicySpec, regularizer: Regularizer, names: Sequence[str], masking: Masking) -> None:
@@ -52,14 +53,24 @@ class Regularizing(Policy):
 
     @torch.no_grad()
     def on_minibatch_end(self, batch: Batch) -> None:
-        if self._spec.active(batch.epoch):
-            for name, mask in self._kept().items():
+        if not self._spec.active(batch.epoch):
+            return
+        for name, mask in self._kept().items():
+            if self._regularizer.lasting:
+                self._keep(name, mask)
+            else:
                 self._weights[name].masked_fill_(~mask, 0.0)
 
     def on_epoch_end(self, epoch: int, metrics: Mapping[str, float]) -> None:
         if self._spec.args.get("keep_mask") and self._spec.last == epoch:
             for name, mask in self._kept().items():
-                self._masking.set(name, mask & self._masking.kept(name))
+                self._keep(name, mask)
+
+    def _keep(self, name: str, mask: Tensor) -> None:
+        """Makes a mask last, beside the one that is there."""
+        before = self._masking.kept(name)
+        if not torch.equal(now := mask & before, before):
+            self._masking.set(name, now)
 
     @torch.no_grad()
     def _kept(self) -> dict[str, Tensor]:

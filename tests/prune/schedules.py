@@ -64,7 +64,7 @@ REGULARIZERS = {
         " module.pointwise.conv.weight: [0.02, 2D], module.narrow.conv.weight: [0.01, Filters],"
         " module.stem.conv.weight: [0.01, 4D], module.fc.weight: [0.01, Rows+Cols]}"
     ),
-    "ChannelLassoRegularizer": "strength: 0.001, threshold: 0.05",
+    "ChannelLassoRegularizer": "strength: 0.001, threshold: 0.2",
     "GroupVarianceRegularizer": "reg_regims: {module.wide.conv.weight: [0.001, Channels]}",
 }
 """Class -> its arguments."""
