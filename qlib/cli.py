@@ -230,9 +230,10 @@ def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfi
 def _value(flag: Flag, texts: Sequence[str]) -> object:
     if not flag.kind.many:
         return flag.kind.value(flag.name, texts[-1])
-    names = [name for text in texts for name in split_names(text)]
+    names = [name for text in texts for name in ([text] if flag.kind.many == "paths" else split_names(text))]
     if len(names) > _MOST_NAMES:
-        raise UsageError(f"{flag.name} lists {len(names)} names, and may list {_MOST_NAMES}; '.*' stands for any text")
+        hint = "; give a folder of runs" if flag.kind.many == "paths" else "; '.*' stands for any text"
+        raise UsageError(f"{flag.name} lists {len(names)} names, and may list {_MOST_NAMES}{hint}")
     return tuple(flag.kind.value(flag.name, name) for name in names)
 
 
@@ -294,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
         for flag in flags:
             switch: dict[str, Any] = {"action": "append_const", "const": "True"}
             kind = switch if flag.kind is SWITCH else {"metavar": flag.kind.metavar, "action": "append"}
-            if flag.kind.many == "words":
+            if flag.kind.many in ("words", "paths"):
                 kind |= {"nargs": "+", "action": "extend"}
             if flag.kind.words > 1:
                 kind |= {"nargs": flag.kind.words, "metavar": tuple(str(flag.kind.metavar).split())}

@@ -16,7 +16,7 @@ from qlib.app.report import record
 from qlib.data.datasets import ImageDataset
 from qlib.data.loader import Loader
 from qlib.metrics import Comparison, Evaluation, compare
-from qlib.report.record import ChangedImage, Confusion, Result, Tested, Versus
+from qlib.report.record import ChangedImage, Confusion, Predicted, Result, Versus
 
 __all__ = ["record_test", "record_versus"]
 
@@ -63,13 +63,15 @@ def _result(name: str, each: Evaluation) -> Result:
     return Result(name, each.samples, each.top1, *each.top1_interval, each.top5, each.loss)
 
 
-def _tested(loader: Loader, names: Mapping[str, int], results: Mapping[str, Evaluation]) -> Tested:
+def _tested(loader: Loader, names: Mapping[str, int], results: Mapping[str, Evaluation]) -> Predicted:
     labels = next(iter(results.values())).labels.tolist()
     digest = hashlib.sha256()
     for name, label in zip(names, labels, strict=True):
         digest.update(f"{label} {name}\n".encode(errors="backslashreplace"))
     predictions = {name: tuple(each.predictions.tolist()) for name, each in results.items()}
-    return Tested(digest.hexdigest()[:16], tuple(map(_printable, loader.dataset.classes)), tuple(labels), predictions)
+    return Predicted(
+        digest.hexdigest()[:16], tuple(map(_printable, loader.dataset.classes)), tuple(labels), predictions
+    )
 
 
 def _printable(name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from qlib.app.auto import choose_settings
 from qlib.app.calibrate import calibrate
 from qlib.app.capture import fold_model
+from qlib.app.compare import compare_runs
 from qlib.app.correct import correct_float
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.export import SATURATING, export_float_model, export_model
@@ -70,6 +71,9 @@ def run(config: RunConfig) -> int:
     ):
         for warning in startup_warnings(config):
             _log.warning("Warning: %s", warning)
+        if verb_of(config) is Verb.COMPARE:
+            compare_runs(config.compare, run_log)
+            return 0
         _log.info("Random seed: %d", config.seed)
         torch.manual_seed(config.seed)
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)

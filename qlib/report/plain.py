@@ -19,6 +19,7 @@ _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _LONGEST_SHOWN = 40
+_LARGEST = 2**63 - 1
 
 
 def to_plain(value: Any) -> Any:
@@ -66,6 +67,8 @@ def from_plain(kind: Any, value: Any, place: str = "") -> Any:
     if kind is float and type(value) in (int, float, str):
         value = _NOT_FINITE.get(value, value) if isinstance(value, str) else _as_float(value, place)
     _require(type(value) is kind, place, value, _WORDS[kind])
+    if kind is int and abs(value) > _LARGEST:
+        raise ValueError(f"{place} is a number beyond all bounds")
     return value
 
 

@@ -20,7 +20,7 @@ __all__ = [
     "ChangedImage",
     "Confusion",
     "Origin",
-    "Tested",
+    "Predicted",
     "Result",
     "RunReport",
     "Versus",
@@ -86,7 +86,7 @@ class Versus:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Predicted:
     """The images of the test: a hash of their names, the classes, the label of each, what each model takes it for."""
 
     images: str
@@ -150,7 +150,7 @@ class RunReport:
     environment: Mapping[str, str] = field(default_factory=dict)
     results: tuple[Result, ...] = ()
     versus: tuple[Versus, ...] = ()
-    tested: Tested | None = None
+    tested: Predicted | None = None
     confusion: tuple[Confusion, ...] = ()
     changed: tuple[ChangedImage, ...] = ()
     calibration: Calibration | None = None

@@ -32,7 +32,7 @@ SPELLINGS = """
 --arch -a --pretrained --resume-from --resume --exp-load-weights-from --thinnify
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
 --effective-valid-size --evs --effective-test-size --etes --skip-corrupt
---evaluate -e --confusion --compare-to --engine
+--evaluate -e --confusion --compare --compare-to --engine
 --compress --epochs --optimizer --lr --learning-rate --momentum --weight-decay --wd --label-smoothing --grad-clip --amp
 --reset-optimizer --best-by --num-best-scores --save-every
 --kd-teacher --kd-pretrained --kd-resume --kd-temperature --kd-temp --kd-distill-wt --kd-dw --kd-student-wt --kd-sw
@@ -226,6 +226,7 @@ RIGHT = [
     ("--auto --auto-minutes 1", "auto.minutes", 1.0),
     ("--auto --auto-bits 4", "auto.bits", 4),
     ("--compare-to images", "compare_to", Path("images")),
+    ("--compare images features", "compare", (Path("images"), Path("features"))),
     ("--qe --seeds 3", "seeds", 3),
     ("--engine OnnxRuntime", "engine", "onnxruntime"),
     ("--engine torch", "engine", "torch"),
@@ -328,6 +329,11 @@ WRONG = [
         "--auto --qe-dynamic",
         "--auto and --qe-dynamic cannot be combined: --auto chooses the settings itself, and --qe-dynamic has no fixed "
         "ranges, which its trials need; drop one of them",
+    ),
+    (
+        "--compare no",
+        "--compare 'no' is not allowed: it must be the folder of a run, a folder of such, or a report.json, which"
+        " exists",
     ),
     ("--compare-to no", "--compare-to 'no' is not allowed: it must be the folder of a run, which exists"),
     ("--qe --seeds 0", "--seeds '0' is not allowed: it must be a whole number from 1 to 1000"),
@@ -811,6 +817,7 @@ VERBS = [
     ("--sense filter --qe", Verb.SENSE_PRUNING),
     ("--check --qe --compress s.yaml", Verb.CHECK),
     ("--summary model --check", Verb.SUMMARY),
+    ("--compare images --summary model", Verb.COMPARE),
     ("--export-onnx", Verb.EXPORT),
     ("--resume-from m.pth.tar --verify", Verb.EXPORT),
     ("--epochs 90", Verb.TRAIN),

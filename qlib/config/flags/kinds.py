@@ -19,7 +19,7 @@ from qlib.values import FLAG, Interval, TooLarge, Value
 
 __all__ = ["Kind", "SWITCH", "arch", "bit_widths", "budget", "choice", "devices", "existing_file", "fraction"]
 __all__ += ["names", "path", "real"]
-__all__ += ["new_file", "run_folder", "run_name", "schedule_file", "sparsity_range", "split_names", "whole"]
+__all__ += ["new_file", "reports", "run_folder", "run_name", "schedule_file", "sparsity_range", "split_names", "whole"]
 
 _FINEST = 0.001  #: step between two levels of sparsity
 _LONGEST_NAME = 200  #: of 255 that file systems take; the rest is for what files are called after it
@@ -31,7 +31,8 @@ _SCHEDULES = Path(__file__).resolve().parents[2] / "schedules"  #: in a checkout
 class Kind:
     """How a flag's text becomes a value. `read` raises ValueError for a text that is not `allowed`.
 
-    `many`: the flag takes several words (`words`), or may be repeated with one each (`repeat`).
+    `many`: the flag takes several words of names (`words`) or of paths (`paths`), or may be repeated with one each
+    (`repeat`).
     `without`: what the flag alone, without a value, stands for. `words`: how many a value consists of.
     """
 
@@ -172,6 +173,17 @@ def run_folder() -> Kind:
         return folder.resolve() if folder.is_symlink() else folder
 
     return Kind(read, "the folder of a run, which exists", "RUN")
+
+
+def reports() -> Kind:
+    """The folder of a run, of several, or the report of one, as it was when the command line was read."""
+
+    def read(text: str) -> Path:
+        path = expanded(text)
+        _require(path.exists())
+        return path.resolve() if path.is_symlink() or path.parent.is_symlink() else path
+
+    return Kind(read, "the folder of a run, a folder of such, or a report.json, which exists", "RUN", many="paths")
 
 
 def schedule_file() -> Kind:

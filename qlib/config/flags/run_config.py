@@ -50,6 +50,7 @@ class RunConfig:
     evaluate: bool = False
     confusion: bool = False
     compare_to: Path | None = None
+    compare: tuple[Path, ...] = ()
     engine: str = "torch"
     summary: tuple[str, ...] = ()
     check: bool = False
@@ -167,7 +168,7 @@ def config_from_names(settings: Mapping[str, Any]) -> RunConfig:
 def _plain(value: Any) -> Any:
     """`value` in the types that YAML has."""
     if isinstance(value, (tuple, frozenset)):
-        return sorted(value) if isinstance(value, frozenset) else list(value)
+        return sorted(value) if isinstance(value, frozenset) else [_plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -18,6 +18,7 @@ class Verb(Enum):
     it has no use for a flag, in a sentence that begins with that flag; the empty text where there are several reasons.
     """
 
+    COMPARE = (("--compare",), False, False, "is ignored: --compare only reads reports")
     SUMMARY = (("--summary",), False, False, "is ignored: --summary only prints")
     CHECK = (("--check",), False, False, "is ignored: --check only prints")
     SENSE = (("--sense",), True, True, "has no effect: --sense only analyses")
@@ -45,6 +46,7 @@ def asked(config: RunConfig) -> tuple[Verb, ...]:
     ['CALIBRATE', 'EVALUATE']
     """
     wanted = {
+        Verb.COMPARE: bool(config.compare),
         Verb.SUMMARY: bool(config.summary),
         Verb.CHECK: config.check,
         Verb.SENSE: config.sense is not None and config.sense not in PRUNED_PARTS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -96,8 +96,10 @@ class Point:
 _Place: TypeAlias = Callable[[Point], tuple[float, float]]
 
 
-def curves(series: Mapping[str, Sequence[Point]], across: str, up: str, *, lines: bool = True) -> Markup:
-    """Points, joined or not, of several series over two axes; those that are not finite are left out."""
+def curves(
+    series: Mapping[str, Sequence[Point]], across: str, up: str, *, lines: Collection[str] | None = None
+) -> Markup:
+    """Points of several series over two axes, joined in all or in `lines`; those that are not finite are left out."""
     width, height, left, bottom = 640.0, 260.0, 62.0, 36.0
     shown = {name: [p for p in points if abs(p.x) < _FAR and abs(p.y) < _FAR] for name, points in series.items()}
     points = [each for found in shown.values() for each in found]
@@ -112,7 +114,7 @@ def curves(series: Mapping[str, Sequence[Point]], across: str, up: str, *, lines
     parts = [_grid(x0, x1, y0, y1, place, height - bottom, left, width)]
     for index, (name, found) in enumerate(shown.items()):
         places = [place(each) for each in found]
-        if lines and len(places) > 1:
+        if len(places) > 1 and (lines is None or name in lines):
             path = "M" + "L".join(f"{x:g} {y:g}" for x, y in places)
             parts.append(tag("path", d=path, class_=f"curve row{index % 4}"))
         parts += [_dot(each, at, name, index, across, up) for each, at in zip(found, places, strict=True)]

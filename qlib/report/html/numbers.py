@@ -64,6 +64,8 @@ def seconds(value: float) -> str:
     >>> seconds(4.236), seconds(75), seconds(7300)
     ('4.2 s', '1 min 15 s', '2 h 1 min')
     """
+    if not math.isfinite(value):
+        return number(value)
     if value < 60:
         return f"{value:.1f} s"
     minutes, rest = divmod(round(value), 60)

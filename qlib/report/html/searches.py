@@ -76,7 +76,7 @@ def auto_section(report: RunReport) -> Markup | None:
     heads = ("Tried", "Settings", "Agreement %", "Top1 drop", "Divergence", "Seconds")
     points = {"settings": [Point(each.seconds, each.agreement, each.rung, index == found.best)
                            for index, each in enumerate(found.trials)]}  # fmt: skip
-    drawn = curves(points, "seconds", "agreement with FP32, %", lines=False)
+    drawn = curves(points, "seconds", "agreement with FP32, %", lines=())
     return join([table(heads, rows, f"Target {found.target}", best=found.best), drawn])
 
 

@@ -9,7 +9,7 @@ __all__ = ["ALL_BUT_SUMMARY", "EVALUATES", "HANDS_OVER", "READS", "TESTS", "TRAI
 
 _EVALUATING = (Verb.QUANTIZE, Verb.EVALUATE, Verb.TRAIN, Verb.NOTHING)
 
-ALL_BUT_SUMMARY = Use(tuple(verb for verb in Verb if verb is not Verb.SUMMARY))
+ALL_BUT_SUMMARY = Use(tuple(verb for verb in Verb if verb not in (Verb.COMPARE, Verb.SUMMARY)))
 EVALUATES = Use(_EVALUATING, "nothing is evaluated")
 HANDS_OVER = Use((*_EVALUATING, Verb.EXPORT))
 READS = Use((*_EVALUATING, Verb.SENSE, Verb.SENSE_PRUNING, Verb.CALIBRATE), "no images are read")

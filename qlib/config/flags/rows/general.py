@@ -15,6 +15,7 @@ from qlib.config.flags.kinds import (
     fraction,
     path,
     real,
+    reports,
     run_folder,
     run_name,
     whole,
@@ -30,7 +31,7 @@ __all__ = ["GROUPS"]
 _ENGINES = ("torch", "onnxruntime")
 _EVALUATING = ("--evaluate", "--quantize-eval", "--sense")
 _SHOWS_PROGRESS = replace(READS, otherwise="no progress is shown")
-_REPORTS = Use(tuple(verb for verb in Verb if verb not in (Verb.SUMMARY, Verb.CHECK)))
+_REPORTS = Use(tuple(verb for verb in Verb if verb not in (Verb.COMPARE, Verb.SUMMARY, Verb.CHECK)))
 _VERIFIES = replace(READS, also=("--verify",))
 _NOT_ASKED = Ignored("has no effect without --evaluate", by=Verb.EXPORT.flags, unless=("--evaluate", "--quantize-eval"))
 
@@ -121,6 +122,7 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "Evaluation": (
         Flag("--evaluate -e", SWITCH, "evaluate on the test split", use=HANDS_OVER),
         Flag("--confusion", SWITCH, "print the confusion matrix", use=EVALUATES),
+        Flag("--compare", reports(), "compare runs, from their reports alone, in one page and one table; and stop"),
         Flag(
             "--compare-to",
             run_folder(),
