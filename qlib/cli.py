@@ -220,7 +220,8 @@ def _build(texts: _Texts, folder: str | None, given: frozenset[str]) -> RunConfi
     values = {flag.target: _value(flag, texts[flag.name]) for flag in FLAGS if flag.name in texts}
     if values.get("automatic"):
         values["quantize_eval"], given = True, given | {"--quantize-eval"}
-    values["evaluate"] = bool(values.get("evaluate") or values.get("quantize_eval"))
+    implied = ("evaluate", "quantize_eval", "prune.method")
+    values["evaluate"] = any(map(values.get, implied))
     if "--resume" in texts:
         values["train.reset_optimizer"] = True
     data = expanded(folder) if folder is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "report_skipped",
     "split_size",
     "test_loader",
+    "training_batches",
 ]
 
 _log = logging.getLogger(__name__)
@@ -99,6 +101,21 @@ def calibration_batches(
     for images, labels in loader:
         yield images.to(job.device, memory_format=LAYOUT), labels.to(job.device)
     report_skipped(loader)
+
+
+def training_batches(job: Job, batch_size: int) -> Iterator[Tensor]:
+    """Training images without end, changed at random as training changes them, in whole batches where there are such.
+
+    None of them is a validation image.
+    """
+    dataset = open_split(job, "train")
+    training, _ = split_train(len(dataset), job.config.validation_split, job.config.seed)
+    transform = training_transform(job.spec, job.dataset_name)
+    for epoch in itertools.count():
+        order = epoch_order(training, 1.0, job.config.seed, epoch)
+        whole = max(batch_size, len(order) - len(order) % batch_size)
+        loader = loader_of(job, augmented(dataset, transform, job.config.seed, epoch), order[:whole], batch_size)
+        yield from (images.to(job.device, memory_format=LAYOUT) for images, _ in loader)
 
 
 def report_skipped(loader: Loader) -> None:

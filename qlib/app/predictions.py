@@ -33,7 +33,7 @@ def save_predictions(job: Job, loader: Loader, results: Mapping[str, Evaluation]
 
 
 def compare_to_run(job: Job, loader: Loader, this: Evaluation, run: Path) -> Comparison:
-    """What changed against the integer model of another run, or its float model if it has no other.
+    """What changed against the integer model of another run, or its pruned or float model if it has no other.
 
     Raises:
         DataError: the run has no predictions that can be read, or they are of other images.
@@ -60,13 +60,13 @@ def _read(path: Path) -> tuple[list[str], list[int], list[int]]:
     """Images, labels and predictions."""
     try:
         rows = read_csv(path)
-        model = "quantized" if "quantized" in rows[0] else "fp32"
+        model = next(each for each in ("quantized", "pruned", "fp32") if each in rows[0])
         return (
             [row["image"] for row in rows],
             [int(row["label"]) for row in rows],
             [_class(row[model]) for row in rows],
         )
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no table of predictions"
         raise DataError(
             f"--compare-to {str(path)!r} cannot be read ({reason}); give the folder of a run that evaluated a model"

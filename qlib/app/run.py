@@ -21,6 +21,7 @@ from qlib.app.images import test_loader
 from qlib.app.job import Job, choose_device, example_of, load_job
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.predictions import compare_to_run, comparison_row, log_comparison, save_predictions
+from qlib.app.prune import prune, report_size, save_pruned
 from qlib.app.report import record_file, record_layers, write_report
 from qlib.app.report_results import record_test, record_versus
 from qlib.app.search import analyse
@@ -88,9 +89,27 @@ def run(config: RunConfig) -> int:
         if verb is Verb.NOTHING:
             raise nothing_to_do()
         job = load_job(with_corrections(config), run_log, device, checkpoint)
-        exit_code = _DO[verb](thinnify(job) if config.thinnify else job, checkpoint) or 0
+        given = thinnify(job) if config.thinnify else job
+        job = _pruned(given, verb)
+        exit_code = 0 if _is_done(given, job) else _DO[verb](job, checkpoint) or 0
         write_report(job, exit_code)
         return exit_code
+
+
+def _pruned(job: Job, verb: Verb) -> Job:
+    """The job with its model pruned, evaluated and written, where `--prune` asks for it."""
+    if job.config.prune.method is None or verb not in (Verb.QUANTIZE, Verb.EVALUATE):
+        return job
+    pruned = prune(job)
+    results = _test(job, {"pruned": pruned.model, "fp32": job.model})
+    save_pruned(pruned, results["pruned"].top1)
+    report_size(job.model, pruned.model)
+    return pruned
+
+
+def _is_done(given: Job, pruned: Job) -> bool:
+    """Whether a model was pruned, and nothing else is asked for than its evaluation."""
+    return pruned is not given and not (given.config.quantize_eval or given.config.wants_onnx)
 
 
 def _analyse(job: Job) -> None:
@@ -199,6 +218,8 @@ def _integers_of(config: RunConfig, checkpoint: Mapping[str, Any]) -> Mapping[st
 
 def _refuse_flags(config: RunConfig) -> None:
     """Raises UsageError for what cannot be done with a quantized checkpoint."""
+    if config.prune.method is not None:
+        raise UsageError(f"--prune needs a float model, but {config.resume_from} is quantized; give the original")
     for verb, sentence in _NEEDS_FLOAT.items():
         if verb in asked(config):
             raise UsageError(sentence.format(file=config.resume_from))
@@ -228,8 +249,9 @@ def _test(job: Job, models: Mapping[str, Model]) -> dict[str, Evaluation]:
 
 
 def _record_float(job: Job, results: Mapping[str, Evaluation], classes: Sequence[str]) -> None:
-    """The integer model, the float model, and what changed from this to that."""
-    result, reference = results.get("quantized"), results.get("fp32")
+    """The integer or pruned model, the float model, and what changed from this to that."""
+    made = "pruned" if "pruned" in results else "quantized"
+    result, reference = results.get(made), results.get("fp32")
     more: dict[str, float | str] = {}
     if result and reference:
         _log.info("FP32:    Top1 %.3f    Top5 %.3f    Loss %.5f", reference.top1, reference.top5, reference.loss)
@@ -240,7 +262,7 @@ def _record_float(job: Job, results: Mapping[str, Evaluation], classes: Sequence
     if reference:
         _record(job, "fp32", reference)
     if result:
-        _record(job, "quantized", result, **more)
+        _record(job, made, result, **more)
 
 
 def _record_saturating(job: Job, results: Mapping[str, Evaluation]) -> None:

@@ -249,7 +249,7 @@ TABLE = {
         f"{QUANTIZE} --qe-dynamic --qe-stats-file {STATS}", r"--qe-stats-file and --qe-dynamic cannot be combined"
     ),
     "unknown flag": Row(f"{QUANTIZE} --qe-per-chanel", r"there is no flag --qe-per-chanel; did you mean"),
-    "nothing to do": Row(DIGITS, r"nothing to do: add --evaluate, --quantize-eval"),
+    "nothing to do": Row(DIGITS, r"nothing to do: add --evaluate, --prune, --quantize-eval"),
     "float checkpoint, nothing to do": Row(
         "--resume-from f.pth.tar",
         r"nothing to do: add --evaluate",

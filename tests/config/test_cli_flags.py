@@ -37,6 +37,7 @@ SPELLINGS = """
 --reset-optimizer --best-by --num-best-scores --save-every
 --kd-teacher --kd-pretrained --kd-resume --kd-temperature --kd-temp --kd-distill-wt --kd-dw --kd-student-wt --kd-sw
 --kd-teacher-wt --kd-tw --kd-start-epoch
+--prune --prune-level --prune-pattern --prune-scope --prune-layers --prune-repair --prune-images --prune-steps
 --quantize-eval --qe --seeds --qe-calibration --qe-calibration-split --qe-histograms --qe-stats-file --qe-dynamic
 --qe-config-file
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
@@ -490,7 +491,7 @@ def test_a_flag_is_there_or_absent_and_not_both() -> None:
 
 
 def test_a_command_line_that_asks_for_nothing() -> None:
-    nothing = "^nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress, --epochs or --lr to train"
+    nothing = "^nothing to do: add --evaluate, --prune, --quantize-eval, --qe-calibration, --compress, --epochs or --lr"
     for words in ("", "--wd 0.1 --momentum 0.5"):
         with pytest.raises(UsageError, match=nothing):
             parse(["images", *words.split()])

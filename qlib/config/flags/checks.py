@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from qlib.config.flags.corrections import CORRECTION_FLAGS, CorrectionFlag
 from qlib.config.flags.flag import Flag
+from qlib.config.flags.groups import GROUPS
 from qlib.config.flags.run_config import RunConfig, settings_by_name
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import asked, nothing_to_do, verb_of
@@ -57,6 +58,7 @@ def check_combination(config: RunConfig) -> None:
     _check_clipping(config)
     _check_quantized(config)
     _check_searches(config)
+    _check_pruning(config)
     _check_corrections(config)
     # A quantized checkpoint is evaluated without being asked; whether it is one is known once it is read.
     if not asked(config) and config.resume_from is None:
@@ -85,6 +87,20 @@ def _check_quantized(config: RunConfig) -> None:
             raise UsageError(
                 f"{flag} needs a quantized model: add --quantize-eval, or --resume-from a quantized checkpoint"
             )
+
+
+def _check_pruning(config: RunConfig) -> None:
+    prune = config.prune
+    if prune.method is None:
+        return
+    if prune.level is None and prune.pattern is None:
+        raise UsageError(
+            f"--prune {prune.method} needs --prune-level, the share of the weights to remove, or --prune-pattern N:M"
+        )
+    if prune.level is not None and prune.pattern is not None:
+        raise UsageError("--prune-level and --prune-pattern cannot be combined: both tell how many weights stay")
+    if config.trains:
+        raise UsageError("--prune comes before training: run it alone, then train its checkpoint with --resume-from")
 
 
 def searches(config: RunConfig) -> list[str]:
@@ -148,7 +164,7 @@ def _reasons(config: RunConfig, flag: Flag) -> Iterator[str]:
     for ignored in flag.ignored:
         by = next((each for each in ignored.by if _is_on(config, each)), None)
         if (by or not ignored.by) and not any(_is_on(config, each) for each in ignored.unless):
-            groups = {"qe": config.qe, "ptq": config.ptq, "lapq": config.lapq, "train": config.train}
+            groups = {name: getattr(config, name) for name in GROUPS}
             yield ignored.why.format(by=by, **groups)
     if verb not in flag.use.verbs and not any(_is_on(config, each) for each in flag.use.also):
         by = next((each for each in verb.flags if each in config.given), "these flags")

@@ -22,6 +22,7 @@ __all__ = [
     "AutoArgs",
     "KdArgs",
     "LapqArgs",
+    "PruneArgs",
     "PtqArgs",
     "QuantArgs",
     "TrainArgs",
@@ -210,7 +211,25 @@ class KdArgs:
     start_epoch: int = 0
 
 
+@dataclass(frozen=True)
+class PruneArgs:
+    """The `--prune-*` flags: what is removed without training. A field is named as its flag, without `--prune-`.
+
+    `method` is `--prune` itself. Of `level` and `pattern` one is given.
+    """
+
+    method: str | None = None
+    level: float | None = None
+    pattern: str | None = None
+    scope: str | None = None
+    layers: tuple[str, ...] = ()
+    repair: str = "weights"
+    images: int = 512
+    steps: int = 100
+
+
 GROUPS: Mapping[str, type] = {
+    "prune": PruneArgs,
     "auto": AutoArgs,
     "qe": QuantArgs,
     "ptq": PtqArgs,

@@ -10,7 +10,17 @@ from typing import Any
 import yaml
 
 from qlib.config.flags.corrections import CORRECTION_FLAGS, Switches
-from qlib.config.flags.groups import BITS_CHOICES, GROUPS, AutoArgs, KdArgs, LapqArgs, PtqArgs, QuantArgs, TrainArgs
+from qlib.config.flags.groups import (
+    BITS_CHOICES,
+    GROUPS,
+    AutoArgs,
+    KdArgs,
+    LapqArgs,
+    PruneArgs,
+    PtqArgs,
+    QuantArgs,
+    TrainArgs,
+)
 from qlib.errors import ConfigError, did_you_mean
 from qlib.quant.clip_names import CLIP_PARAMETERS, ClipParameters
 from qlib.yaml_tree import MOST_SETTINGS, Node, load_yaml
@@ -64,6 +74,7 @@ class RunConfig:
     load_serialized: bool = False
     seed: int = 0
     deterministic: bool = False
+    prune: PruneArgs = field(default_factory=PruneArgs)
     quantize_eval: bool = False
     seeds: int = 1
     automatic: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qlib.config.flags.flag import ANY, Flag, shared
-from qlib.config.flags.rows import corrections, deployment, general, quantization, searches, training
+from qlib.config.flags.rows import corrections, deployment, general, pruning, quantization, searches, training
 from qlib.config.flags.rows.common import ALL_BUT_SUMMARY, HANDS_OVER, TRAINS
 
 __all__ = ["FLAGS", "GROUPS"]
@@ -13,6 +13,7 @@ __all__ = ["FLAGS", "GROUPS"]
 _PARTS = {
     general: ANY,
     training: TRAINS,
+    pruning: pruning.PRUNES,
     quantization: ALL_BUT_SUMMARY,
     corrections: ALL_BUT_SUMMARY,
     searches: HANDS_OVER,
