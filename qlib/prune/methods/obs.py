@@ -58,7 +58,7 @@ def removal_losses(weight: Tensor, inverse: Tensor, group: Tensor, most: int) ->
 
     ``w -= inverse_:p w_p / inverse_pp`` and ``inverse -= inverse_:p inverse_p: / inverse_pp`` after each removal. Where
     `most` of a row's weights of one ``group [in]`` are gone, the rest of them stay, at an infinite loss. Law: in a row,
-    none costs less than those that went before it.
+    each costs more than those that went before it.
 
     Two inputs that are nearly equal: one weight goes for nothing, as the other takes its part; then that one is dear.
 
@@ -83,7 +83,7 @@ def _losses_of_rows(weight: Tensor, inverse: Tensor, group: Tensor, most: int) -
         diagonal = inverses.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(torch.float32).tiny)
         full = (gone >= most).gather(1, group[place])
         loss, chosen = (left.square() / diagonal).masked_fill(~alive | full, math.inf).min(1)
-        last = torch.maximum(last, loss)  # rounding may let a later one seem cheaper
+        last = torch.maximum(last * (1 + 1e-6), loss)  # without the first, this one would not be so cheap
         losses[row, place[row, chosen]] = last
         gone[row, group[place[row, chosen]]] += 1
         scale = diagonal[row, chosen].sqrt()[:, None]
