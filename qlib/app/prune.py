@@ -20,7 +20,7 @@ from qlib.config.flags.pruning import PRUNERS as FACTS
 from qlib.config.flags.pruning import REPAIRS
 from qlib.errors import UsageError
 from qlib.files import STATS
-from qlib.graph import Graph, capture, lay_out
+from qlib.graph import Graph, capture
 from qlib.prune.choose import Pattern, choose_masks, choose_pattern
 from qlib.prune.importance import output_importance
 from qlib.prune.layers import PrunedLayer, chosen_layers, prunable_layers
@@ -50,7 +50,7 @@ def prune(job: Job) -> Job:
     without weights.
     """
     args = job.config.prune
-    model = lay_out(copy.deepcopy(job.model))
+    model = copy.deepcopy(job.model)
     graph = capture(model, job.example, share=True).eval()
     layers = chosen_layers(prunable_layers(graph, model), args.layers, "--prune-layers")
     layers = layers if args.pattern is None else _fitting(layers, Pattern.of(args.pattern))
@@ -148,9 +148,8 @@ def save_pruned(job: Job, top1: float) -> None:
     """Writes weights and masks, and says what that is good for. Raises OutputError where it cannot be written."""
     path = job.file("pruned_checkpoint.pth.tar")
     header = {"arch": job.spec.arch, "dataset": job.dataset_name, "num_classes": job.num_classes}
-    state = {name: value.contiguous() for name, value in job.model.state_dict().items()}
     extras = {"extras": {"pruned_top1": top1}}
-    write_checkpoint(path, {**header, "state_dict": state, **saved_masks(job.masks), **extras})
+    write_checkpoint(path, {**header, "state_dict": dict(job.model.state_dict()), **saved_masks(job.masks), **extras})
     _log.info("Saving checkpoint to: %s", path)
 
 

@@ -25,7 +25,8 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 class SoftRounding(nn.Module):
     """Stands in for a `FakeWeight`: ``clamp(floor(w / s) + h(V), low, high) * s`` with V to be learned.
 
-    V starts where the weight is what it was in float. With `hard`, h is 0 or 1: a code next to the weight.
+    V starts where the weight is what it was in float. What is 0 stays 0, as it may be pruned. With `hard`, h is 0 or
+    1: a code next to the weight.
     """
 
     def __init__(self, rounding: FakeWeight, weight: Tensor) -> None:
@@ -33,15 +34,17 @@ class SoftRounding(nn.Module):
         self.rounding, self.scale, self.hard = rounding, rounding.scale, False
         steps = rounding.swap(weight.detach()) / rounding.scale
         self.register_buffer("floor", steps.floor())
+        self.register_buffer("live", steps != 0)
         up = ((steps - self.floor).clamp(0.01, 0.99) - _SHIFT) / _STRETCH
         self.v = nn.Parameter(torch.log(up / (1 - up)))
 
     floor: Tensor
+    live: Tensor
 
     def forward(self, weight: Tensor) -> Tensor:
         """The softly rounded weight, in the layer's own layout; `weight` itself is not looked at."""
         up = (self.v >= 0).float() if self.hard else rectified_sigmoid(self.v)
-        codes = torch.clamp(self.floor + up, self.rounding.low, self.rounding.high)
+        codes = torch.clamp(self.floor + up * self.live, self.rounding.low, self.rounding.high)
         return self.rounding.swap(codes * self.rounding.scale)
 
     def undecided(self, beta: float) -> Tensor:

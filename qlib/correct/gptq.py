@@ -65,6 +65,8 @@ def round_rows(rows: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: 
     (s, low and high ``[out, 1]``), and its error e spread over the columns that are left:
     ``w_j -= e * U_ij / U_ii`` with U the Cholesky factor of the inverse Hessian.
 
+    What is 0 stays 0: pruned weights are not rounded, and what rounding left for them goes on to the others.
+
     Two inputs that are always equal: what rounding takes from one weight, the other gets.
 
     >>> ones = torch.ones(1, 1)
@@ -77,11 +79,13 @@ def round_rows(rows: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: 
     diagonal[dead] = 1.0
     order = torch.argsort(diagonal, descending=True, stable=True)
     diagonal += DAMPING * diagonal.mean()
+    pruned = rows[:, order] == 0
     left, hessian = rows[:, order], hessian[order][:, order]
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     for i in range(left.shape[1]):
         column = left[:, i]
         code = fake_quantize(column[:, None].float(), scale, low, high)[:, 0].double()
+        code[pruned[:, i]] = 0.0
         error = (column - code) / factor[i, i]
         left[:, i] = code
         left[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,22 @@ def test_gptq_lowers_the_error_of_a_model(tmp_path: Path) -> None:
         before = float((lower(graph, plan)(images) - reference).square().mean())
         fresh = gptq(graph, plan, images_of(images, tmp_path))
         assert float((lower(graph, fresh)(images) - reference).square().mean()) < 0.7 * before
+
+
+@pytest.mark.parametrize("rounding", [gptq, adaround, brecq, qdrop])
+def test_pruned_weights_stay_zero(rounding: Callable[..., Plan], tmp_path: Path) -> None:
+    graph, plan, images = planned("digits_cnn", 4, 4)
+    zeros = {}
+    for node, module in layers(graph):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.weight.data.flatten()[::2] = 0.0
+            zeros[name_of(node)] = module.weight == 0
+    steps = {} if rounding is gptq else {"iterations": 5}
+    rounding(graph, plan, images_of(images, tmp_path), **steps)
+    for node, module in layers(graph):
+        if name_of(node) in zeros:
+            assert torch.equal(module.weight[zeros[name_of(node)]], torch.zeros(int(zeros[name_of(node)].sum())))
+            assert float((module.weight != 0).float().mean()) > 0.2
 
 
 def test_corrected_weights_are_read_back_and_belong_to_one_model(tmp_path: Path) -> None:

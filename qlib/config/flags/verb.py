@@ -79,6 +79,6 @@ def needs_folder(config: RunConfig) -> bool:
 def nothing_to_do() -> UsageError:
     """The error of a command line that asks for nothing."""
     return UsageError(
-        "nothing to do: add --evaluate, --quantize-eval, --qe-calibration, --compress, --epochs or --lr to"
-        " train, --export-onnx, --thinnify, --sense, --summary or --check"
+        "nothing to do: add --evaluate, --prune, --quantize-eval, --qe-calibration, --compress, --epochs or --lr"
+        " to train, --export-onnx, --thinnify, --sense, --summary or --check"
     )
