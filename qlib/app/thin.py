@@ -38,9 +38,7 @@ def thinnify(job: Job) -> Job:
 def _lines(dead: DeadClasses) -> list[str]:
     """What goes, and why that changes nothing, or where it does."""
     if not dead.all:
-        return [
-            "--thinnify: no channel is zero where it is made, or where it is read; the model stays as it is"
-        ]
+        return ["--thinnify: no channel is zero where it is made, or where it is read; the model stays as it is"]
     unread, constant = len(dead.unread), len(dead.constant)
     found = [f"--thinnify: {unread} channels are read by no weight, and {constant} are the same number for all images"]
     if constant:

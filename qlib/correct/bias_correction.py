@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from qlib.correct._base import CORRECTIONS, CalibrationImages
 from qlib.correct._pairs import shared_layers, single_layers
-from qlib.correct._walk import channel_moments, layer_outputs
-from qlib.graph import Graph, NormStatistics
+from qlib.correct._walk import Outputs, channel_moments, layer_outputs
+from qlib.graph import Graph, NormStatistics, activation_bounds, fused_activations
 from qlib.graph.ir import layer_inputs, name_of
 from qlib.graph.weights import give_bias, over_channels
 from qlib.lower.fake import FakeLayer, FakeWeight, lower_fake
@@ -27,25 +28,37 @@ def bias_correction(graph: Graph, plan: Plan, images: CalibrationImages, referen
 
     Layer after layer, with those before it fake-quantized and corrected: ``b - (E[y_q] - E[y])`` for each output
     channel, where y_q is the fake-quantized layer's output before its grid, and y that of `reference`, which is `graph`
-    as it is unless given (after a rounding, which has changed the weights, the float graph from before it). A layer
-    without bias gets one.
+    as it is unless given (after a rounding, which has changed the weights, the float graph from before it). Where a
+    ReLU or ReLU6 follows, the means are over the values of y that it lets through: of the others nobody sees the
+    shift, and to take it from all would shift those that are seen. A layer without bias gets one.
 
     References: Nagel et al., "Data-free quantization through weight equalization and bias correction", 2019, app. D.
     """
     corrected = _give_biases(graph, plan)
     fake = lower_fake(graph, plan)
+    bounds = {name_of(node): activation_bounds(graph, relu) for node, relu in fused_activations(graph).items()}
     shifts: dict[str, tuple[float, float]] = {}
     for each in layer_outputs(reference or graph, fake, images, "Bias correction"):
         if each.name not in corrected:
             continue
         module = each.layer.module
-        exact = channel_moments(module, each.exact)
-        shift = channel_moments(module, each.fake).mean - exact.mean
+        shift = _shift(module, each, bounds.get(each.name, (-math.inf, math.inf)))
         bias = give_bias(module)
         bias.copy_(bias.double() - shift)
-        shifts[each.name] = _relative(shift, exact.std)
+        shifts[each.name] = _relative(shift, channel_moments(module, each.exact).std)
     _copy_biases(fake, corrected)  # only now: until here `graph` may be the reference
     return [_summary("Bias correction", shifts), *_not_corrected(graph)]
+
+
+def _shift(module: nn.Module, outputs: Outputs, bounds: tuple[float, float]) -> Tensor:
+    """Mean of ``y_q - y`` of each channel over the values y between `bounds`; 0 where there is none."""
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros(())
+    for fake, exact in zip(outputs.fake, outputs.exact, strict=True):
+        y_q, y = over_channels(module, fake), over_channels(module, exact)
+        seen = (y > bounds[0]) & (y < bounds[1])
+        total = total + ((y_q - y) * seen).sum(0, dtype=torch.float64)
+        count = count + seen.sum(0)
+    return total / count.clamp(min=1)
 
 
 @CORRECTIONS.register("analytic", order=31, choice="bias_correction", data_free=True)

@@ -21,13 +21,13 @@ from qlib.correct._stream import Buffer, Stream
 from qlib.correct._units import block_units, layer_units, unit_module
 from qlib.correct.adaround import adaround
 from qlib.correct.brecq import brecq
-from qlib.correct.gptq import gptq, round_rows
+from qlib.correct.gptq import _round_layer, gptq, round_rows
 from qlib.correct.qdrop import qdrop
 from qlib.errors import ConfigError
 from qlib.graph import Graph, capture
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
-from qlib.lower.fake import FakeWeight, lower_fake
+from qlib.lower.fake import FakeLayer, FakeWeight, lower_fake
 from qlib.quant.affine import qparams_from_range, range_of_grid
 from qlib.quant.plan import LayerPlan, Plan, WeightPlan
 from qlib.quant.spec import QuantSpec
@@ -260,8 +260,25 @@ def test_gptq_hessians_are_those_of_the_layers_inputs() -> None:
         assert torch.allclose(squares, layer(x).double().square().sum(axes), rtol=1e-4)
 
 
-def test_gptq_lowers_the_error_of_a_model(tmp_path: Path) -> None:
-    graph, plan, images = planned("digits_cnn", 0, 3)
+@pytest.mark.parametrize("count", [pytest.param(64, id="many positions"), pytest.param(2, id="few")])
+def test_gptq_makes_up_for_errors_of_its_inputs_where_they_are_known_well(count: int) -> None:
+    """A layer whose inputs arrive at 0.8 of their size gets weights of 1.25 times theirs, and the bias of the mean."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 2, 1), torch.rand(1, 3, 1, count) + 1.0
+    weight, exact = layer.weight.detach().clone(), layer(x)
+    fake = FakeLayer(layer, LayerPlan("conv", (), WeightPlan(QuantSpec.of_mode("sym", 16, axis=0))), None, None)
+    assert isinstance(fake.weight, FakeWeight)
+    fake.weight.scale.data *= 1.5  # room for the larger weights
+    with torch.no_grad():
+        _round_layer(fake, fake.weight, [(x, 0.8 * x)])
+    factor = 1.25 if count == 64 else 1.0
+    assert torch.allclose(layer.weight, factor * weight, rtol=0.02)
+    assert torch.allclose(layer(0.8 * x).mean((0, 2, 3)), exact.mean((0, 2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("acts", [0, 4])
+def test_gptq_lowers_the_error_of_a_model(acts: int, tmp_path: Path) -> None:
+    graph, plan, images = planned("digits_cnn", acts, 3)
     reference = copy.deepcopy(graph)(images)
     with torch.inference_mode():
         before = float((lower(graph, plan)(images) - reference).square().mean())
