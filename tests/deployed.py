@@ -77,6 +77,14 @@ def axes(m: Any, x: Tensor) -> Tensor:
     return m.fc(x.flatten(1))  # type: ignore[no-any-return]
 
 
+def factors(m: Any, x: Tensor) -> Tensor:
+    x = F.relu(x + m.a(x) * 0.2)
+    y = m.b(x) / 3
+    x = (x * torch.sigmoid(y) * 2.0) * 0.7 + y.flip(3)
+    x = m.c(x) * 0.1 + x
+    return m.fc(F.adaptive_avg_pool2d(x + x * 0.3, 1).flatten(1))  # type: ignore[no-any-return]
+
+
 def floats(m: Any, x: Tensor) -> Tensor:
     x = F.hardswish(m.deconv(F.leaky_relu(m.a(x))))
     return (F.silu(m.b(x)) * 0.5).flatten(1)  # type: ignore[no-any-return]
@@ -121,6 +129,7 @@ NETS: dict[str, tuple[_Forward, Callable[[], dict[str, nn.Module]]]] = {
         axes,
         lambda: {"a": conv(), "b": conv(), **{name: nn.Linear(8, 8) for name in "qkv"}, "fc": nn.Linear(8, 10)},
     ),
+    "factors": (factors, lambda: {**{name: conv() for name in "abc"}, "fc": nn.Linear(8, 10)}),
     "floats": (floats, lambda: {"a": conv(), "deconv": nn.ConvTranspose2d(8, 6, 2, stride=2), "b": conv(6, 4)}),
 }
 

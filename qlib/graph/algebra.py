@@ -15,31 +15,48 @@ _MASKED = -30.0
 
 
 def join_factors(graph: Graph) -> None:
-    """A tensor times a number is a factor of the matrix products that alone read it, or of the one that alone gives it.
+    """A tensor times a number is a factor of the products and sums that alone read it, or of the product that gives it.
 
-    As ``(q * s) @ k`` and ``(q @ k) * s``, which attention has.
+    As ``(q * s) @ k`` and ``(q @ k) * s``, which attention has, and ``x + 0.1 * y``, which residual blocks have.
     """
     for node in list(graph.graph.nodes):
         factor = _factor(graph, node)
         if factor is None:
             continue
-        readers = [_module(graph, each) for each in _readers(graph, node)]
-        products = readers if all(isinstance(each, ops.MatMul) for each in readers) else _only_producer(graph, node)
-        for product in products:
-            assert isinstance(product, ops.MatMul)
-            product.alpha *= factor
-        if products:
-            node.replace_all_uses_with(layer_inputs(node)[0])
-            graph.graph.erase_node(node)
+        producer = _only_producer(graph, node)
+        readers = [(_module(graph, reader), index) for reader, index in _readers(graph, node)]
+        if factor == 1.0:
+            pass
+        elif producer is not None and not all(isinstance(module, ops.MatMul) for module, _ in readers):
+            producer.alpha *= factor
+        elif readers and all(isinstance(module, (*_PRODUCTS, ops.Add)) for module, _ in readers):
+            for module, index in readers:
+                _multiply(module, index, factor)
+        else:
+            continue
+        node.replace_all_uses_with(layer_inputs(node)[0])
+        graph.graph.erase_node(node)
 
 
-def _only_producer(graph: Graph, node: fx.Node) -> list[nn.Module | None]:
-    """The matrix product whose values a node alone reads, directly or moved."""
+_PRODUCTS = (ops.MatMul, ops.Mul)
+
+
+def _multiply(module: nn.Module | None, index: int, factor: float) -> None:
+    """Multiplies one input of a product or a sum."""
+    if isinstance(module, _PRODUCTS):
+        module.alpha *= factor
+    elif isinstance(module, ops.Add):
+        alpha, beta = module.factors
+        module.factors = (alpha * factor, beta) if index == 0 else (alpha, beta * factor)
+
+
+def _only_producer(graph: Graph, node: fx.Node) -> ops.MatMul | ops.Mul | None:
+    """The product whose values a node alone reads, directly or moved."""
     source = layer_inputs(node)[0]
     while is_move(graph, source) and len(source.users) == 1:
         source = layer_inputs(source)[0]
     module = _module(graph, source)
-    return [module] if isinstance(module, ops.MatMul) and len(source.users) == 1 else []
+    return module if isinstance(module, _PRODUCTS) and len(source.users) == 1 else None
 
 
 def _module(graph: Graph, node: fx.Node) -> nn.Module | None:
@@ -61,11 +78,14 @@ def _factor(graph: Graph, node: fx.Node) -> float | None:
     return float(value) if module.function in _TIMES else 1 / float(value)
 
 
-def _readers(graph: Graph, node: fx.Node) -> list[fx.Node]:
-    """The layers that read a tensor, directly or moved."""
-    found: list[fx.Node] = []
+def _readers(graph: Graph, node: fx.Node) -> list[tuple[fx.Node, int]]:
+    """The layers that read a tensor, directly or moved, and as which of their inputs."""
+    found: list[tuple[fx.Node, int]] = []
     for user in node.users:
-        found += _readers(graph, user) if user.op != "output" and is_move(graph, user) else [user]
+        if user.op != "output" and is_move(graph, user):
+            found += _readers(graph, user)
+        else:
+            found += [(user, index) for index, source in enumerate(layer_inputs(user)) if source is node]
     return found
 
 
@@ -86,7 +106,10 @@ def _added_mask(graph: Graph, source: fx.Node) -> tuple[fx.Node, fx.Node, Tensor
     """The addition, the scores and the mask that a softmax reads, through moves."""
     while source.target is torch.reshape and len(source.users) == 1:
         source = layer_inputs(source)[0]
-    if not isinstance(_module(graph, source), ops.Add) or len(source.users) != 1 or not is_layer(graph, source):
+    adding = _module(graph, source)
+    if not isinstance(adding, ops.Add) or len(source.users) != 1 or not is_layer(graph, source):
+        return None
+    if adding.factors != (1.0, 1.0):
         return None
     scores, mask = layer_inputs(source)
     if is_constant(scores):

@@ -26,18 +26,39 @@ class Op(nn.Module):
     """Base of the modules below: the tracer does not look inside."""
 
 
+def times(x: Tensor, factor: float) -> Tensor:
+    """The product, without one where the factor is 1."""
+    return x if factor == 1.0 else x * factor
+
+
 class Add(Op):
-    """``a + b`` with broadcasting."""
+    """``alpha * a + beta * b`` with broadcasting; `factors` are alpha and beta.
+
+    >>> Add((0.5, 1.0))(torch.tensor([4.0]), torch.tensor([1.0]))
+    tensor([3.])
+    """
+
+    def __init__(self, factors: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        self.factors = factors
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
+        return times(a, self.factors[0]) + times(b, self.factors[1])
 
 
 class Mul(Op):
-    """``a * b`` with broadcasting."""
+    """``alpha * a * b`` with broadcasting.
+
+    >>> Mul(alpha=0.5)(torch.tensor([4.0]), torch.tensor([3.0]))
+    tensor([6.])
+    """
+
+    def __init__(self, *, alpha: float = 1.0) -> None:
+        super().__init__()
+        self.alpha = alpha
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return a * b
+        return times(a, self.alpha) * b
 
 
 class ChannelAffine(nn.Conv2d):
@@ -76,7 +97,7 @@ class MatMul(Op):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         b = b.transpose(-2, -1) if self.transpose else b
-        return torch.matmul(a * self.alpha if self.alpha != 1.0 else a, b)
+        return torch.matmul(times(a, self.alpha), b)
 
 
 class GlobalAvgPool(Op):

@@ -75,6 +75,10 @@ class ActivationGrid:
         """The codes that are deployed, of centered ones."""
         return (centered + self.zero_point).to(self.dtype)
 
+    def times(self, factor: float) -> ActivationGrid:
+        """The grid of the same codes, with values `factor` times as large."""
+        return replace(self, params=replace(self.params, scale=self.params.scale * factor))
+
     def with_bounds(self, low: int, high: int) -> ActivationGrid:
         """The same grid with tighter bounds."""
         return replace(self, low=max(self.low, low), high=min(self.high, high))

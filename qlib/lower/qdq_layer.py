@@ -47,7 +47,7 @@ class FromCodes(nn.Module):
 
     def __init__(self, grid: ActivationGrid, factor: float = 1.0) -> None:
         super().__init__()
-        self.scale, self.zero_point = float(grid.scale * factor), grid.zero_point
+        self.scale, self.zero_point = float(grid.times(factor).scale), grid.zero_point
 
     def forward(self, codes: Tensor) -> Tensor:
         return dequantize_linear(codes, self.scale, self.zero_point)

@@ -201,15 +201,20 @@ class _Propagation(fx.Interpreter):
         if isinstance(module, Concat):
             return Moments(*(module(*parts) for parts in zip(*(x.parts for x in inputs), strict=True)))
         if isinstance(module, Add):
-            return _add(*inputs)
+            return _add(*map(_scaled, inputs, module.factors))
         if isinstance(module, Mul):
-            return _multiply(*inputs)
+            return _scaled(_multiply(*inputs), module.alpha)
         if isinstance(module, _ELEMENTWISE):
             return _compactly(lambda x: _function(module, x), inputs[0])
         grounded = any(source in self.grounded for source in n.all_input_nodes)
         if grounded and _is_matrix(module):
             return _weighted(module, inputs[0])
         return Moments(*[torch.full(n.meta["shape"], torch.nan)] * 4)
+
+
+def _scaled(x: Moments, factor: float) -> Moments:
+    """Those of ``factor * x``, for a positive factor."""
+    return Moments(*(part * scale for part, scale in zip(x.parts, (factor, factor**2, factor, factor), strict=True)))
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "attention, asym_u": ("attention", {}),
     "attention, sym": ("attention", {"mode_activations": "sym", "per_channel_wts": False}),
     "softmax over other axes, and over one element": ("axes", {}),
+    "numbers times what is added": ("factors", {}),
     "floats, asym_u": ("floats", {}),
     "convolutions, own grids of inputs": ("convolutions", OWN_5),
     "branches, own grids of inputs": ("branches", OWN_5),

@@ -66,6 +66,19 @@ def test_mul_all_pairs(scales: tuple[float, ...]) -> None:
             assert (run("mul", Mul(), (a, b), y, (PAIRS[0] + a.low, PAIRS[1] + b.low)) == want).all()
 
 
+@pytest.mark.parametrize("factors", [(0.2, 1.0), (1.0, 1 / 3), (0.7, 3.0)], ids=str)
+def test_factors_are_in_the_scales(factors: tuple[float, float]) -> None:
+    for scales, zeros in itertools.product(TIES, ZEROS):
+        a, b, y = grids(scales, zeros)
+        codes = (PAIRS[0] + a.low, PAIRS[1] + b.low)
+        scaled = [Codes.of("asym_u", 8, float(x.scale * f32(f)), x.zero) for x, f in zip((a, b), factors, strict=True)]
+        assert (
+            run("add", Add(factors), (a, b), y, codes) == oracle.add(PAIRS[0], scaled[0], PAIRS[1], scaled[1], y)
+        ).all()
+        product = oracle.mul(PAIRS[0], scaled[0], PAIRS[1], b, y)
+        assert (run("mul", Mul(alpha=factors[0]), (a, b), y, codes) == product).all()
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),

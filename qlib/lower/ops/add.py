@@ -46,7 +46,8 @@ _PROBES = tuple(torch.tensor([0.3, 1.7, 0.7071067, 0.0123]).tolist())
 class ExactAdd(ExactLayer):
     """``sat(rint(fma(r_a, q_a, fma(r_b, q_b, f))))`` with ``r = s_x / s_y``, ``f = z_y - fma(r_a, z_a, r_b * z_b)``.
 
-    On raw codes: the zero point is inside the rounding. Where the first input is broadcast the two swap roles.
+    On raw codes: the zero point is inside the rounding. Where the first input is broadcast the two swap roles. The
+    factors of the inputs are in their scales.
     """
 
     constant: Tensor
@@ -55,7 +56,9 @@ class ExactAdd(ExactLayer):
     def __init__(self, context: LayerContext) -> None:
         super().__init__()
         assert context.output is not None
-        a, b = context.codes_in()
+        assert isinstance(context.module, Add)
+        self.factors = context.module.factors
+        a, b = (grid.times(factor) for grid, factor in zip(context.codes_in(), self.factors, strict=True))
         self.grid = Grid(context.output)
         self.zeros = (a.zero_point, b.zero_point)
         self.ratios = tuple(float(grid.scale / context.output.scale) for grid in (a, b))
@@ -79,8 +82,8 @@ class ExactAdd(ExactLayer):
         return (y.sub_(zero_y) if zero_y else y).clamp_(self.grid.low, self.grid.high)
 
     def qdq(self, inputs: ActivationGrids, output: ActivationGrid | None) -> nn.Module:
-        """The float layer between dequantize and quantize."""
-        return QdqLayer(Add(), inputs, output)
+        """The float layer between dequantize and quantize; the factors are in the scales."""
+        return QdqLayer(Add(), inputs, output, factors=dict(enumerate(self.factors)))
 
 
 @LOWERINGS.register("add")

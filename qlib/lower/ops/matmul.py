@@ -37,7 +37,7 @@ class ExactMatMul(ExactLayer):
         self.magnitude = a.magnitude * b.magnitude
         self.limit = context.accumulator_limit
         self.grid = Grid(context.output)
-        factor = requant_factor(a.scale * context.module.alpha, b.scale, context.output.scale)
+        factor = requant_factor(a.times(self.alpha).scale, b.scale, context.output.scale)
         if context.plan.scale_approx_bits is not None:
             factor = approximate_factor(factor, context.plan.scale_approx_bits)
         self.register_buffer("factor", factor, persistent=False)
