@@ -103,7 +103,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
         UsageError: a flag, a value or a combination that cannot be obeyed.
         ConfigError: the file of `--run-config` has mistakes.
     """
-    namespace, rest = build_parser().parse_known_args(_with_values(_in_full(argv)))
+    namespace, rest = build_parser().parse_known_args(_with_values(_spread(_in_full(argv))))
     words: dict[str, Any] = vars(namespace)
     file = words.pop(_RUN_CONFIG, None)
     texts: _Texts = {name: [_one_text(each) for each in found] for name, found in words.items()}
@@ -159,6 +159,23 @@ def _whole_name(word: str, names: Mapping[str, str]) -> str:
         *others, last = (each for each in begun if first[names[each]] == each)
         raise UsageError(f"{name} is ambiguous: it may be {', '.join(others)} or {last}; write more of it")
     return begun[0] + equals + value
+
+
+def _spread(argv: Sequence[str]) -> list[str]:
+    """Repeats a flag of several choices for each word behind it that is one: the folder may follow.
+
+    >>> _spread(["--activation-stats", "train", "test", "images"])
+    ['--activation-stats', 'train', '--activation-stats', 'test', 'images']
+    """
+    lists = {name: flag.kind.choices for flag in FLAGS if flag.kind.many == "choices" for name in flag.names}
+    words: list[str] = []
+    flag = ""
+    for before, word in zip(("", *argv), argv, strict=False):
+        flag = before if before in lists else flag
+        if word.startswith("-") or (flag and before != flag and word.lower() not in lists[flag]):
+            flag = ""
+        words += [flag, word] if flag and before != flag else [word]
+    return words
 
 
 def _with_values(argv: Sequence[str]) -> list[str]:

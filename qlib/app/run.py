@@ -19,6 +19,7 @@ from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.export import SATURATING, export_float_model, export_model
 from qlib.app.images import test_loader
 from qlib.app.job import Job, choose_device, example_of, load_job
+from qlib.app.observe import collect_histograms, log_masks, observe
 from qlib.app.plan import given_plan, make_plan, plan_of, settings_of, stats_for, with_corrections
 from qlib.app.predictions import compare_to_run, comparison_row, log_comparison, save_predictions
 from qlib.app.prune import prune, report_size, save_pruned
@@ -39,6 +40,7 @@ from qlib.checkpoint.quantized import (
 )
 from qlib.checkpoint.read import read_checkpoint
 from qlib.config.flags.checks import startup_warnings
+from qlib.config.flags.rows.common import EVALUATES, HANDS_OVER
 from qlib.config.flags.run_config import RunConfig
 from qlib.config.flags.verb import Verb, asked, nothing_to_do, verb_of
 from qlib.data.loader import Loader
@@ -91,7 +93,11 @@ def run(config: RunConfig) -> int:
         job = load_job(with_corrections(config), run_log, device, checkpoint)
         given = thinnify(job) if config.thinnify else job
         job = _pruned(given, verb)
+        if verb in HANDS_OVER.verbs and verb is not Verb.TRAIN:
+            log_masks(job)
         exit_code = 0 if _is_done(given, job) else _DO[verb](job, checkpoint) or 0
+        if verb in EVALUATES.verbs and verb is not Verb.TRAIN:  # which may have gone on with another model
+            observe(job)
         write_report(job, exit_code)
         return exit_code
 
@@ -223,6 +229,9 @@ def _refuse_flags(config: RunConfig) -> None:
     for verb, sentence in _NEEDS_FLOAT.items():
         if verb in asked(config):
             raise UsageError(sentence.format(file=config.resume_from))
+    for flag in ("--activation-stats", "--param-hist", "--masks-sparsity"):
+        if flag in config.given:
+            raise UsageError(_OBSERVED.format(flag=flag, file=config.resume_from))
 
 
 def _test(job: Job, models: Mapping[str, Model]) -> dict[str, Evaluation]:
@@ -298,6 +307,8 @@ _QUANTIZED = "{file} is quantized already; drop --quantize-eval and --qe-calibra
 
 _SENSED = "--sense needs a float model, but {file} is quantized; give the original"
 
+_OBSERVED = "{flag} looks at a float model, but {file} is quantized; give the original"
+
 _NEEDS_FLOAT: Mapping[Verb, str] = {
     Verb.TRAIN: "{file} holds integers, which cannot be trained; give the checkpoint of the float model",
     Verb.QUANTIZE: _QUANTIZED,
@@ -305,6 +316,7 @@ _NEEDS_FLOAT: Mapping[Verb, str] = {
     Verb.CALIBRATE: _QUANTIZED,
     Verb.SENSE: _SENSED,
     Verb.SENSE_PRUNING: _SENSED,
+    Verb.HISTOGRAMS: _OBSERVED.format(flag="--activation-histograms", file="{file}"),
     Verb.SUMMARY: "--summary needs a float model, but {file} is quantized; give the original",
 }
 """Verb -> why it cannot be done with a quantized checkpoint."""
@@ -316,6 +328,7 @@ _DO: Mapping[Verb, Callable[[Job, Mapping[str, Any]], int | None]] = {
     Verb.SENSE_PRUNING: lambda job, _: analyse_pruning(job),
     Verb.QUANTIZE: lambda job, _: _quantize_and_evaluate(job),
     Verb.CALIBRATE: lambda job, _: _calibrate(job),
+    Verb.HISTOGRAMS: lambda job, _: collect_histograms(job),
     Verb.EVALUATE: lambda job, _: _use_float(job),
     Verb.EXPORT: lambda job, _: _use_float(job),
     Verb.THINNIFY: lambda job, _: None,

@@ -12,6 +12,7 @@ from torch import nn
 
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
+from qlib.app.observe import observe
 from qlib.app.policies import read_schedule, set_up
 from qlib.app.report import record_epoch, record_layers
 from qlib.app.report_results import record_test
@@ -23,6 +24,7 @@ from qlib.errors import UsageError
 from qlib.graph import LAYOUT, Graph
 from qlib.lower import lower
 from qlib.quant.plan import Plan
+from qlib.report.observed import masks_table
 from qlib.report.summary import summary
 from qlib.surgery.recipe_file import saved_recipe
 from qlib.train.best import EpochScore, nonzero, ranked
@@ -55,7 +57,9 @@ def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
     schedule = read_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())
     run = _Run(job, schedule)
     run.resume(checkpoint)
-    return run.train()
+    exit_code = run.train()
+    observe(run.job)
+    return exit_code
 
 
 class _Run:
@@ -143,6 +147,8 @@ class _Run:
             if self.sparse:
                 text = summary("sparsity", self.job.model, self.job.example, self.job.run.folder)
                 _log.info("\nParameters:\n%s", text)
+            if self.job.config.masks_sparsity:
+                _log.info("%s", masks_table(self.state.masks))
             _log.info("--- validate (epoch=%d)-----------", epoch)
             (result,) = measure(self.job, self.images.validation, f"Epoch: [{epoch}]", _laid_out(model))
         log_result(result)

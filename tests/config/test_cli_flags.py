@@ -32,7 +32,8 @@ SPELLINGS = """
 --arch -a --pretrained --resume-from --resume --exp-load-weights-from --thinnify
 --dataset --workers -j --batch-size -b --validation-split --valid-size --vs --effective-train-size --etrs
 --effective-valid-size --evs --effective-test-size --etes --skip-corrupt
---evaluate -e --confusion --compare --compare-to --engine
+--evaluate -e --confusion --compare --activation-stats --act-stats --activation-histograms --act-hist --param-hist
+--masks-sparsity --compare-to --engine
 --compress --epochs --optimizer --lr --learning-rate --momentum --weight-decay --wd --label-smoothing --grad-clip --amp
 --reset-optimizer --best-by --num-best-scores --save-every
 --kd-teacher --kd-pretrained --kd-resume --kd-temperature --kd-temp --kd-distill-wt --kd-dw --kd-student-wt --kd-sw
@@ -223,6 +224,11 @@ RIGHT = [
     ("--lapq-eval-memoize-dataloader", "lapq.eval_memoize_dataloader", True),
     ("--lapq-search-clipping", "lapq.search_clipping", True),
     ("--sense Quant", "sense", "quant"),
+    ("--act-stats train Test", "activation_stats", ("train", "test")),
+    ("--activation-stats valid,test --act-stats train", "activation_stats", ("valid", "test", "train")),
+    ("--act-hist 0.1", "activation_histograms", 0.1),
+    ("--param-hist", "param_hist", True),
+    ("--masks-sparsity", "masks_sparsity", True),
     ("--sense Filter", "sense", "filter"),
     ("--sense element --sense-range 0 0.5 .1", "sense_range", (0.0, 0.5, 0.1)),
     ("--sense channel --sense-ra 0.5 1 0.25", "sense_range", (0.5, 1.0, 0.25)),
@@ -349,6 +355,11 @@ WRONG = [
     ("--qe-budget 4bits", "--qe-budget needs --quantize-eval, which quantizes the model and evaluates it"),
     ("--qe-lapq", "--qe-lapq needs --quantize-eval, which quantizes the model and evaluates it"),
     ("--qe --qe-bits-choices 4,4", f"--qe-bits-choices '4,4' is not allowed: it must be {WIDTHS}"),
+    (
+        "--act-stats trains",
+        "--activation-stats 'trains' is not allowed: it must be one of train, valid, test; did you mean train?",
+    ),
+    ("--act-stats", "--activation-stats/--act-stats: expected one argument"),
     ("--sense filter --sense-range 0 0.5", "--sense-range: expected 3 arguments"),
     ("--sense filter --sense-range 0 1.5 0.1", f"--sense-range '0 1.5 0.1' is not allowed: it must be {RANGE}"),
     ("--sense filter --sense-range 0.5 0.5 0.1", f"--sense-range '0.5 0.5 0.1' is not allowed: it must be {RANGE}"),
@@ -459,17 +470,14 @@ def test_wrong_values_end_in_one_sentence_and_exit_code_2(
 
 
 PRUNING = "is not there yet, as pruning is not; "
-STATISTICS = "is not there yet; --qe-calibration collects the range, mean and deviation of each activation"
 BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the bits of each layer under a budget"
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        pytest.param("--masks-sparsity", f"--masks-sparsity {PRUNING}--summary sparsity prints ", id="masks"),
-        pytest.param("--masks", f"--masks-sparsity {PRUNING}", id="abbreviated"),
-        pytest.param("--act-stats train valid", f"--act-stats {STATISTICS}", id="statistics"),
-        pytest.param("--act-hist=0.1", "--act-hist is not there; --qe-calibration collects histograms with", id="="),
+        pytest.param("--greedy-pruning-step=0.1", f"--greedy-pruning-step {PRUNING}", id="="),
+        pytest.param("--save-untrained", "--save-untrained-model is not there; a model whose", id="abbreviated"),
         pytest.param("--greedy --greedy-target-density=0.5", f"--greedy {PRUNING}", id="greedy"),
         pytest.param("--greedy-ft-epochs 3", f"--greedy-ft-epochs {PRUNING}", id="greedy's others"),
         pytest.param(
@@ -478,7 +486,6 @@ BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the b
             " --summary modules lists the layers",
             id="drawing",
         ),
-        pytest.param("--param-hist", "--param-hist is not there yet; --summary sparsity prints", id="histograms"),
         pytest.param("--save-untrained-model", "--save-untrained-model is not there; a model whose", id="untrained"),
         pytest.param(
             "--earlyexit_thresholds 1.2 0.9", "--earlyexit_thresholds is not there yet, as early exits", id="exits"
@@ -795,6 +802,9 @@ USED = {
     "--resume-from m.pth.tar --verify 9": {*READING},
     "--qe-calibration 0.1": {*READING, "-p 5"},
     "--sense quant": {*READING, "-p 5"},
+    "--sense filter": {*READING, "-p 5", "--etes 0.5"},
+    "--act-hist 0.5": {*READING, "-p 5"},
+    "-e --act-stats valid": {*TESTING, "--compare-to images", "--vs 0.2", "--etrs 0.5", "--evs 0.5"},
     "-e": {*TESTING, "--compare-to images"},
     "--qe": {*TESTING, "--compare-to images"},
     "--resume-from m.pth.tar": {*TESTING, "--compare-to images"},
@@ -832,6 +842,7 @@ VERBS = [
     ("--epochs 90", Verb.TRAIN),
     ("--compress s.yaml", Verb.TRAIN),
     ("--learning-rate 0.3 --wd 0", Verb.TRAIN),
+    ("--act-hist 0.1 -e", Verb.HISTOGRAMS),
     ("--compress s.yaml -e", Verb.EVALUATE),
     ("--compress s.yaml --export-onnx", Verb.EXPORT),
     ("--resume-from m.pth.tar", Verb.NOTHING),

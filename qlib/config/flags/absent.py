@@ -10,17 +10,10 @@ __all__ = ["ABSENT", "why_absent"]
 _PRUNING = "is not there yet, as pruning is not"
 _EXITS = "is not there yet, as early exits are not; train the same model without them"
 _BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the bits of each layer under a budget"
-_STATISTICS = "is not there yet; --qe-calibration collects the range, mean and deviation of each activation"
 _DRAWING = "is not there yet; --summary modules lists the layers, and --export-onnx writes a file that viewers draw"
 
 ABSENT: Mapping[str, str] = {
-    "--masks-sparsity": f"{_PRUNING}; --summary sparsity prints how many weights are zero",
     "--greedy*": f"{_PRUNING}; --qe-budget chooses the bits of each layer under a budget",
-    "--activation-stats": _STATISTICS,
-    "--act-stats": _STATISTICS,
-    "--activation-histograms": "is not there; --qe-calibration collects histograms with --qe-histograms",
-    "--act-hist": "is not there; --qe-calibration collects histograms with --qe-histograms",
-    "--param-hist": "is not there yet; --summary sparsity prints the mean and the deviation of each weight",
     "--save-untrained-model": "is not there; a model whose weights are random has the same ones for the same --seed",
     "--early*": _EXITS,
     "--summary png": _DRAWING,

@@ -18,6 +18,7 @@ __all__ = [
     "IMPLICIT_CALIBRATION",
     "NORMS",
     "OPTIMIZERS",
+    "PHASES",
     "PRUNED_PARTS",
     "AutoArgs",
     "KdArgs",
@@ -31,6 +32,9 @@ __all__ = [
 
 BITS_CHOICES = (2, 3, 4, 6, 8)
 """The bits that a search tries where the user names none."""
+
+PHASES = ("train", "valid", "test")
+"""Whose images `--activation-stats` looks at."""
 
 PRUNED_PARTS = ("element", "filter", "channel")
 """What `--sense` removes from one weight after another."""

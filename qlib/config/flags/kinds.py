@@ -32,7 +32,7 @@ class Kind:
     """How a flag's text becomes a value. `read` raises ValueError for a text that is not `allowed`.
 
     `many`: the flag takes several words of names (`words`) or of paths (`paths`), or may be repeated with one each
-    (`repeat`).
+    (`repeat`), or both, and then takes no word that is none of its `choices` (`choices`).
     `without`: what the flag alone, without a value, stands for. `words`: how many a value consists of.
     """
 

@@ -59,6 +59,10 @@ class RunConfig:
     skip_corrupt: bool = False
     evaluate: bool = False
     confusion: bool = False
+    activation_stats: tuple[str, ...] = ()
+    activation_histograms: float | None = None
+    param_hist: bool = False
+    masks_sparsity: bool = False
     compare_to: Path | None = None
     compare: tuple[Path, ...] = ()
     engine: str = "torch"

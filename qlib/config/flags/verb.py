@@ -25,6 +25,7 @@ class Verb(Enum):
     SENSE_PRUNING = (("--sense",), True, True, "has no effect: this --sense only prunes and evaluates")
     QUANTIZE = (("--quantize-eval",), True, True, "")
     CALIBRATE = (("--qe-calibration",), True, True, "has no effect: --qe-calibration alone only collects")
+    HISTOGRAMS = (("--activation-histograms",), True, True, "has no effect: --activation-histograms only collects")
     EVALUATE = (("--evaluate",), True, True, "")
     EXPORT = (("--export-onnx", "--verify", "--export-encodings"), False, True, "")
     THINNIFY = (("--thinnify",), False, True, "")
@@ -53,6 +54,7 @@ def asked(config: RunConfig) -> tuple[Verb, ...]:
         Verb.SENSE_PRUNING: config.sense in PRUNED_PARTS,
         Verb.QUANTIZE: config.quantize_eval,
         Verb.CALIBRATE: config.qe.calibration is not None,
+        Verb.HISTOGRAMS: config.activation_histograms is not None,
         Verb.EVALUATE: config.evaluate,
         Verb.EXPORT: config.exports,
         Verb.THINNIFY: config.thinnify and not config.trains,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from qlib.config.flags.flag import Flag, Ignored, Use
+from qlib.config.flags.groups import PHASES
 from qlib.config.flags.kinds import (
     SWITCH,
     arch,
@@ -33,6 +34,7 @@ _EVALUATING = ("--evaluate", "--quantize-eval", "--sense")
 _SHOWS_PROGRESS = replace(READS, otherwise="no progress is shown")
 _REPORTS = Use(tuple(verb for verb in Verb if verb not in (Verb.COMPARE, Verb.SUMMARY, Verb.CHECK)))
 _VERIFIES = replace(READS, also=("--verify",))
+_TRAINS = replace(TRAINS, also=("--activation-stats",))
 _NOT_ASKED = Ignored("has no effect without --evaluate", by=Verb.EXPORT.flags, unless=("--evaluate", "--quantize-eval"))
 
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
@@ -107,10 +109,10 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
             "--validation-split --valid-size --vs",
             real(Interval(0, 1, open_high=True), "a fraction from 0 to below 1"),
             "fraction of the training images held out for validation",
-            use=TRAINS,
+            use=_TRAINS,
         ),
-        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use", use=TRAINS),
-        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use", use=TRAINS),
+        Flag("--effective-train-size --etrs", fraction(), "fraction of the training images to use", use=_TRAINS),
+        Flag("--effective-valid-size --evs", fraction(), "fraction of the validation images to use", use=_TRAINS),
         Flag(
             "--effective-test-size --etes",
             fraction(),
@@ -123,6 +125,22 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
         Flag("--evaluate -e", SWITCH, "evaluate on the test split", use=HANDS_OVER),
         Flag("--confusion", SWITCH, "print the confusion matrix", use=EVALUATES),
         Flag("--compare", reports(), "compare runs, from their reports alone, in one page and one table; and stop"),
+        Flag(
+            "--activation-stats --act-stats",
+            choice(PHASES, many="choices"),
+            "write how active each channel is on the images of these phases, behind the run's own work",
+            use=EVALUATES,
+        ),
+        Flag(
+            "--activation-histograms --act-hist",
+            fraction(),
+            "collect histograms of activations on this fraction of the test images and stop",
+            use=Use((Verb.HISTOGRAMS,), "no histograms are collected"),
+        ),
+        Flag("--param-hist", SWITCH, "write histograms of all parameters, as the run leaves them", use=EVALUATES),
+        Flag(
+            "--masks-sparsity", SWITCH, "print the sparsity of the masks, in training after each epoch", use=HANDS_OVER
+        ),
         Flag(
             "--compare-to",
             run_folder(),
