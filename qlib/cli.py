@@ -119,7 +119,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     if folder is None and needs_folder(config):
         raise UsageError(_no_folder(config))
     check_combination(config)
-    return replace(config, repeated=repeated)
+    return replace(config, repeated=repeated, repeats=None if file is None else expanded(file).resolve())
 
 
 def _one_text(words: str | Sequence[str]) -> str:

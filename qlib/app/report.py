@@ -19,13 +19,15 @@ from qlib.config.flags.verb import verb_of
 from qlib.deploy.placement import Placed as PlacedLayer
 from qlib.deploy.placement import int8_share
 from qlib.deploy.verify import Verification as Found
+from qlib.errors import DataError
 from qlib.files import write_text
 from qlib.graph import Graph
 from qlib.quant.plan import Plan
+from qlib.report.comparison import changed_results
 from qlib.report.html.page import PAGE, run_page
 from qlib.report.layers import layer_rows
 from qlib.report.record import VERSION, Origin, RunReport, WrittenFile
-from qlib.report.record_file import REPORT, report_text
+from qlib.report.record_file import REPORT, read_report, report_text
 from qlib.report.record_parts import Checked, Deployment, Epoch, Placed, Training, Verification
 from qlib.stats.tensor_stats import ModelStats
 
@@ -116,7 +118,22 @@ def write_report(job: Job, exit_code: int) -> None:
     report, page = _report(job, exit_code), job.run.folder / PAGE
     write_text(job.run.folder / REPORT, report_text(report), "report")
     write_text(page, run_page(report), "report")
+    _tell_repeated(job, report)
     _log.info("Report of this run: %s", page)
+
+
+def _tell_repeated(job: Job, report: RunReport) -> None:
+    """Says whether the numbers of the run that `--run-config` repeats came out again, if it left a report."""
+    file = job.config.repeats
+    if file is None or not (folder := file.parent.parent).joinpath(REPORT).is_file():
+        return
+    try:
+        changed = changed_results(read_report(folder), report)
+    except DataError as error:
+        _log.warning("Warning: whether the numbers are the same is not known: %s", error)
+        return
+    verdict = f"differ: {'; '.join(changed)}" if changed else "are the same to the last digit"
+    _log.info("Numbers of the run that is repeated, %s: they %s", folder.name, verdict)
 
 
 def _report(job: Job, exit_code: int) -> RunReport:

@@ -15,7 +15,7 @@ from qlib.report.html.answer import in_integers, model_bytes
 from qlib.report.record import Predicted, Result, RunReport
 from qlib.report.record_parts import Layer
 
-__all__ = ["Pair", "Side", "different_layers", "different_settings", "front", "pairs", "sides"]
+__all__ = ["Pair", "Side", "changed_results", "different_layers", "different_settings", "front", "pairs", "sides"]
 
 _LARGEST_CLASS = 2**31
 
@@ -162,3 +162,20 @@ def _words(layer: Layer) -> Iterator[str]:
         yield f"float: {layer.why_float}"
     if layer.shape:
         yield "x".join(map(str, layer.shape))
+
+
+def changed_results(before: RunReport, now: RunReport) -> list[str]:
+    """What of the results is not the same, to the last digit, in words; nothing where all is.
+
+    The models that both tested count, and the images.
+    """
+    if (before.tested and before.tested.images) != (now.tested and now.tested.images):
+        return ["other images were tested"]
+    known = {each.model: each for each in before.results}
+    return [
+        f"{each.model} {name} was {getattr(known[each.model], name):.6g} and is {getattr(each, name):.6g}"
+        for each in now.results
+        if each.model in known
+        for name in ("top1", "top5", "loss")
+        if getattr(known[each.model], name) != getattr(each, name)
+    ]

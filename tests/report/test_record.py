@@ -149,6 +149,29 @@ def test_what_each_verb_hands_over(words: str, sections: set[str], tmp_path: Pat
     assert {name for name, value in vars(report).items() if value not in ((), None)} - always == sections
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        pytest.param("", "are the same to the last digit", id="same"),
+        pytest.param("--qe-bits-wts 8", r"differ: quantized top1 was [\d.]+ and is [\d.]+; .*loss was .*", id="bits"),
+        pytest.param("--etes 0.1", "differ: other images were tested", id="images"),
+    ],
+)
+def test_a_run_that_is_repeated_says_whether_numbers_are_the_same(
+    more: str, told: str, quantized: Run, tmp_path: Path
+) -> None:
+    done = good(f"--run-config {quantized.folder / 'configs/run_config.yaml'} {more}", tmp_path)
+    (line,) = (line for line in done.lines if line.startswith("Numbers of the run that is repeated"))
+    assert re.fullmatch(f"Numbers of the run that is repeated, {quantized.folder.name}: they {told}", line)
+
+
+def test_a_damaged_report_of_the_run_that_is_repeated(tmp_path: Path) -> None:
+    first = good(f"{DIGITS} -e", tmp_path)
+    (first.folder / REPORT).write_text("{")
+    done = good("--run-config latest_log_dir/configs/run_config.yaml", tmp_path)  # a link that the new run moves
+    assert any("whether the numbers are the same is not known" in line for line in done.lines)
+
+
 @pytest.mark.parametrize("words", [pytest.param("-e --no-report", id="flag"), pytest.param("--check", id="printed")])
 def test_no_report(words: str, tmp_path: Path) -> None:
     folder = good(f"{DIGITS} {words}", tmp_path).folder

@@ -38,7 +38,7 @@ _MAPPINGS: Mapping[str, tuple[Mapping[str, object], type]] = {
 class RunConfig:
     """What one run does. A field is named as its flag; `given` holds the flags that the user wrote.
 
-    `repeated` are those of which only the last value counts; they are no settings.
+    `repeated` are those of which only the last value counts, `repeats` is the file of `--run-config`: no settings.
 
     Law: the file that `to_yaml` makes, passed as `--run-config`, gives an equal `RunConfig`.
     """
@@ -98,6 +98,7 @@ class RunConfig:
     verify: int | None = None
     given: frozenset[str] = frozenset()
     repeated: frozenset[str] = field(default=frozenset(), compare=False)
+    repeats: Path | None = field(default=None, compare=False)
 
     @property
     def trains(self) -> bool:
