@@ -71,7 +71,7 @@ def _round_layer(layer: FakeLayer, rounding: FakeWeight, inputs: Iterable[tuple[
         return values.reshape(-1, 1).expand(len(module.weight), 1).reshape(shape)
 
     scale, low, high = (per_row(values) for values in (rounding.scale, rounding.low, rounding.high))
-    each = zip(target, hessian, scale, low, high, strict=True)
+    each = zip(target, hessian, scale, low, high, rows == 0, strict=True)
     rounded = torch.stack([round_rows(*parts) for parts in each])
     module.weight.copy_(rounded.view_as(module.weight))
     if module.bias is not None:
@@ -131,14 +131,16 @@ class _Moments:
         return torch.einsum("goi,gi->go", rows, self.sums_q).flatten() / self.count
 
 
-def round_rows(rows: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def round_rows(
+    rows: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor, pruned: Tensor | None = None
+) -> Tensor:
     """Rounded ``rows [out, in]`` that change ``rows @ x`` little for inputs with ``sum x x^T = hessian [in, in]``.
 
     In the order of falling diagonal of the Hessian, each column is rounded to ``clamp(round(w / s), low, high) * s``
     (s, low and high ``[out, 1]``), and its error e spread over the columns that are left:
     ``w_j -= e * U_ij / U_ii`` with U the Cholesky factor of the inverse Hessian.
 
-    What is 0 stays 0: pruned weights are not rounded, and what rounding left for them goes on to the others.
+    What is `pruned` (a mask; without one, what is 0) becomes 0, and what it was goes on to the others, as an error.
 
     Two inputs that are always equal: what rounding takes from one weight, the other gets.
 
@@ -152,7 +154,7 @@ def round_rows(rows: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: 
     diagonal[dead] = 1.0
     order = torch.argsort(diagonal, descending=True, stable=True)
     diagonal += DAMPING * diagonal.mean()
-    pruned = rows[:, order] == 0
+    pruned = (rows == 0 if pruned is None else pruned)[:, order]
     left, hessian = rows[:, order], hessian[order][:, order]
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     for i in range(left.shape[1]):

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from qlib.checkpoint.corrected import load_weights, save_weights
 from qlib.correct._base import CalibrationImages
-from qlib.correct._reconstruct import Options, RandomMask, reconstruct
+from qlib.correct._reconstruct import Options, RandomMask, _some_images, reconstruct
 from qlib.correct._soft_rounding import SoftRounding
 from qlib.correct._stream import Buffer, Stream
 from qlib.correct._units import block_units, layer_units, unit_module
@@ -200,6 +200,23 @@ def test_a_layer_that_is_called_twice_keeps_the_nearest_codes(tmp_path: Path) ->
     save_weights(tmp_path / "w.safetensors", graph, "c0ffee")
     load_weights(tmp_path / "w.safetensors", graph, "c0ffee")
     assert torch.equal(graph.get_submodule("again").weight, float_weight)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "images"),
+    [
+        pytest.param([(32, 4, 32, 32)], 32, id="maps of CIFAR"),
+        pytest.param([(32, 4, 55, 55), (32, 8, 27, 27)], 10, id="larger ones"),
+        pytest.param([(32, 4, 27, 27), (32, 4, 55, 55)], 10, id="inputs count"),
+        pytest.param([(4, 2, 224, 224)], 1, id="one at least"),
+        pytest.param([(32, 4096)], 32, id="rows"),
+        pytest.param([(32, 197, 768)], 32, id="sequences"),
+        pytest.param([(32, 4, 55, 55), (1, 4, 55, 55)], 32, id="an input of another batch"),
+    ],
+)
+def test_a_step_looks_at_so_many_images(shapes: list[tuple[int, ...]], images: int) -> None:
+    tensors = [torch.empty(1).expand(shape) for shape in shapes]
+    assert len(tensors[0][_some_images(tensors)]) == images
 
 
 def test_random_masks_have_the_share_and_the_layout() -> None:
