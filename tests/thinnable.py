@@ -47,7 +47,7 @@ def attention(m: Of, x: Tensor) -> Tensor:
 def tokens(m: Of, x: Tensor) -> Tensor:
     x = m.a(x).flatten(2).transpose(1, 2)
     x = torch.cat([m.token.expand(len(x), -1, -1), x], 1) + m.place
-    return m.last(m.norm(x)[:, 0])
+    return m.last(m.norm(x).mean(1))
 
 
 def conv(i: int, o: int, **more: int) -> nn.Conv2d:

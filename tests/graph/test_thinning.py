@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from thinnable import CASES, IMAGES
 from torch import nn
+from whole_path import plan_eight_bits
 
+from qlib.deploy.export import export_quantized
+from qlib.deploy.verify import verify
 from qlib.errors import CheckpointError, ModelError
-from qlib.graph import Graph
+from qlib.graph import Graph, fold_batch_norm
 from qlib.graph.capture import capture
 from qlib.graph.coordinates import ChannelClasses, channel_classes
 from qlib.graph.coordinates_cost import class_costs
 from qlib.graph.cost import layer_macs
+from qlib.lower import exact_arithmetic, lower
 from qlib.surgery.thin import masked, recipe_of, replay, thin
+from qlib.surgery.thin_plan import thin_plan
 
 MODELS = [pytest.param(case.values[0], id=case.id) for case in CASES if case.values[1]]
 
@@ -72,6 +78,29 @@ def test_masked_is_thinned(make: Callable[[], nn.Module]) -> None:
     assert sum(each.numel() for each in small.parameters()) == costs.total_parameters(keep)
     assert sum(filter(None, layer_macs(small).values())) == costs.total_macs(keep)
     assert [node.meta["name"] for node in small.graph.nodes] == [node.meta["name"] for node in graph.graph.nodes]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", MODELS)
+def test_masked_is_thinned_to_the_bit_in_integers(
+    make: Callable[[], nn.Module], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    graph, x = captured(make), torch.randn(4, *IMAGES[1:])
+    folded = fold_batch_norm(graph)
+    classes = channel_classes(graph)
+    removed = every_other(classes)
+    small, zeroed = thin(graph, removed, classes), copy.deepcopy(graph)
+    zeroed.load_state_dict(masked(graph.state_dict(), classes, removed))
+    plan = plan_eight_bits(zeroed, folded, x)
+    lowered = lower(small, thin_plan(plan, graph, classes, classes.keeps(removed)))
+    with exact_arithmetic():
+        expected, found = lower(zeroed, plan)(x), lowered(x)
+    assert len(expected.unique()) > 2
+    if classes.neutral.all():
+        assert torch.equal(found, expected)
+    if request.node.callspec.id in ("heads", "a group is a class"):  # an export takes its time
+        export_quantized(lowered, x[:2], tmp_path / "model.onnx", opset=20, metadata={})
+        assert verify(lowered, tmp_path / "model.onnx", [x]).exact
 
 
 @pytest.mark.parametrize("make", MODELS)
