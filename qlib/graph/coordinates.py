@@ -8,6 +8,7 @@ of `coordinates_rules`, and what would not stay a rectangle without one of them 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -82,16 +83,12 @@ class ChannelClasses:
         return keep
 
     def rows(self) -> Iterator[tuple[range, list[Entry]]]:
-        """Consecutive classes of the same axes, with the entries of the first."""
-        start, first = 1, self._touched(1) if self.count else ()
-        for number in range(2, self.count + 2):
-            touched = self._touched(number) if number <= self.count else None
-            if touched != first:
-                yield range(start, number), self.entries(start)
-                start, first = number, touched or ()
-
-    def _touched(self, number: int) -> tuple[tuple[str, int, int], ...]:
-        return tuple((name, axis, len(indices)) for name, axis, indices in self.entries(number))
+        """Consecutive classes with as many indices on the same axes, and the entries of the first."""
+        width = self.count + 1
+        touched = torch.stack([torch.bincount(each.classes, minlength=width) for each in self.axes] or [torch.zeros(1)])
+        ends = (touched[:, 1:-1] != touched[:, 2:]).any(0).nonzero().flatten().add(2).tolist()
+        for start, end in itertools.pairwise([1, *ends, width] if self.count else []):
+            yield range(start, end), self.entries(start)
 
 
 def channel_classes(graph: Graph) -> ChannelClasses:

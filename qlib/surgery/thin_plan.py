@@ -20,8 +20,8 @@ __all__ = ["thin_plan"]
 def thin_plan(plan: Plan, graph: Graph, classes: ChannelClasses, keep: Tensor) -> Plan:
     """The plan for `graph`, folded, without some of its classes; every grid that stays is the one that it was.
 
-    Law: in integers the thinned graph computes with it, bit for bit, what the graph computes with `plan` and with zeros in
-    the place of these classes.
+    Law: in integers the thinned graph computes with it, bit for bit, what the graph computes with `plan` and with zeros
+    in the place of these classes.
     """
     found = dict(plan.layers)
     for node, module in layers(graph):

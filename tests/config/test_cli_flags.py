@@ -482,8 +482,8 @@ BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the b
         pytest.param("--greedy-ft-epochs 3", f"--greedy-ft-epochs {PRUNING}", id="greedy's others"),
         pytest.param(
             "--summary png",
-            "--summary 'png' is not allowed: it must be one of sparsity, compute, model, modules; png is not there yet;"
-            " --summary modules lists the layers",
+            "--summary 'png' is not allowed: it must be one of sparsity, compute, model, modules, channels; png is not"
+            " there yet; --summary modules lists the layers",
             id="drawing",
         ),
         pytest.param("--save-untrained-model", "--save-untrained-model is not there; a model whose", id="untrained"),

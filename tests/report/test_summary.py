@@ -134,6 +134,18 @@ def test_modules_and_model(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_channels(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), nn.LayerNorm(5))
+    model.append(nn.Linear(5, 2))
+    text = summary("channels", model, torch.zeros(1, 3, 2, 2), tmp_path)
+    rows = [_columns(line) for line in text.splitlines()[3:-2]]
+    assert rows == [["0 out, 1, 3 in x4", "4", "32", "26", ""], ["3 out, 4, 5 in", "5", "18", "21", "yes"]]
+    assert text.endswith("Total classes: 9")
+    with (tmp_path / "channels.csv").open(newline="") as file:
+        assert list(csv.reader(file))[1] == ["0 out, 1, 3 in x4", "4", "32", "26", ""]
+    assert summary("channels", nn.Sequential(nn.ReLU()), torch.zeros(1, 4), tmp_path).endswith("Total classes: 0")
+
+
 def test_a_model_without_weights_or_products(tmp_path: Path) -> None:
     model = nn.Sequential(nn.ReLU())
     assert summary("compute", model, torch.zeros(1, 4), tmp_path).endswith("Total MACs: 0")
