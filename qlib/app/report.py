@@ -11,7 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 import qlib
+from qlib.app.images import calibration_batches
 from qlib.app.job import Job
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.run_config import settings_by_name
@@ -44,6 +47,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _PART = 2**20
+_FEW = 8
 
 _SECTIONS = frozenset(each.name for each in fields(RunReport)) - {"version", "origin", "settings", "given"}
 
@@ -57,7 +61,14 @@ def record(job: Job, **sections: Any) -> None:
 def record_layers(job: Job, graph: Graph, plan: Plan | None, stats: ModelStats | None) -> None:
     """Hands over the layers of a folded graph, which may be in float, if there is to be a report."""
     if not job.config.no_report:
-        record(job, layers=layer_rows(graph, plan, stats))
+        record(job, layers=layer_rows(graph, plan, stats, _few_images(job) if plan is not None else None))
+
+
+def _few_images(job: Job) -> Tensor | None:
+    """A batch of calibration images to measure noise on, where `--qe-histograms` asks for what takes longer."""
+    if not (job.config.qe.histograms and job.config.qe.calibration):
+        return None
+    return next((images for images, _ in calibration_batches(job, _FEW, _FEW)), None)
 
 
 def record_file(job: Job, what: str, path: Path) -> None:

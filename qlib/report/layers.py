@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from qlib.quant.affine import dequantize, quantize
 from qlib.quant.arithmetic import float_reasons
 from qlib.quant.plan import LayerPlan, Plan, TensorPlan, WeightPlan
 from qlib.report.record_parts import Bars, Layer
+from qlib.search.noise import cumulated_sqnr
 from qlib.search.sensitivity import sqnr
 from qlib.stats.histogram import Histogram
 from qlib.stats.tensor_stats import ModelStats
@@ -28,11 +30,20 @@ _BARS = 64
 _CHANNELS = 64
 
 
-def layer_rows(graph: Graph, plan: Plan | None, stats: ModelStats | None) -> tuple[Layer, ...]:
-    """A row for each layer of a folded graph, in execution order; without a plan all is in float."""
+def layer_rows(
+    graph: Graph, plan: Plan | None, stats: ModelStats | None, images: Tensor | None = None
+) -> tuple[Layer, ...]:
+    """A row for each layer of a folded graph, in execution order; without a plan all is in float.
+
+    On `images`, a batch, the noise of each output is measured, if the plan has fixed ranges.
+    """
+    noise: Mapping[str, float] = {}
+    if images is not None and plan is not None and not plan.dynamic:
+        noise = cumulated_sqnr(graph, plan, images)
     reasons = {} if plan is None else float_reasons(graph, plan)
     macs, seen = layer_macs(graph), _histograms(graph, stats)
-    return tuple(_row(node, module, plan, reasons, macs, seen) for node, module in layers(graph))
+    rows = (_row(node, module, plan, reasons, macs, seen) for node, module in layers(graph))
+    return tuple(replace(row, sqnr=noise.get(row.name)) for row in rows)
 
 
 def _row(

@@ -38,8 +38,9 @@ class Layer:
     Bits are None for float. A scale is a number; of a weight per channel it is the smallest, and `weight_scale_max`
     the largest. `min` and `max` are the ends of the output's range, None where each image has its own. `weight_sqnr`
     compares the weight with its quantized values, in dB; `clipped` is the share of the output's values outside the
-    range, 0 to 1. `channels` are the largest magnitudes of the weight by output channel, or of groups of neighbours;
-    `dead` counts channels that are 0 throughout. `bytes` are those of weight and bias as stored, `float_bytes` before.
+    range, 0 to 1; `sqnr` compares the output with that of the float network where all layers up to it are quantized.
+    `channels` are the largest magnitudes of the weight by output channel, or of groups of neighbours; `dead` counts
+    channels that are 0 throughout. `bytes` are those of weight and bias at their bits, `float_bytes` those in float32.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Layer:
     scale: float | None = None
     zero_point: int | None = None
     clipped: float | None = None
+    sqnr: float | None = None
     histogram: Bars | None = None
     channels: tuple[float, ...] = ()
     channel_count: int = 0

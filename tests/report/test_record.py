@@ -105,6 +105,10 @@ def test_layers(quantized: Run) -> None:
     assert first.weight_sqnr is not None
     assert 0 < first.weight_sqnr < 20
     assert layers["fc"].channel_count == 10
+    noise = [each.sqnr for each in report.layers if each.sqnr is not None]
+    assert all(5 < each < 60 for each in noise)
+    assert noise[0] > noise[-1]  # it adds up
+    assert layers["fc"].sqnr == noise[-1]
     assert layers["fc"].bytes < layers["fc"].float_bytes / 4
 
 

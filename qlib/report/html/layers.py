@@ -50,6 +50,7 @@ def _columns(layers: Sequence[Layer], placed: Mapping[str, Placed]) -> dict[str,
         "Clipped": [
             figure_cell(each.clipped, "" if each.clipped is None else percent(each.clipped, 2)) for each in layers
         ],
+        "SQNR, dB": [figure_cell(each.sqnr, _known(each.sqnr, 3)) for each in layers],
         "Computes in": [Cell(_arithmetic(each)) for each in layers],
         "Kernel": [Cell(each.kernels if each is not None else "") for each in kernels],
         "Deployed": [Cell(_deployed(each)) for each in kernels],
@@ -123,6 +124,7 @@ def _strip(layers: Sequence[Layer]) -> Markup:
         "multiply-accumulates": [each.macs for each in layers],
         "bytes of weights": [each.bytes for each in layers],
         "relative error of weights": [_error(each.weight_sqnr) for each in layers],
+        "relative error of outputs, all before quantized": [_error(each.sqnr) for each in layers],
     }
     known = {title: values for title, values in rows.items() if any(values)}
     names = [each.name for each in layers]
@@ -141,6 +143,7 @@ def _legend(columns: Mapping[str, object]) -> Markup:
         " where they are 16 or fewer",
         "Channels": "the largest magnitude of each output channel's weights",
         "W SQNR, dB": "energy of the weights over that of their rounding errors",
+        "SQNR, dB": "energy of the output over that of its error, all layers up to it quantized, on 8 images",
         "Clipped": "the share of values outside the range",
         "Weights": "bytes of weights at their bits, and of biases",
     }
