@@ -15,7 +15,10 @@ __all__ = ["NO_MATPLOTLIB", "plot_pruning", "plot_sensitivity"]
 
 NO_MATPLOTLIB = "No plot: matplotlib is not installed; pip install 'qlib-compress[plot]'"
 
-_COLORS, _DASHES = [f"C{index}" for index in range(10)], ["-", "--", ":", "-."]
+_COLORS = [
+    f"tab:{name}" for name in ["blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan"]
+]
+_DASHES = ["-", "--", ":", "-."]
 _HIGHEST = 80.0  # dB: beyond it nothing is lost
 
 

@@ -167,3 +167,53 @@ def test_mistakes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", SUMMARIES)
 def test_the_command_line_knows_every_summary(what: str) -> None:
     assert parse(["--summary", what]).summary == (what,)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.fc((y + torch.relu(y)).flatten(1))
+
+
+def test_a_drawing_has_each_layer_and_each_edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Graphviz
+    text = summary("png_w_params", Branches(), torch.zeros(2, 3, 4, 4), tmp_path)
+    assert text == (
+        f"Graph of the model saved to {tmp_path / 'model.dot'}; Graphviz, which draws it, is not installed: apt install"
+        " graphviz, or open the file in a viewer of DOT files"
+    )
+    lines = (tmp_path / "model.dot").read_text().splitlines()
+    edges = [line.strip().partition(" [")[0] for line in lines if "->" in line]
+    assert edges == [
+        *('"input" -> "conv"', '"conv" -> "relu"', '"conv" -> "add"', '"relu" -> "add"', '"add" -> "flatten"'),
+        '"flatten" -> "fc"',
+    ]
+    assert '  "conv" [label="conv\\nConv2d\\nweight 4x3x3x3\\nbias 4"];' in lines
+    assert '  "input" -> "conv" [label="3x4x4"];' in lines
+
+
+@pytest.mark.parametrize(
+    ("what", "script", "expected"),
+    [
+        pytest.param("png", 'echo "$1 drawn"', "-Tpng drawn\n", id="png"),
+        pytest.param("svg", 'echo "$1 drawn"', "-Tsvg drawn\n", id="svg"),
+        pytest.param("svg", "echo no font >&2; exit 1", None, id="Graphviz fails"),
+    ],
+)
+def test_graphviz_draws(
+    what: str, script: str, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dot = tmp_path / "dot"
+    dot.write_text(f"#!/bin/sh\n{script}\n")
+    dot.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    text, picture = summary(what, Branches(), torch.zeros(2, 3, 4, 4), tmp_path), tmp_path / f"model.{what}"
+    if expected is None:
+        assert text.endswith("; Graphviz could not draw it (no font)")
+        assert not picture.exists()
+    else:
+        assert (text, picture.read_text()) == (f"Drawing of the model saved to {picture}", expected)

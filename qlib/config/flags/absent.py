@@ -7,17 +7,14 @@ from fnmatch import fnmatchcase
 
 __all__ = ["ABSENT", "why_absent"]
 
-_PRUNING = "is not there yet, as pruning is not"
+_GREEDY = "is not there: --prune chooses what goes over all layers at once, and a schedule prunes while it trains"
 _EXITS = "is not there yet, as early exits are not; train the same model without them"
 _BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the bits of each layer under a budget"
-_DRAWING = "is not there yet; --summary modules lists the layers, and --export-onnx writes a file that viewers draw"
 
 ABSENT: Mapping[str, str] = {
-    "--greedy*": f"{_PRUNING}; --qe-budget chooses the bits of each layer under a budget",
+    "--greedy*": _GREEDY,
     "--save-untrained-model": "is not there; a model whose weights are random has the same ones for the same --seed",
     "--early*": _EXITS,
-    "--summary png": _DRAWING,
-    "--summary png_w_params": _DRAWING,
     "--amc*": _BUDGET,
     "--netadapt*": _BUDGET,
 }
@@ -28,7 +25,7 @@ def why_absent(words: str) -> str | None:
     """Why a flag, or a flag with its value, is not there and what to do instead; None for others.
 
     >>> print(why_absent("--greedy-ft-epochs"))
-    is not there yet, as pruning is not; --qe-budget chooses the bits of each layer under a budget
+    is not there: --prune chooses what goes over all layers at once, and a schedule prunes while it trains
     >>> why_absent("--sense quant")
     """
     return next((why for pattern, why in ABSENT.items() if fnmatchcase(words, pattern)), None)
