@@ -24,7 +24,7 @@ from qlib.graph.trace import check_inputs
 from qlib.models import ModelSpec, create_model, refuse_python_file
 from qlib.models.names import names_python_file
 from qlib.models.transforms import standard_classes
-from qlib.prune.masks import Masks, apply_masks
+from qlib.prune.masks import Masks, apply_masks, masked_count
 from qlib.runlog import RunLog
 from qlib.surgery.recipe_file import THINNING, thinned_as
 from qlib.surgery.widen import find_wide_model, is_wide
@@ -168,7 +168,7 @@ def _load_model(
 
 def tell_masks(checkpoint: Mapping[str, Any], source: str, what: str) -> None:
     """Logs what becomes of the masks in a checkpoint, if there are any, and what they are."""
-    if masks := masks_of(checkpoint, source):
+    if masked_count(masks := masks_of(checkpoint, source)):
         state = unmasked_text(masks, model_state(checkpoint))
         _log.info("The masks in %s are %s: they zero %s; %s", source, what, masked_text(masks), state)
 

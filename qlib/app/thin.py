@@ -19,7 +19,7 @@ from qlib.surgery.dead import DeadClasses, thin_dead
 from qlib.surgery.recipe_file import saved_recipe, trainable_graph
 from qlib.surgery.thin import recipe_of
 
-__all__ = ["THINNED", "hand_over_thinned", "thinnify"]
+__all__ = ["THINNED", "dead_lines", "hand_over_thinned", "log_sizes", "thinnify"]
 
 _log = logging.getLogger(__name__)
 
@@ -30,17 +30,17 @@ def thinnify(job: Job) -> Job:
     """The run with a model without the channels that do nothing, which is saved in the run's folder."""
     apply_masks(job.model, job.masks)
     small, dead = thin_dead(trainable_graph(job.model, job.example))
-    for line in _lines(dead):
+    for line in dead_lines(dead, "--thinnify"):
         _log.info("%s", line)
     return hand_over_thinned(job, small) if dead.all else job
 
 
-def _lines(dead: DeadClasses) -> list[str]:
+def dead_lines(dead: DeadClasses, what: str) -> list[str]:
     """What goes, and why that changes nothing, or where it does."""
     if not dead.all:
-        return ["--thinnify: no channel is zero where it is made, or where it is read; the model stays as it is"]
+        return [f"{what}: no channel is zero where it is made, or where it is read; the model stays as it is"]
     unread, constant = len(dead.unread), len(dead.constant)
-    found = [f"--thinnify: {unread} channels are read by no weight, and {constant} are the same number for all images"]
+    found = [f"{what}: {unread} channels are read by no weight, and {constant} are the same number for all images"]
     if constant:
         found.append("What a constant channel adds to the next layer is in that layer's bias or batch-norm now")
     if dead.at_borders:
@@ -56,8 +56,7 @@ def hand_over_thinned(job: Job, small: Graph) -> Job:
     dense, recipe = job.model, recipe_of(small)
     assert recipe is not None
     thin = replace(job, model=small, masks=recipe.of_tensors(job.masks))
-    for what, before, after in _sizes(job, dense, small):
-        _log.info("%-10s %13s -> %13s (%.1f %%)", what, f"{before:,}", f"{after:,}", 100 * after / max(before, 1))
+    log_sizes(job, dense, small)
     path = job.file(THINNED)
     write_checkpoint(
         path,
@@ -73,6 +72,12 @@ def hand_over_thinned(job: Job, small: Graph) -> Job:
     _log.info("Thinned checkpoint saved to %s; give it with --resume-from, wherever a checkpoint goes", path)
     record_file(job, "thinned checkpoint", path)
     return thin
+
+
+def log_sizes(job: Job, dense: nn.Module, small: nn.Module) -> None:
+    """Tells how large a model was and is."""
+    for what, before, after in _sizes(job, dense, small):
+        _log.info("%-10s %13s -> %13s (%.1f %%)", what, f"{before:,}", f"{after:,}", 100 * after / max(before, 1))
 
 
 def _sizes(job: Job, dense: nn.Module, small: nn.Module) -> list[tuple[str, int, int]]:

@@ -13,7 +13,8 @@ from torch import nn
 from qlib.app.evaluate import log_confusion, log_interval, log_result, measure
 from qlib.app.job import Job
 from qlib.app.observe import observe
-from qlib.app.policies import read_schedule, set_up
+from qlib.app.policies import Setup, read_schedule, set_up
+from qlib.app.removal import check_removers, remove, removers
 from qlib.app.report import record_epoch, record_layers
 from qlib.app.report_results import record_test
 from qlib.checkpoint.fields import Record, check_fields
@@ -68,19 +69,31 @@ class _Run:
     def __init__(self, job: Job, schedule: Schedule) -> None:
         self.args = job.config.train
         self.timeline = timeline(schedule, self.args.epochs) if schedule.policies else ""
-        setup = set_up(job, schedule)
-        self.sparse = setup.masking is not None
         pruned = bool(schedule.of("pruners")) and "--best-by" not in job.config.given
         self.best_by = "sparsity" if pruned else self.args.best_by
-        self.job, self.images, self.convert = setup.job, setup.images, setup.convert
-        self.trainee = Trainee.of(self.args, setup.module, setup.weights, setup.policies)
         self.learned: tuple[Graph, Plan] | None = None
-        self.progress = Progress()
-        self.state = TrainingState(self.job.model, self.trainee, self.progress, [], setup.masks)
+        self.progress, self.best = Progress(), list[EpochScore]()
         self.metrics = MetricsWriter(job.run.folder)
+        setup = set_up(job, schedule)
+        check_removers(setup)
+        self._adopt(setup, Trainee.of(self.args, setup.module, setup.weights, setup.policies))
+
+    def _adopt(self, setup: Setup, trainee: Trainee) -> None:
+        """Takes the model, the policies and the optimizer of a setup."""
+        self.setup, self.trainee = setup, trainee
+        self.job, self.images, self.convert = setup.job, setup.images, setup.convert
+        self.state = TrainingState(self.job.model, trainee, self.progress, self.best, setup.masks)
         header = {"arch": self.job.spec.arch, "dataset": self.job.dataset_name, "num_classes": self.job.num_classes}
         header |= saved_recipe(self.job.model)
         self.checkpoints = Checkpoints(self.state, self.job.file, header, self.args.save_every)
+
+    def _begin(self, epoch: int) -> None:
+        """The beginning of an epoch, or of what is left of one: policies act, and removers after them."""
+        self.trainee.begin(epoch)
+        acting = [spec for spec in removers(self.setup.schedule) if spec.active(epoch)]
+        if acting and not self.progress.steps and (thinner := remove(self.setup, self.trainee, acting, epoch)):
+            self._adopt(*thinner)
+            self.trainee.begin(epoch)
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""
@@ -116,9 +129,7 @@ class _Run:
             epoch, start = self.progress.epoch, time.monotonic()
             loader = self.images.epoch(epoch)
             _log.info("Training epoch: %d samples (%d per mini-batch)", len(loader.indices), config.batch_size)
-            self.trainee.model.train()
-            for policy in self.trainee.policies:
-                policy.on_epoch_begin(epoch)
+            self._begin(epoch)
             if not started:  # there must be something to go back to
                 self.checkpoints.save(LAST)
                 started = True
@@ -144,7 +155,7 @@ class _Run:
         with self.trainee.deployed():
             model, quantized = self._evaluated()
             left, sparsity = nonzero(self.job.model)
-            if self.sparse:
+            if self.setup.masking is not None:
                 text = summary("sparsity", self.job.model, self.job.example, self.job.run.folder)
                 _log.info("\nParameters:\n%s", text)
             if self.job.config.masks_sparsity:

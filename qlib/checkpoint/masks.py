@@ -19,7 +19,7 @@ _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.i
 
 
 def masks_of(checkpoint: Mapping[str, Any], source: str) -> Masks:
-    """The masks in a checkpoint that zero anything, by the model's own names of parameters.
+    """The masks in a checkpoint, of Distiller's those that zero anything, by the model's own names of parameters.
 
     >>> import torch
     >>> masks = {"module.fc.weight": torch.tensor([0.0, 1.0]), "fc.bias": None, "conv.weight": torch.ones(2)}
@@ -36,7 +36,8 @@ def masks_of(checkpoint: Mapping[str, Any], source: str) -> Masks:
     if not isinstance(masks, dict) or not all(isinstance(name, str) and _is_mask(m) for name, m in masks.items()):
         raise CheckpointError(f"{source} holds masks that are no tensors by name; save the state_dict of its model")
     kept = {own_name(name): mask != 0 for name, mask in masks.items() if mask is not None}
-    return {name: mask for name, mask in kept.items() if not bool(mask.all())}
+    ours = found is not distillers  # a run of ours goes on with what it had
+    return {name: mask for name, mask in kept.items() if ours or not bool(mask.all())}
 
 
 def masks_for(model: nn.Module, checkpoint: Mapping[str, Any], source: str) -> Masks:

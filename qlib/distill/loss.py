@@ -77,7 +77,7 @@ class Distillation(Policy):
     ) -> None:
         assert matching is None or cached is None, "matching needs the teacher to run"
         self._teacher = teacher.eval().requires_grad_(False)
-        self._settings, self._active, self._own = settings, active, own
+        self._settings, self._active, self.own = settings, active, own
         self._matching, self._cached = matching, cached
         self._logits: Tensor | None = None
         self._hash = ""
@@ -120,11 +120,11 @@ class Distillation(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         self._hash = self._hash or weights_hash(self._teacher.state_dict())
-        weights = dict(self._teacher.state_dict()) if self._own else None
+        weights = dict(self._teacher.state_dict()) if self.own else None
         return {"teacher": self._hash, "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["weights"] is not None and self._own:
+        if state["weights"] is not None and self.own:
             load_state(self._teacher, state["weights"], "the teacher in the checkpoint")
         self._hash = weights_hash(self._teacher.state_dict())
         if self._hash != state["teacher"]:

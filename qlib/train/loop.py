@@ -100,6 +100,12 @@ class Trainee:
             first += len(policy.groups)
         return cls(model, optimizer, policies)
 
+    def begin(self, epoch: int) -> None:
+        """The beginning of an epoch, or of what is left of one."""
+        self.model.train()
+        for policy in self.policies:
+            policy.on_epoch_begin(epoch)
+
     @contextlib.contextmanager
     def deployed(self) -> Iterator[None]:
         """While it lasts, the weights are those that would be deployed."""

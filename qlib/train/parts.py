@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Parts", "gradient_of", "laid_out", "part_of", "parts_of"]
+__all__ = ["Parts", "gradient_of", "laid_out", "moments_of", "part_of", "parts_of", "set_moments"]
 
 Parts = Mapping[str, list[nn.Parameter]]
 """Name of a parameter of the model -> what trains in its memory: quantizers hold some parameters in pieces."""
@@ -60,11 +60,38 @@ def gradient_of(own: Tensor, parts: Iterable[nn.Parameter]) -> Tensor | None:
     >>> gradient_of(own, [part])
     tensor([0., 1., 1.])
     """
-    with_gradient = [part for part in parts if part.grad is not None]
-    if not with_gradient:
-        return None
+    gradients = [(part, part.grad) for part in parts if part.grad is not None]
+    return _whole(own, gradients) if gradients else None
+
+
+def _whole(own: Tensor, values: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values of parts, put together; 0 where there are none."""
     whole = laid_out(torch.zeros_like(own), own)
-    for part in with_gradient:
-        assert part.grad is not None
-        part_of(whole, own, part).copy_(part.grad)
+    for part, value in values:
+        part_of(whole, own, part).copy_(value)
     return whole
+
+
+def moments_of(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
+    """What an optimizer keeps, by its own name and by that of the parameter; numbers are those of the first part."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, parts in parts_of(parameters, optimizer).items():
+        own = parameters[name].detach()
+        kept = [(part, optimizer.state[part]) for part in parts if part in optimizer.state]
+        for key, first in kept[0][1].items() if kept else ():
+            if isinstance(first, Tensor):
+                whole = _whole(own, [(part, each[key]) for part, each in kept]) if first.ndim else first
+                found.setdefault(key, {})[name] = whole
+    return found
+
+
+def set_moments(
+    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Gives an optimizer what `moments_of` tells of another one."""
+    trained = parts_of(parameters, optimizer)
+    for key, values in moments.items():
+        for name, value in values.items():
+            for part in trained[name]:
+                mine = part_of(value, parameters[name], part) if value.ndim else value
+                optimizer.state[part][key] = torch.empty_like(part if value.ndim else value).copy_(mine)

@@ -96,5 +96,9 @@ class Policy:
         """The state, in tensors and plain values."""
         return {}
 
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Takes over the state of the policy that it replaces, whose model had more channels."""
+        self.load_state_dict(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over a state."""

@@ -126,6 +126,11 @@ class Pruning(Policy):
     def state_dict(self) -> dict[str, Any]:
         return {"pruned": self._pruned, "memory": dict(self._memory)}
 
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """What it remembers of each weight or filter is forgotten where these are others."""
+        fitting = {name: value for name, value in state["memory"].items() if self._remembers(name, value)}
+        self.load_state_dict({**state, "memory": fitting})
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state["memory"].items():
             if not self._remembers(name, value):

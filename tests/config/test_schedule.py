@@ -377,8 +377,8 @@ BITS = "a whole number from 1 to 16, or null or 0 for float"
             id="no effect",
         ),
         pytest.param(
-            extension(cls="FilterRemover"),
-            "a.yaml:3: FilterRemover is not available in this version yet; remove it and its policies",
+            extension(cls="FreezeTraining"),
+            "a.yaml:3: FreezeTraining is not available in this version yet; remove it and its policies",
             id="absent extension",
         ),
         pytest.param(

@@ -23,6 +23,7 @@ __all__ = [
     "EXTENSION_CLASSES",
     "LR_POLICY_ARGS",
     "LR_REFUSED",
+    "REMOVERS",
     "ONLY_WITH",
     "POLICY_FIELDS",
 ]
@@ -150,6 +151,9 @@ LR_REFUSED: Mapping[str, str] = {
 LR_POLICY_ARGS = {"per": setting(one_of("epoch", "step"), "per")}
 """The `args` of a policy of a learning-rate scheduler."""
 
+REMOVERS = ("FilterRemover", "ChannelRemover", "StructureRemover")
+"""Extensions that remove the channels that do nothing: three names of one thing."""
+
 EXTENSION_CLASSES: Mapping[str, ClassFields] = {
     "KnowledgeDistillation": ClassFields(
         {
@@ -168,10 +172,20 @@ EXTENSION_CLASSES: Mapping[str, ClassFields] = {
         },
         (("teacher",),),
     ),
+    **dict.fromkeys(
+        REMOVERS,
+        ClassFields(
+            table(
+                thinning_func_str=one_of("remove_filters", "remove_channels"),
+                arch=values.text("the name of a model"),
+                dataset=values.text("the name of a dataset"),
+            )
+        ),
+    ),
 }
-"""Class of extension -> its arguments."""
+"""Class of extension -> its arguments; `arch` and `dataset` of a remover mean nothing, as the run knows them."""
 
-ABSENT_EXTENSIONS = ("FilterRemover", "ChannelRemover", "StructureRemover", "FreezeTraining")
+ABSENT_EXTENSIONS = ("FreezeTraining",)
 """Extensions that files for other versions name."""
 
 POLICY_FIELDS: Mapping[str, Field] = table(
