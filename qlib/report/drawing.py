@@ -20,17 +20,17 @@ __all__ = ["dot_text"]
 _FONT = '  node [shape=box, fontname="Helvetica", fontsize=10];\n  edge [fontname="Helvetica", fontsize=9];\n'
 
 
-@SUMMARIES.register("png", order=4)
+@SUMMARIES.register("png", order=5)
 def _png(model: nn.Module, example: Tensor, folder: Path) -> str:
     return _draw(model, example, folder, "png", parameters=False)
 
 
-@SUMMARIES.register("png_w_params", order=5)
+@SUMMARIES.register("png_w_params", order=6)
 def _png_with_parameters(model: nn.Module, example: Tensor, folder: Path) -> str:
     return _draw(model, example, folder, "png", parameters=True)
 
 
-@SUMMARIES.register("svg", order=6)
+@SUMMARIES.register("svg", order=7)
 def _svg(model: nn.Module, example: Tensor, folder: Path) -> str:
     return _draw(model, example, folder, "svg", parameters=False)
 
