@@ -165,7 +165,7 @@ def sensitivity_section(report: RunReport) -> Markup | None:
         "Layer",
         "What",
         *(f"{each} bits" for each in bits),
-        *(f"SQNR of the logits, {each} bits" for each in bits),
+        *(f"SQNR, dB, {each} bits" for each in bits),
     )
     cells = (
         (
@@ -179,5 +179,8 @@ def sensitivity_section(report: RunReport) -> Markup | None:
         )
         for (layer, what), at in ordered
     )
-    told = "Divergence of the predictions from the float model, in nats, where one layer alone has few bits."
+    told = (
+        "Divergence of the predictions from the float model, in nats, where one layer alone has few bits; and the"
+        " signal-to-noise ratio of the logits."
+    )
     return join([tag("p", told), table(heads, cells, "Sensitivity of each layer", id_="sensitivity")])
