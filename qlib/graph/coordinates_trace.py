@@ -41,12 +41,23 @@ class LabelTracer(fx.Interpreter):
 
     @torch.no_grad()
     def trace(self) -> None:
-        """Runs the graph; constants that could be thinned along more than one axis are kept as they are."""
+        """Runs the graph; what is of one class all along an axis stays, and constants that would be no rectangle."""
         image = next(node for node in self.graph_module.graph.nodes if node.op == "placeholder")
         self.run(torch.tensor(PINNED).expand(image.meta["shape"]))
-        while pinned := [each for each in self.elements.values() if len(varying(self.unions.roots(each))) > 1]:
+        while pinned := [*filter(self._stays, self._everything())]:
             for labels in pinned:
                 self.pin(labels)
+
+    def _everything(self) -> Iterator[Tensor]:
+        for value in (*self.tied.values(), *self.elements.values(), *self.values.values()):
+            yield from [value] if isinstance(value, Tensor) else value
+
+    def _stays(self, labels: Tensor) -> bool:
+        """Whether a tensor could not lose a part: it is of one class, or of one along two axes."""
+        roots = self.unions.roots(labels)
+        axes = varying(roots)
+        one = not axes and roots.numel() > 0 and int(narrowed(roots).flatten()[0]) != PINNED
+        return one or len(axes) > 1
 
     @property
     def graph_module(self) -> Graph:

@@ -65,6 +65,11 @@ class Recipe:
             found[entry.name, entry.axis] = entry
         return Recipe(tuple(found.values()))
 
+    def without_repeats(self, before: Recipe) -> Recipe:
+        """Without the entries that an earlier recipe has left as many indices of: Distiller repeats such."""
+        lengths = {(each.name, each.axis): len(each.kept) for each in before.entries}
+        return Recipe(tuple(e for e in self.entries if lengths.get((e.name, e.axis)) != len(e.kept)))
+
     def of_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of tensors by the names of parameters: masks, gradients, moments of an optimizer.
 

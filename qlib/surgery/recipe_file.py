@@ -80,6 +80,7 @@ def recipe_in(checkpoint: Mapping[str, Any], source: str) -> Recipe | None:
     recipe, theirs = None, checkpoint.get(DISTILLERS) or []
     for each in theirs if isinstance(theirs, list) else [theirs]:
         found = _checked(Recipe(tuple(_distillers(each, source))), source)
+        found = found if recipe is None else found.without_repeats(recipe)
         try:
             recipe = found if recipe is None else recipe.then(found)
         except IndexError:
@@ -118,17 +119,12 @@ def _distillers(value: object, source: str) -> Iterator[RecipeEntry]:
 
 def _entry(name: object, directive: object, source: str) -> RecipeEntry:
     """``(axis, indices)``, or ``(1, indices, shape, _)`` of a linear layer that is seen as `shape` while it is cut."""
-    whole_numbers = isinstance(directive, tuple) and len(directive) in (2, 4) and isinstance(directive[1], Tensor)
-    if not isinstance(name, str) or not isinstance(directive, tuple) or not whole_numbers or directive[0] not in (0, 1):
+    indices = isinstance(directive, tuple) and len(directive) in (2, 4) and isinstance(directive[1], Tensor)
+    axes = isinstance(directive, tuple) and type(directive[0]) is int and directive[0] in (0, 1)
+    if not isinstance(name, str) or not isinstance(directive, tuple) or not indices or not axes:
         raise _damaged(source, f"does not say what is kept of {name!r}")
-    axis, kept = int(directive[0]), directive[1]
-    if (
-        kept.dtype != torch.int64
-        or kept.ndim != 1
-        or not len(kept)
-        or int(kept.min()) < 0
-        or int(kept.max()) > _LARGEST
-    ):
+    axis, kept = int(directive[0]), directive[1].reshape(-1)  # one index alone has no axis
+    if kept.dtype != torch.int64 or not len(kept) or int(kept.min()) < 0 or int(kept.max()) > _LARGEST:
         raise _damaged(source, f"keeps no indices of {name!r}")
     if len(directive) == 4:
         shape = directive[2]
