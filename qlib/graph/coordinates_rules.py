@@ -17,6 +17,7 @@ from qlib.graph import coordinates_layers as of_layers
 from qlib.graph import ops
 from qlib.graph.coordinates_base import Rule, Ties, along, first, held_names, opaque, pinned, spread
 from qlib.graph.coordinates_unions import varying
+from qlib.graph.kinds import ELEMENTWISE
 from qlib.graph.norms import BATCH_NORMS
 
 __all__ = ["rule_of"]
@@ -162,11 +163,6 @@ def _given(module: nn.Module) -> dict[str, Any]:
     return {**dict(zip(names, module.args, strict=False)), **module.kwargs}
 
 
-_POINTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Hardswish),
-    *(nn.Hardsigmoid, nn.Softplus, nn.Mish),
-)
-
 _MODULES: tuple[tuple[tuple[type[nn.Module], ...], Rule], ...] = (
     ((nn.Linear,), of_layers.linear),
     ((nn.modules.conv._ConvNd,), of_layers.conv),
@@ -174,7 +170,7 @@ _MODULES: tuple[tuple[tuple[type[nn.Module], ...], Rule], ...] = (
     ((*BATCH_NORMS, FrozenBatchNorm2d), of_layers.batch_norm),
     ((nn.LayerNorm,), of_layers.layer_norm),
     ((nn.GroupNorm,), of_layers.group_norm),
-    (_POINTWISE, _same),
+    (ELEMENTWISE, _same),
     ((ops.Add, ops.Mul), _by_element),
     ((ops.Concat,), _concat),
     ((ops.MatMul,), _matmul),

@@ -14,10 +14,16 @@ from torchvision.ops import StochasticDepth
 
 from qlib.graph import ops
 
-__all__ = ["DROPOUTS", "IN_FLOAT", "KINDS", "LAYER_KINDS", "LayerKind", "kind_of", "layer_kind"]
+__all__ = ["DROPOUTS", "ELEMENTWISE", "IN_FLOAT", "KINDS", "LAYER_KINDS", "LayerKind", "kind_of", "layer_kind"]
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, StochasticDepth)
 """Modules that change values at random while a model trains, and not in evaluation."""
+
+ELEMENTWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Hardswish),
+    *(nn.Hardsigmoid, nn.Softplus, nn.Mish),
+)
+"""Modules that compute each element from that element alone."""
 
 IN_FLOAT = "computed in float between integer tensors"
 """Of a layer, in the notes of a plan; what follows a colon says why."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from qlib.graph import Graph, NormStatistics, activation_bounds
 from qlib.graph.ir import is_layer, name_of
-from qlib.graph.kinds import layer_kind
+from qlib.graph.kinds import ELEMENTWISE, layer_kind
 from qlib.graph.ops import Add, Concat, Mul
 
 __all__ = ["DEVIATIONS", "Moments", "clipped_normal", "propagate"]
@@ -22,10 +22,6 @@ DEVIATIONS = 6.0
 
 _POINTS = 33
 """At how many points of a normal distribution, and of an interval, a function of one value is looked at."""
-
-_ELEMENTWISE = (
-    nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Mish, nn.Hardtanh,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,7 +200,7 @@ class _Propagation(fx.Interpreter):
             return _add(*map(_scaled, inputs, module.factors))
         if isinstance(module, Mul):
             return _scaled(_multiply(*inputs), module.alpha)
-        if isinstance(module, _ELEMENTWISE):
+        if isinstance(module, ELEMENTWISE):
             return _compactly(lambda x: _function(module, x), inputs[0])
         grounded = any(source in self.grounded for source in n.all_input_nodes)
         if grounded and _is_matrix(module):
