@@ -10,6 +10,7 @@ from qlib.app.job import Job
 from qlib.app.plan import fitting, given_plan, plan_of, settings_of, stats_for
 from qlib.app.policies import make_quantization, read_schedule
 from qlib.app.sense import pruning_table
+from qlib.app.sparsity import sparsity_lines
 from qlib.config.schedule.timeline import timeline
 from qlib.graph import fold
 from qlib.prune.removal import REMOVALS
@@ -47,9 +48,11 @@ def check(job: Job) -> None:
 
 
 def _check_schedule(job: Job, path: Path) -> None:
-    """Prints when each policy of a schedule acts, and what its quantizers do with each layer."""
+    """Prints when each policy of a schedule acts, on which parameters, and what its quantizers do with each layer."""
     schedule = read_schedule(path, job.config.train.epochs)
     _log.info("%s", timeline(schedule, job.config.train.epochs))
+    for line in sparsity_lines(job, schedule):
+        _log.info("%s", line)
     folded, quantization = fold(job.model, job.example), make_quantization(job, schedule)
     make_distillation(job, quantization.module if quantization else job.model, schedule)
     for spec, settings in quantization.settings if quantization else []:

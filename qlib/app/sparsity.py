@@ -26,7 +26,7 @@ from qlib.train.policy import Policy
 from qlib.train.pruning import Pruning
 from qlib.train.regularizing import Regularizing
 
-__all__ = ["make_pruning", "make_regularizing"]
+__all__ = ["make_pruning", "make_regularizing", "sparsity_lines"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,16 +39,8 @@ _Made = TypeVar("_Made", Pruner, Regularizer)
 
 
 def make_pruning(job: Job, schedule: Schedule, images: TrainingImages, masking: Masking) -> list[Policy]:
-    """The pruners of a schedule over the job's model.
-
-    Raises:
-        ConfigError: they name what the model does not have, or cannot prune what they name.
-    """
-    specs = [_with_levels(spec) for spec in schedule.of("pruners")]
-    pruners = [PRUNERS[spec.component.cls](**_settings(job.model, spec.component, schedule)) for spec in specs]
-    _check(job.model, specs, pruners)
+    """The pruners of a schedule over the job's model. Raises ConfigError as `pruners_of` does."""
     layers = _Layers(job, images)
-    layers.check(specs, pruners)
     return [
         Pruning(
             spec,
@@ -60,12 +52,31 @@ def make_pruning(job: Job, schedule: Schedule, images: TrainingImages, masking: 
             factors=layers.factors,
             activations=layers.activations,
         )
-        for spec, pruner in zip(specs, pruners, strict=True)
+        for spec, pruner in pruners_of(job, schedule)
     ]
 
 
 def make_regularizing(job: Job, schedule: Schedule, masking: Masking) -> list[Policy]:
-    """The regularizers of a schedule over the job's model. Raises ConfigError as `make_pruning` does."""
+    """The regularizers of a schedule over the job's model. Raises ConfigError as `regularizers_of` does."""
+    pairs = regularizers_of(job, schedule)
+    return [Regularizing(spec, regularizer, regularizer.names, masking) for spec, regularizer in pairs]
+
+
+def pruners_of(job: Job, schedule: Schedule) -> list[tuple[PolicySpec, Pruner]]:
+    """The policies of pruners, and their pruners in the model's own names.
+
+    Raises:
+        ConfigError: they name what the model does not have, or cannot prune what they name.
+    """
+    specs = [_with_levels(spec) for spec in schedule.of("pruners")]
+    pruners = [PRUNERS[spec.component.cls](**_settings(job.model, spec.component, schedule)) for spec in specs]
+    _check(job.model, specs, pruners)
+    _Layers(job).check(specs, pruners)
+    return list(zip(specs, pruners, strict=True))
+
+
+def regularizers_of(job: Job, schedule: Schedule) -> list[tuple[PolicySpec, Regularizer]]:
+    """The policies of regularizers, and their regularizers. Raises ConfigError as `pruners_of` does."""
     specs = schedule.of("regularizers")
     made: list[Regularizer] = [
         REGULARIZERS[spec.component.cls](**_settings(job.model, spec.component, schedule)) for spec in specs
@@ -80,8 +91,20 @@ def make_regularizing(job: Job, schedule: Schedule, masking: Masking) -> list[Po
         if frozen:
             place = f"{spec.component.where}: {spec.component.cls}"
             _log.warning("Warning: %s does not move %s, which does not train", place, ", ".join(frozen))
-    pairs = zip(specs, made, strict=True)
-    return [Regularizing(spec, regularizer, regularizer.names, masking) for spec, regularizer in pairs]
+    return list(zip(specs, made, strict=True))
+
+
+def sparsity_lines(job: Job, schedule: Schedule) -> list[str]:
+    """What each pruner and regularizer acts on; raises ConfigError as a run would."""
+    pairs: list[tuple[PolicySpec, Pruner | Regularizer]] = [
+        *pruners_of(job, schedule),
+        *regularizers_of(job, schedule),
+    ]
+    found = {spec.component.name: (spec.component.cls, each.names) for spec, each in pairs}
+    return [
+        f"{name} ({cls}) acts on {len(names)} parameter{'s' * (len(names) > 1)}: {', '.join(names)}"
+        for name, (cls, names) in found.items()
+    ]
 
 
 def _settings(model: nn.Module, component: Component, schedule: Schedule) -> dict[str, Any]:
@@ -123,7 +146,7 @@ def _with_levels(spec: PolicySpec) -> PolicySpec:
 class _Layers:
     """What pruners ask of the layers around a weight, which the captured model knows."""
 
-    def __init__(self, job: Job, images: TrainingImages) -> None:
+    def __init__(self, job: Job, images: TrainingImages | None = None) -> None:
         self._job, self._images = job, images
         self._graph: Graph | None = None
 
@@ -166,6 +189,7 @@ class _Layers:
         folded = self._folded()
         relus = _relus(folded)
         probe = _Probe(folded.graph.eval(), {relus[name.removesuffix(".weight")]: name for name in names})
+        assert self._images is not None
         for images in self._images.sample(_IMAGES, _BATCH):
             probe.run(images)
         return {name: (zeros / probe.images, means / probe.images) for name, (zeros, means) in probe.sums.items()}

@@ -255,6 +255,21 @@ def test_all_of_them_train_from_a_file_of_distillers(tmp_path: Path) -> None:
     assert set(file["masks"]) >= {"fc.weight", "wide.conv.weight", "pointwise.conv.weight"}
 
 
+def test_a_check_says_what_each_acts_on(tmp_path: Path) -> None:
+    chosen = {name: schedules.PRUNERS[name] for name in ("SensitivityPruner", "L1RankedStructureParameterPruner")}
+    (tmp_path / "a.yaml").write_text(
+        schedules.schedule(chosen, {"L1Regularizer": schedules.REGULARIZERS["L1Regularizer"]})
+    )
+    done = good("-a digits_cnn --compress a.yaml --epochs 3 --check", tmp_path)
+    assert "a_SensitivityPruner (SensitivityPruner) acts on 2 parameters: fc.weight, wide.conv.weight" in done.lines
+    assert "a_L1Regularizer (L1Regularizer) acts on 2 parameters: fc.weight, wide.bn.weight" in done.lines
+    (tmp_path / "a.yaml").write_text(
+        (tmp_path / "a.yaml").read_text().replace("weights: module.fc.weight", "weights: fc.wait")
+    )
+    done = run("-a digits_cnn --compress a.yaml --epochs 3 --check", tmp_path)
+    assert (done.code, "weights names 'fc.wait'" in done.err) == (2, True)
+
+
 # ------------------------------------------------------------------------------------------- particular laws
 
 

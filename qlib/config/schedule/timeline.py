@@ -86,10 +86,13 @@ def _what(component: Component) -> str:
 def _text(key: str, value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
+    if key == "weights" and isinstance(value, tuple):
+        return f"of {len(value)} name" + "s" * (len(value) > 1)
     if isinstance(value, tuple):
         return "[" + ", ".join(_text(key, each) for each in value) + "]"
     if isinstance(value, dict):
-        return f"of {len(value)} layer" + "s" * (len(value) > 1)
+        what = "layer" if key == "match" else "name"
+        return f"of {len(value)} {what}" + "s" * (len(value) > 1)
     if key in ("bits_activations", "bits_weights") and value == 0:
         return "float"
     return f"{value:g}" if isinstance(value, float) else str(value)
