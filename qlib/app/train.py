@@ -19,6 +19,7 @@ from qlib.app.report import record_epoch, record_layers
 from qlib.app.report_results import record_test
 from qlib.checkpoint.fields import Record, check_fields
 from qlib.checkpoint.quantized import QuantizedHeader, quantized_checkpoint
+from qlib.checkpoint.write import write_checkpoint
 from qlib.config.schedule.timeline import timeline
 from qlib.config.schedule.types import Schedule
 from qlib.errors import UsageError
@@ -28,6 +29,7 @@ from qlib.quant.plan import Plan
 from qlib.report.observed import masks_table
 from qlib.report.summary import summary
 from qlib.surgery.recipe_file import saved_recipe
+from qlib.tensor_file import flushed
 from qlib.train.best import EpochScore, nonzero, ranked
 from qlib.train.loop import Diverged, Progress, StepSettings, Trainee, run_epoch
 from qlib.train.records import MetricsWriter
@@ -57,6 +59,8 @@ def train(job: Job, checkpoint: Mapping[str, Any]) -> int:
         _log.info("Training until %d epochs are done, as --epochs does not say otherwise", args.epochs)
     schedule = read_schedule(args.compress, args.epochs) if args.compress is not None else Schedule(())
     run = _Run(job, schedule)
+    if job.config.save_untrained_model:
+        run.save_untrained()
     run.resume(checkpoint)
     exit_code = run.train()
     observe(run.job)
@@ -85,6 +89,7 @@ class _Run:
         self.state = TrainingState(self.job.model, trainee, self.progress, self.best, setup.masks)
         header = {"arch": self.job.spec.arch, "dataset": self.job.dataset_name, "num_classes": self.job.num_classes}
         header |= saved_recipe(self.job.model)
+        self.header = header
         self.checkpoints = Checkpoints(self.state, self.job.file, header, self.args.save_every)
 
     def _begin(self, epoch: int) -> None:
@@ -94,6 +99,12 @@ class _Run:
         if acting and not self.progress.steps and (thinner := remove(self.setup, self.trainee, acting, epoch)):
             self._adopt(*thinner)
             self.trainee.begin(epoch)
+
+    def save_untrained(self) -> None:
+        """Writes the weights that training begins with."""
+        path = self.job.file("untrained_checkpoint.pth.tar")
+        write_checkpoint(path, {**self.header, "state_dict": flushed(self.job.model.state_dict())})
+        _log.info("Saving checkpoint to: %s", path)
 
     def resume(self, checkpoint: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint, if there is one and `--reset-optimizer` does not say otherwise."""

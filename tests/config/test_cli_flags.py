@@ -35,7 +35,7 @@ SPELLINGS = """
 --evaluate -e --confusion --compare --activation-stats --act-stats --activation-histograms --act-hist --param-hist
 --masks-sparsity --compare-to --engine
 --compress --epochs --optimizer --lr --learning-rate --momentum --weight-decay --wd --label-smoothing --grad-clip --amp
---reset-optimizer --best-by --num-best-scores --save-every
+--reset-optimizer --best-by --num-best-scores --save-untrained-model --save-every
 --kd-teacher --kd-pretrained --kd-resume --kd-temperature --kd-temp --kd-distill-wt --kd-dw --kd-student-wt --kd-sw
 --kd-teacher-wt --kd-tw --kd-start-epoch
 --prune --prune-level --prune-pattern --prune-scope --prune-layers --prune-repair --prune-images --prune-steps
@@ -139,6 +139,7 @@ RIGHT = [
     ("--reset-optimizer", "train.reset_optimizer", True),
     ("--best-by sparsity", "train.best_by", "sparsity"),
     ("--num-best-scores 3", "train.num_best_scores", 3),
+    ("--save-untrained-model", "save_untrained_model", True),
     ("--save-every 0", "train.save_every", 0.0),
     ("--kd-teacher ResNet18", "kd.teacher", "resnet18"),
     ("--kd-teacher My/Net.py:Make", "kd.teacher", "My/Net.py:Make"),
@@ -451,7 +452,7 @@ WRONG = [
         " more of it",
     ),
     ("--resu m.pth.tar", "--resu is ambiguous: it may be --resume-from or --resume; write more of it"),
-    ("--save 5", "--save is ambiguous: it may be --save-every or --save-untrained-model; write more of it"),
+    ("--save 5", "--save is ambiguous: it may be --save-untrained-model or --save-every; write more of it"),
     ("--=5", "there is no flag --=5; did you mean --wd or --vs or --qe?"),
     ("--xyzzy", "there is no flag --xyzzy; --help lists the flags"),
     ("-b", "--batch-size/-b: expected one argument"),
@@ -477,10 +478,8 @@ BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the b
     ("words", "sentence"),
     [
         pytest.param("--greedy-pruning-step=0.1", f"--greedy-pruning-step {GREEDY}", id="="),
-        pytest.param("--save-untrained", "--save-untrained-model is not there; a model whose", id="abbreviated"),
         pytest.param("--greedy --greedy-target-density=0.5", f"--greedy {GREEDY}", id="greedy"),
         pytest.param("--greedy-ft-epochs 3", f"--greedy-ft-epochs {GREEDY}", id="greedy's others"),
-        pytest.param("--save-untrained-model", "--save-untrained-model is not there; a model whose", id="untrained"),
         pytest.param(
             "--earlyexit_thresholds 1.2 0.9", "--earlyexit_thresholds is not there yet, as early exits", id="exits"
         ),

@@ -10,6 +10,7 @@ import torch
 from runs import good, make_images, rows, run, user_model
 from torch import Tensor, nn
 
+from qlib.checkpoint.read import read_checkpoint
 from qlib.checkpoint.write import write_checkpoint
 from qlib.graph import capture
 from qlib.stats.activity import ActivityCollector
@@ -124,3 +125,13 @@ def test_a_quantized_model_is_not_looked_at(flag: str, folder: Path) -> None:
         file = good(f"{MODEL} --qe --qe-calibration 1", folder).folder / "quantized_checkpoint.pth.tar"
     done = run(f"{MODEL} --resume-from {file} {flag}", folder)
     assert (done.code, "looks at a float model, but" in done.err) == (2, True), done.err
+
+
+def test_the_model_before_training_is_kept(folder: Path) -> None:
+    done = good(f"{MODEL} --epochs 1 --lr 0.5 --vs 0 --save-untrained-model -n look", folder)
+    before = read_checkpoint(done.folder / "look_untrained_checkpoint.pth.tar")
+    after = read_checkpoint(done.folder / "look_checkpoint.pth.tar")
+    assert before["state_dict"]["conv.weight"].unique().tolist() == [0.0, 1.0], "as the model is made"
+    assert not torch.equal(before["state_dict"]["conv.weight"], after["state_dict"]["conv.weight"])
+    words = f"{MODEL} -e --exp-load-weights-from {done.folder / 'look_untrained_checkpoint.pth.tar'}"
+    assert good(words, folder).score("fp32") == good(f"{MODEL} -e", folder).score("fp32")

@@ -13,7 +13,6 @@ _BUDGET = "is not there, nor is reinforcement learning: --qe-budget chooses the 
 
 ABSENT: Mapping[str, str] = {
     "--greedy*": _GREEDY,
-    "--save-untrained-model": "is not there; a model whose weights are random has the same ones for the same --seed",
     "--early*": _EXITS,
     "--amc*": _BUDGET,
     "--netadapt*": _BUDGET,

@@ -63,6 +63,7 @@ class RunConfig:
     activation_histograms: float | None = None
     param_hist: bool = False
     masks_sparsity: bool = False
+    save_untrained_model: bool = False
     compare_to: Path | None = None
     compare: tuple[Path, ...] = ()
     engine: str = "torch"

@@ -76,6 +76,12 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                     "train.best_by",
                 ),
                 Flag("--num-best-scores", whole(1), "how many of the best epochs to list", "train.num_best_scores"),
+                Flag(
+                    "--save-untrained-model",
+                    SWITCH,
+                    "write the model as it is before training, for a lottery ticket, as untrained_checkpoint.pth.tar",
+                    use=TRAINS,
+                ),
                 Flag("--save-every", _FROM_0, "seconds between two checkpoints within an epoch", "train.save_every"),
             ),
             needs=(_TRAINING,),
