@@ -34,7 +34,7 @@ def comparison_page(runs: Sequence[Side]) -> str:
         if rows:
             heads = ("Name", *(each.name for each in runs))
             cells = [(name, *texts) for name, texts in rows.items()]
-            parts.append((place, title, table(heads, cells, title, id_=f"{place}-table")))
+            parts.append((place, title, table(heads, cells, f"{title}, by run", id_=f"{place}-table")))
     return page(f"Comparison of {len(runs)} runs", below, _results(runs), parts)
 
 
