@@ -252,6 +252,8 @@ def _value(flag: Flag, texts: Sequence[str]) -> object:
     if len(names) > _MOST_NAMES:
         hint = "; give a folder of runs" if flag.kind.many == "paths" else "; '.*' stands for any text"
         raise UsageError(f"{flag.name} lists {len(names)} names, and may list {_MOST_NAMES}{hint}")
+    if not names:
+        raise UsageError(f"{flag.name} {texts[-1]!r} is not allowed: it must be {flag.kind.allowed}")
     return tuple(flag.kind.value(flag.name, name) for name in names)
 
 
@@ -291,9 +293,16 @@ def _no_folder(config: RunConfig) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are a `UsageError`."""
+    """An argument parser whose errors are a `UsageError`, in our words for those that a value makes or its lack."""
 
     def error(self, message: str) -> NoReturn:
+        names, _, reason = message.removeprefix("argument ").partition(": ")
+        name = names.partition("/")[0]
+        flag = next((each for each in FLAGS if each.name == name), None)
+        if reason.startswith("ignored explicit argument "):
+            raise UsageError(f"{name} takes no value, but {reason.rpartition(' ')[2]} was given; write {name} alone")
+        if reason.startswith("expected ") and flag is not None:
+            raise UsageError(f"{name} needs {flag.kind.allowed}")
         raise UsageError(message.removeprefix("argument "))
 
 

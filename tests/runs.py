@@ -10,11 +10,15 @@ import shlex
 import signal
 import subprocess
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
+import torch
 from PIL import Image
 
 from qlib.cli import main
@@ -147,18 +151,52 @@ def _last(folder: Path) -> Path:
     return (folder / "latest_log_dir").resolve()
 
 
-def start(words: str, folder: Path, threads: int = 1) -> subprocess.Popen[str]:
-    """A command line as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "compress.py"), *shlex.split(words), "--cpu"],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start(words: str, folder: Path, threads: int = 1, trains: bool = False) -> subprocess.Popen[str]:
+    """A command line as a process of its own.
+
+    With ``-j 0`` it is a fork of this process, which has torch already, and the program that would be executed is never
+    reached. Where this one computes in several threads, or that one `trains`, it is not: neither torch's threads nor
+    its autograd survive a fork.
+    """
+    forked = "-j 0" in words and torch.get_num_threads() == 1 and not trains
+    arguments = [str(ROOT / "compress.py"), *shlex.split(words), "--cpu"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, such as those of pytest-xdist
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: _become(arguments, threads) if forked else _default_signals(),
+        )
+
+
+def _default_signals() -> None:
+    """Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _become(argv: list[str], threads: int) -> NoReturn:
+    """Runs a command line in this process, a fork, as Python would run it from the start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.closerange(3, 10_000)  # with that by which the parent waits for the program
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, "rw"[fd > 0], encoding="utf-8") for fd in range(3))
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    torch.set_num_threads(threads)
+    sys.argv = argv
+    try:
+        code = main(argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def finish(process: subprocess.Popen[str], folder: Path) -> Run:

@@ -11,21 +11,20 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
+from qlib.app.auto_report import Trial, report_trials, tell_layers
 from qlib.app.capture import fold_model
-from qlib.app.images import loader_of, open_split, split_size
+from qlib.app.images import SEARCH_BATCH, loader_of, open_split, split_size
 from qlib.app.job import Job
-from qlib.app.plan import make_plan, plan_of, settings_of, stats_for
-from qlib.app.report import record
-from qlib.app.search import measure_sensitivity, with_bits
+from qlib.app.layer_losses import LayerLosses
+from qlib.app.plan import make_plan
+from qlib.app.search import with_bits
 from qlib.checkpoint.fingerprint import weights_hash
 from qlib.config.flags.groups import AutoArgs, PtqArgs
 from qlib.config.flags.names import flag_of
@@ -41,10 +40,9 @@ from qlib.lower import exact_arithmetic, lower
 from qlib.metrics import MICRO_BATCH, Evaluation, Meter, Model, compare
 from qlib.progress import TimeUp, time_limit, track
 from qlib.quant.plan_file import write_plan
-from qlib.report import record_parts
 from qlib.runlog import RunLog
 from qlib.search.ladder import RUNGS, Judgement, Rung, Target, best_of, sensitive_layers
-from qlib.search.sensitivity import ACTIVATIONS, WEIGHTS, divergence
+from qlib.search.sensitivity import divergence
 
 __all__ = ["choose_settings"]
 
@@ -59,17 +57,6 @@ _TRIED = ("qe.", "ptq.", "lapq.", "sense")
 """How the names of settings begin that a trial depends on."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A rung that was tried: what the best so far became with it, how good that is, and the seconds it took."""
-
-    rung: str
-    settings: str
-    judgement: Judgement
-    seconds: float
-    folder: Path
-
-
 def choose_settings(job: Job) -> Job:
     """The job with the plan of the best trial. Writes ``auto.csv`` and ``auto_run_config.yaml``.
 
@@ -78,7 +65,9 @@ def choose_settings(job: Job) -> Job:
     climb = _Climb.of(job)
     trials = climb.run()
     best = best_of([each.judgement for each in trials])
-    _report(job, climb.target, trials, best)
+    report_trials(job, climb.target, trials, best)
+    if not climb.target.met(trials[best].judgement):
+        tell_layers(climb.layer_losses(climb.configs[best]))
     winner = climb.configs[best]
     path = job.file("auto_run_config.yaml")
     write_text(path, _repeating(winner).to_yaml(), "settings")
@@ -108,22 +97,6 @@ def _base(config: RunConfig, fraction: float, images: int) -> RunConfig:
     ptq = replace(config.ptq, images=min(config.ptq.images, images))
     lapq = replace(config.lapq, images=min(config.lapq.images, images))
     return replace(config, qe=qe, ptq=ptq, lapq=lapq, sense_images=min(config.sense_images, images))
-
-
-def _report(job: Job, target: Target, trials: Sequence[Trial], best: int) -> None:
-    names = [each.name for each in fields(Judgement)]
-    rows = [(each.rung, each.settings, *astuple(each.judgement), each.seconds) for each in trials]
-    write_csv(job.run.folder / "auto.csv", ("rung", "settings", *names, "seconds"), rows)
-    shown = [
-        ("*" if index == best else "", rung, f"{agreement:.2f}", f"{drop:.2f}", f"{lost:.5f}", f"{seconds:.0f}")
-        for index, (rung, _, agreement, drop, lost, seconds) in enumerate(rows)
-    ]
-    headers = ("", "Tried", "Agreement %", "Top1 drop", "Divergence", "Seconds")
-    _log.info("%s", tabulate(shown, headers, tablefmt="psql", disable_numparse=True))
-    tried = tuple(record_parts.Trial(rung, settings, *rest) for rung, settings, *rest in rows)
-    record(job, auto=record_parts.Trials(tried, best, str(target), target.met(trials[best].judgement)))
-    met = "reached" if target.met(trials[best].judgement) else "NOT reached"
-    _log.info("Best: %s (%s). Target %s: %s", trials[best].rung, trials[best].settings or "as asked", target, met)
 
 
 @dataclass(frozen=True)
@@ -185,7 +158,9 @@ class _Climb:
         What the user gave stays as it is.
         """
         qe = best.qe
-        few = 0 < qe.bits_wts < 8 or 0 < qe.bits_acts < 8
+        few = 0 < qe.bits_wts < 8 or 0 < qe.bits_acts < 8 or qe.budget is not None
+        if rung.sensitive and qe.budget is not None:  # which has given them their bits
+            return None
         if (rung.few_bits and not few) or (rung.separable and qe.per_channel and not self._depthwise):
             return None
         if rung.sensitive:
@@ -207,17 +182,11 @@ class _Climb:
         return replace(best, qe=replace(best.qe, config_file=path, calibration=None))
 
     def _sensitive_settings(self, best: RunConfig, folder: Path) -> str:
-        job, folded = self._job(self._with_statistics(best), folder), copy.deepcopy(self._folded)
-        ptq, settings = settings_of(job, folded)
-        stats = stats_for(job, folded, ptq, settings)
-        self.statistics.setdefault(best.ptq.of_float, folder / _STATISTICS)
         bits = min(each for each in (best.qe.bits_wts, best.qe.bits_acts) if each)
-        planner = partial(plan_of, folded, stats)
-        rows, _ = measure_sensitivity(job, folded.graph, settings, planner, (bits,), (WEIGHTS, ACTIVATIONS))
-        lost: dict[str, float] = {}
-        for row in rows:
-            lost[row.layer] = lost.get(row.layer, 0.0) + row.divergence
-        chosen = sensitive_layers(lost)
+        folded = copy.deepcopy(self._folded)
+        found = LayerLosses.of(self._job(self._with_statistics(best), folder), folded, bits)
+        self.statistics.setdefault(best.ptq.of_float, folder / _STATISTICS)
+        ptq, settings, chosen = found.ptq, found.settings, sensitive_layers(found.divergence)
         _log.info("Layers that suffer most from %d bits: %s", bits, ", ".join(chosen))
         raised = {**settings, **with_bits({name: settings[name] for name in chosen}, weights=8, activations=8)}
         kinds = {name_of(node): layer_kind(module) for node, module in layers(folded.graph)}
@@ -228,6 +197,12 @@ class _Climb:
             str(self.statistics[best.ptq.of_float].absolute()),
             "8 bits for the layers that suffer most from fewer",
         )
+
+    def layer_losses(self, best: RunConfig) -> dict[str, float]:
+        """The divergence that each layer of the best trial makes alone, on few images, as the time may be over."""
+        few = replace(best, sense_images=min(SEARCH_BATCH, best.sense_images))
+        job = self._job(self._with_statistics(few), make_folder(self.folder))
+        return LayerLosses.of(job, copy.deepcopy(self._folded)).divergence
 
     def _with_statistics(self, config: RunConfig) -> RunConfig:
         """The same with the statistics that an earlier trial has collected, where its float model is the same."""

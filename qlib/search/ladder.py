@@ -69,6 +69,19 @@ class Target:
         enough = self.agree is None or judgement.agreement >= self.agree
         return enough and (self.drop is None or judgement.drop <= self.drop)
 
+    def missing(self, judgement: Judgement) -> str:
+        """What a trial has of what it does not reach; the empty text where it reaches all.
+
+        >>> Target(agree=99.0, drop=0.5).missing(Judgement(98.0, 0.25, 0.01))
+        'agreement 98.00 % of 99 %'
+        """
+        parts = []
+        if self.agree is not None and judgement.agreement < self.agree:
+            parts.append(f"agreement {judgement.agreement:.2f} % of {self.agree:g} %")
+        if self.drop is not None and judgement.drop > self.drop:
+            parts.append(f"Top1 {judgement.drop:.2f} lower, where {self.drop:g} is allowed")
+        return " and ".join(parts)
+
     def __str__(self) -> str:
         parts = [f"agreement {self.agree:g} %"] if self.agree is not None else []
         parts += [f"Top1 at most {self.drop:g} lower"] if self.drop is not None else []

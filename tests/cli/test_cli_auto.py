@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from runs import Run, good, rows, run
 
 import qlib.app.auto as auto
+from qlib.models import create_model, find_model
 from qlib.search.ladder import RUNGS
 
 AUTO = "-a digits_cnn --pretrained --auto --auto-bits 3 --qe-calibration 0.03 --ptq-iterations 20 --sense-images 16"
@@ -40,6 +43,12 @@ def test_the_whole_ladder(whole: Run) -> None:
     starred = next(line for line in whole.lines if line.startswith("| * "))
     assert starred.split("|")[2].strip() == table[divergences.index(min(divergences))]["rung"]
     assert any(line.startswith("Best: ") and line.endswith("Top1 at most 0 lower: NOT reached") for line in whole.lines)
+    (nearest,) = (line for line in whole.lines if line.startswith("The best trial reaches "))
+    least = table[divergences.index(min(divergences))]
+    assert f"agreement {float(least['agreement']):.2f} % of 100 %" in nearest
+    shares = re.findall(r"([\w.]+) \((\d+) %\)", next(line for line in whole.lines if line.startswith("Most is lost")))
+    assert len(shares) == 5
+    assert 0 < int(shares[-1][1]) <= int(shares[0][1]) <= 100
     assert "--auto: 39 train images calibrate, 64 others judge" in whole.lines
     assert "Warning" not in whole.out
 
@@ -69,6 +78,30 @@ def test_a_broken_search_goes_on(folder: Path, whole: Run) -> None:
     again = good(f"{AUTO} --auto-agree 100 --auto-drop 0", folder)
     assert again.score() == whole.score()
     assert sum(line.startswith("--auto: trying") for line in again.lines) == 4
+
+
+def test_another_folder_has_the_same_trials(tmp_path: Path, whole: Run) -> None:
+    """Each that the time allows: the same command, the same winner."""
+    again = good(f"{AUTO} --auto-agree 100 --auto-drop 0", tmp_path)
+    first, second = (
+        [{**row, "seconds": "", "settings": ""} for row in rows(each.folder / "auto.csv")] for each in (whole, again)
+    )
+    assert second == first
+    assert again.score() == whole.score()
+
+
+def test_a_budget_holds_in_each_trial(tmp_path: Path) -> None:
+    """Its bits are chosen anew in each; layers at 8 bits would break it."""
+    words = AUTO.replace("--auto-bits 3", "--qe-budget 2.3bits")
+    done = good(f"{words} --auto-agree 100 --auto-drop 0", tmp_path)
+    tried = [row["rung"] for row in rows(done.folder / "auto.csv")]
+    assert len(tried) > 2
+    assert tried == [rung.name for rung in RUNGS if not rung.sensitive][: len(tried)]
+    plan = yaml.safe_load((done.folder / "layer_quant_params.yaml").read_text())
+    model = create_model(find_model("digits_cnn"), num_classes=10)
+    sizes = {name: module.weight.numel() for name, module in model.named_modules() if hasattr(module, "weight")}
+    bits = {name: layer["weight"]["bits"] for name, layer in plan["layers"].items() if "weight" in layer}
+    assert sum(sizes[name] * each for name, each in bits.items()) <= 2.3 * sum(sizes[name] for name in bits)
 
 
 def test_it_stops_at_the_target(folder: Path, whole: Run) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import ROOT, Run, good
+from runs import ROOT, Run, good, start
 from runs import run as run_in
 
 from qlib.cli import parse
@@ -186,8 +184,7 @@ def test_killed_at_any_step_and_resumed_gives_the_same_bytes() -> None:
     assert set(expected["masks"]) >= {"fc.weight", "wide.conv.weight", "pointwise.conv.weight"}
     for steps in (4, 25):  # in the first epoch, and after the second quantizer has begun
         shutil.rmtree("logs")
-        command = [sys.executable, str(ROOT / "compress.py"), *words.split(), "--cpu", "-j", "0"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with start(f"{words} -j 0", Path.cwd(), trains=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 steps -= line.startswith("Epoch: [") and "Overall Loss" in line

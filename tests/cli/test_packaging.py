@@ -58,14 +58,18 @@ def script(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("spelling", ["compress.py", "compress_classifier"])
-def test_the_command_lines_of_distiller(tmp_path: Path, spelling: str) -> None:
-    """Calibration, and evaluation of the quantized model, in the words and the order that its users know."""
+def test_the_command_lines_of_distiller(tmp_path: Path) -> None:
+    """Calibration, and evaluation of the quantized model, in the words and the order that its users know.
+
+    Each by another name of the program.
+    """
     make_images(tmp_path / "images")
-    program = ROOT / "compress.py" if spelling == "compress.py" else script(tmp_path)
     model = f"-a {user_model(tmp_path)} -p 10 -j 2 images"
     stats = "stats/net.py_brightest_imagefolder.yaml"
-    for flags in ("--qe-calibration 0.5", f"--quantize-eval --qe-per-channel --qe-stats-file {stats}"):
+    for program, flags in (
+        (ROOT / "compress.py", "--qe-calibration 0.5"),
+        (script(tmp_path), f"--quantize-eval --qe-per-channel --qe-stats-file {stats}"),
+    ):
         words = [sys.executable, str(program), *model.split(), *flags.split()]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")

@@ -332,7 +332,14 @@ WRONG = [
     ),
     ("--qe --qe-budget 3", f"--qe-budget '3' is not allowed: it must be {BUDGET}"),
     ("--qe --qe-budget 0MB", f"--qe-budget '0MB' is not allowed: it must be {BUDGET}"),
-    ("--qe --qe-budget -1bits", "--qe-budget: expected one argument"),
+    (
+        "--qe --qe-budget -1bits",
+        "--qe-budget needs a number above 0 with its unit: 3.2MB of weights, 4.5bits for each weight, or 12GBOPs",
+    ),
+    ("--cpu=yes", "--cpu takes no value, but 'yes' was given; write --cpu alone"),
+    ("--export-encodings=", "--export-encodings '' is not allowed: it must be one of ort, tensorrt, aimet"),
+    ("--arch=", "--arch '' is not allowed: it must be a model's name"),
+    ("--compare-to=", "--compare-to '' is not allowed: it must be the folder of a run, which exists"),
     ("--qe --qe-budget 4kbits", f"--qe-budget '4kbits' is not allowed: it must be {BUDGET}"),
     (
         "--auto --auto-agree 101",
@@ -360,8 +367,11 @@ WRONG = [
         "--act-stats trains",
         "--activation-stats 'trains' is not allowed: it must be one of train, valid, test; did you mean train?",
     ),
-    ("--act-stats", "--activation-stats/--act-stats: expected one argument"),
-    ("--sense filter --sense-range 0 0.5", "--sense-range: expected 3 arguments"),
+    ("--act-stats", "--activation-stats needs one of train, valid, test"),
+    (
+        "--sense filter --sense-range 0 0.5",
+        "--sense-range needs three numbers, START below STOP from 0 to 1 and a STEP from 0.001, such as 0 0.95 0.05",
+    ),
     ("--sense filter --sense-range 0 1.5 0.1", f"--sense-range '0 1.5 0.1' is not allowed: it must be {RANGE}"),
     ("--sense filter --sense-range 0.5 0.5 0.1", f"--sense-range '0.5 0.5 0.1' is not allowed: it must be {RANGE}"),
     ("--sense filter --sense-range 0 0.5 0", f"--sense-range '0 0.5 0' is not allowed: it must be {RANGE}"),
@@ -416,7 +426,7 @@ WRONG = [
         "--engine onnx",
         "--engine 'onnx' is not allowed: it must be one of torch, onnxruntime",
     ),
-    ("--engine", "--engine: expected one argument"),
+    ("--engine", "--engine needs one of torch, onnxruntime"),
     ("--qe-reduce-range some", "--qe-reduce-range 'some' is not allowed: it must be one of none, auto, all"),
     ("--export-onnx model.pb", f"--export-onnx 'model.pb' is not allowed: it must be {NEW_FILE}"),
     ("--export-onnx no/m.onnx", f"--export-onnx 'no/m.onnx' is not allowed: it must be {NEW_FILE}"),
@@ -455,7 +465,7 @@ WRONG = [
     ("--save 5", "--save is ambiguous: it may be --save-untrained-model or --save-every; write more of it"),
     ("--=5", "there is no flag --=5; did you mean --wd or --vs or --qe?"),
     ("--xyzzy", "there is no flag --xyzzy; --help lists the flags"),
-    ("-b", "--batch-size/-b: expected one argument"),
+    ("-b", "--batch-size needs a whole number, 1 or more"),
     ("features", "one DATASET_DIR is allowed, not 2: images features"),
 ]
 

@@ -110,6 +110,7 @@ def arch(allowed: str = "a model's name") -> Kind:
     """
 
     def read(text: str) -> str:
+        _require(bool(text.strip()))
         if text != text.encode(errors="replace").decode():
             raise OSError(errno.EILSEQ, "not UTF-8")
         return text if ".py:" in text or text.startswith("hf/") else text.lower()
@@ -169,7 +170,7 @@ def run_folder() -> Kind:
 
     def read(text: str) -> Path:
         folder = expanded(text)
-        _require(folder.is_dir())
+        _require(bool(text) and folder.is_dir())
         return folder.resolve() if folder.is_symlink() else folder
 
     return Kind(read, "the folder of a run, which exists", "RUN")
