@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qlib.correct._base import CORRECTIONS, CalibrationImages
+from qlib.correct._pairs import single_layers
 from qlib.correct._stream import Buffer, Stream, track_nodes
 from qlib.correct._write_back import write_back
 from qlib.graph import Graph
@@ -41,7 +42,7 @@ def gptq(graph: Graph, plan: Plan, images: CalibrationImages) -> Plan:
     References: Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers",
     2023, section 3; Li et al., "GPTAQ: efficient finetuning-free quantization for asymmetric calibration", 2025.
     """
-    fake = lower_fake(graph, plan)
+    fake, single = lower_fake(graph, plan), {node.name for node in single_layers(graph)}
     with Buffer(images.folder) as buffer:
         batches = list(images.batches())
         floats, fakes = Stream(graph, batches, buffer), Stream(fake, batches, buffer)
@@ -49,7 +50,9 @@ def gptq(graph: Graph, plan: Plan, images: CalibrationImages) -> Plan:
             layer = fake.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(layer, FakeLayer) and isinstance(layer.weight, FakeWeight):
                 source = node.all_input_nodes[0]
-                _round_layer(layer, layer.weight, zip(floats[source], map(layer.inputs[0], fakes[source]), strict=True))
+                quantized = list(map(layer.inputs[0], fakes[source]))
+                exact = floats[source] if node.name in single else quantized  # no call of several can make up for much
+                _round_layer(layer, layer.weight, zip(exact, quantized, strict=True))
             for stream in (floats, fakes):
                 stream.advance(node)
     return write_back(graph, fake, plan)
@@ -85,7 +88,7 @@ def _target(rows: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
     1.2475...
     """
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
-    damped = hessian + DAMPING * mean[:, None, None] * torch.eye(hessian.shape[1], dtype=hessian.dtype)
+    damped = hessian + DAMPING * mean[:, None, None] * torch.eye(hessian.shape[1]).to(hessian)
     change: Tensor = torch.linalg.solve(damped, rows @ (cross - hessian), left=False)
     return rows + change
 

@@ -202,6 +202,27 @@ def test_a_layer_that_is_called_twice_keeps_the_nearest_codes(tmp_path: Path) ->
     assert torch.equal(graph.get_submodule("again").weight, float_weight)
 
 
+def test_gptq_of_a_layer_that_is_called_twice_makes_up_for_nothing_before_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(64, 6)
+    graph = capture(_Twice(), images[:2])
+    weight = WeightPlan(QuantSpec.of_mode("sym", 3))
+    plan = Plan(
+        {name: LayerPlan("linear", (None,), weight) for name in ("again", "again_1", "once")}
+        | {name: LayerPlan("relu", (None,)) for name in ("relu", "relu_1")}
+    )
+    alone = copy.deepcopy(graph)
+    fake = lower_fake(alone, plan)
+    layer = next(m for m in fake.modules() if isinstance(m, FakeLayer))
+    assert isinstance(layer.weight, FakeWeight)
+    with torch.no_grad():
+        _round_layer(layer, layer.weight, [(images, images)])
+    gptq(graph, plan, images_of(images, tmp_path))
+    again = graph.get_submodule("again")
+    torch.testing.assert_close(again.weight, layer.module.weight)
+    torch.testing.assert_close(again.bias, layer.module.bias)
+
+
 @pytest.mark.parametrize(
     ("shapes", "images"),
     [
