@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,12 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qlib.app.images import calibration_batches, split_size, training_batches
+from qlib.app.images import training_batches
 from qlib.app.job import Job
+from qlib.app.prune_channels import prune_channels
+from qlib.app.prune_images import BATCH, IMPORTANCE, pruning_images
 from qlib.checkpoint.masks import saved_masks
 from qlib.checkpoint.write import write_checkpoint
+from qlib.config.flags.pruning import CHANNEL_PRUNERS, REPAIRS
 from qlib.config.flags.pruning import PRUNERS as FACTS
-from qlib.config.flags.pruning import REPAIRS
 from qlib.errors import UsageError
 from qlib.files import STATS
 from qlib.graph import Graph, capture
@@ -34,8 +35,6 @@ __all__ = ["prune", "report_size", "save_pruned"]
 
 _log = logging.getLogger(__name__)
 
-_BATCH = 64
-_IMPORTANCE = 256  #: images that tell what errors of outputs do to the logits
 
 _SPEED = (
     "Zeros among the weights, of N:M too, make the compressed file smaller, not the model faster: ONNX Runtime, the"
@@ -50,6 +49,8 @@ def prune(job: Job) -> Job:
     without weights.
     """
     args = job.config.prune
+    if args.method in CHANNEL_PRUNERS:
+        return prune_channels(job)
     model = copy.deepcopy(job.model)
     graph = capture(model, job.example, share=True).eval()
     layers = chosen_layers(prunable_layers(graph, model), args.layers, "--prune-layers")
@@ -96,8 +97,8 @@ def _scores(
     job: Job, graph: Graph, layers: Sequence[PrunedLayer], score: Score, pattern: Pattern | None, *, images: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Parameter -> the score of each weight ``[out, in]``."""
-    importance = output_importance(graph, layers, _images(job, _IMPORTANCE), job.config.seed) if images else {}
-    seen = survey(graph, layers, _images(job), STATS) if images else ((each, None) for each in layers)
+    importance = output_importance(graph, layers, pruning_images(job, IMPORTANCE), job.config.seed) if images else {}
+    seen = survey(graph, layers, pruning_images(job), STATS) if images else ((each, None) for each in layers)
     for layer, moments in seen:
         rows = layer.rows
         group, most = (None, 0) if pattern is None else (_group(layer, pattern), pattern.m - pattern.n)
@@ -132,20 +133,16 @@ def _repair(job: Job, model: nn.Module, graph: Graph, layers: Sequence[PrunedLay
     dense = capture(copy.deepcopy(job.model), job.example, share=True).eval()
     by_node = {each.node.name: each for each in layers}
     how = Repair(weights=stage >= REPAIRS.index("weights"))
-    errors = refit(dense, graph, by_node, masks, _images(job), STATS, how)
+    errors = refit(dense, graph, by_node, masks, pruning_images(job), STATS, how)
     if args.repair == "logits":
-        match_logits(model, job.model, masks, training_batches(job, _BATCH), args.steps)
+        match_logits(model, job.model, masks, training_batches(job, BATCH), args.steps)
     return errors
 
 
-def _images(job: Job, most: int | None = None) -> Iterator[Tensor]:
-    """The calibration images that choice and repair look at, in batches."""
-    count = min(job.config.prune.images, split_size(job, job.config.qe.calibration_split), most or sys.maxsize)
-    return (images for images, _ in calibration_batches(job, count, _BATCH))
-
-
 def save_pruned(job: Job, top1: float) -> None:
-    """Writes weights and masks, and says what that is good for. Raises OutputError where it cannot be written."""
+    """Writes weights and masks. A model without channels is written already. Raises OutputError."""
+    if job.config.prune.method in CHANNEL_PRUNERS:
+        return
     path = job.file("pruned_checkpoint.pth.tar")
     header = {"arch": job.spec.arch, "dataset": job.dataset_name, "num_classes": job.num_classes}
     extras = {"extras": {"pruned_top1": top1}}
@@ -153,10 +150,11 @@ def save_pruned(job: Job, top1: float) -> None:
     _log.info("Saving checkpoint to: %s", path)
 
 
-def report_size(dense: nn.Module, pruned: nn.Module) -> None:
-    """Logs what the weights take when they are compressed, and what that does not change."""
-    before, after = _zipped(dense), _zipped(pruned)
-    _log.info("Weights, zipped: %.2f MB, %.2f MB before; %s", after / 1e6, before / 1e6, _SPEED)
+def report_size(dense: Job, pruned: Job) -> None:
+    """Logs what the weights take when they are compressed, and, of zeros among them, what that does not change."""
+    before, after = _zipped(dense.model), _zipped(pruned.model)
+    note = "" if pruned.config.prune.method in CHANNEL_PRUNERS else f"; {_SPEED}"
+    _log.info("Weights, zipped: %.2f MB, %.2f MB before%s", after / 1e6, before / 1e6, note)
 
 
 def _zipped(model: nn.Module) -> int:

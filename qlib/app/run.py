@@ -109,7 +109,7 @@ def _pruned(job: Job, verb: Verb) -> Job:
     pruned = prune(job)
     results = _test(job, {"pruned": pruned.model, "fp32": job.model})
     save_pruned(pruned, results["pruned"].top1)
-    report_size(job.model, pruned.model)
+    report_size(job, pruned)
     return pruned
 
 

@@ -38,9 +38,10 @@ def output_importance(
     try:
         for batch in batches:
             images += len(batch)
-            logits = graph(batch.clone().requires_grad_())
+            seen = batch.clone().requires_grad_()
+            logits = graph(seen)
             direction = torch.randn(logits.shape, generator=generator).to(logits.device)
-            torch.autograd.grad((logits * direction).sum(), list(graph.parameters()), allow_unused=True)
+            torch.autograd.grad((logits * direction).sum(), seen)
     finally:
         for hook in hooks:
             hook.remove()

@@ -66,8 +66,12 @@ def prunable_layers(graph: Graph, model: nn.Module) -> list[PrunedLayer]:
 def chosen_layers(layers: Sequence[PrunedLayer], patterns: Sequence[str], flag: str) -> list[PrunedLayer]:
     """Those whose layer or parameter one of the patterns matches as a whole; all without patterns.
 
-    Raises UsageError, which names the `flag`, for a pattern that is none or matches nothing.
+    Raises UsageError, which names the `flag`, for a pattern that is none or matches nothing, and for no layers.
     """
+    if not layers:
+        raise UsageError(
+            "the model has no convolution or linear layer that is called once, so there is nothing to prune"
+        )
     names = {name: each for each in layers for name in (each.parameter, each.parameter.rpartition(".")[0])}
     wanted = {name for pattern in patterns for name in _matching(pattern, names, flag)}
     return [each for each in layers if not patterns or names_of(each) & wanted]

@@ -30,7 +30,7 @@ def match_logits(
     References: Frantar and Alistarh, "Optimal brain compression", 2022, appendix (global correction).
     """
     pruned.eval()
-    optimizer = torch.optim.Adam(pruned.parameters(), lr=_RATE)
+    optimizer = torch.optim.Adam([each for each in pruned.parameters() if each.requires_grad], lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     shown = {"Error": 0.0}
     for images in track(

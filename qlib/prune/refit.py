@@ -98,7 +98,8 @@ def _solve(layer: PrunedLayer, original: Any, mask: Tensor, inputs: Iterable[tup
     bias = layer.module.bias
     if isinstance(bias, Tensor):
         lost = rows.double() @ moments.other_mean[:, :, None] - solved.double() @ moments.mean[:, :, None]
-        bias.copy_(original.bias.double() + lost.flatten())
+        gone = ~kept.any(2).flatten() & (bias == 0)  # a channel that is removed with its bias
+        bias.copy_(torch.where(gone, 0.0, original.bias.double() + lost.flatten()))
 
 
 def _move_statistics(norm: nn.Module, ours: list[Tensor], theirs: list[Tensor]) -> None:

@@ -50,6 +50,20 @@ def test_pruning_and_quantizing_in_one_run_repeats_from_its_yaml(tmp_path: Path)
     assert again.score() == done.score()
 
 
+def test_channels_are_removed_under_a_budget_and_the_smaller_model_goes_on(tmp_path: Path) -> None:
+    words = "--prune channels-obs --prune-budget params=0.5 --prune-round-to 4 --prune-images 64"
+    done = good(f"{MODEL} {words}", tmp_path)
+    assert "| wide.conv.weight   |" in done.out
+    assert "Parameters         5,578 -> " in done.out
+    assert float(done.metrics("pruned")["top1"]) > 90
+    checkpoint = torch.load(done.folder / "thinned_checkpoint.pth.tar", weights_only=True)
+    state = checkpoint["state_dict"]
+    assert sum(value.numel() for name, value in state.items() if name.endswith("weight")) <= 5578 // 2
+    assert {state[f"{name}.conv.weight"].shape[0] % 4 for name in ("stem", "wide", "narrow")} == {0}
+    again = good(f"--qe --qe-calibration 0.1 --resume-from {done.folder}/thinned_checkpoint.pth.tar", tmp_path)
+    assert again.score("fp32")[0] == done.score("pruned")[0]
+
+
 def test_a_pattern_and_the_layers_that_it_does_not_fit(tmp_path: Path) -> None:
     done = good(f"{MODEL} --prune magnitude --prune-pattern 2:4 --prune-repair logits --prune-steps 3 {FEW}", tmp_path)
     assert "stem.conv.weight stays dense: its 1 input channels are no multiple of 4" in done.out
@@ -68,6 +82,14 @@ def test_a_pattern_and_the_layers_that_it_does_not_fit(tmp_path: Path) -> None:
         pytest.param("--prune lamp --prune-pattern 4:4", "it must be N:M, N of each M weights", id="pattern"),
         pytest.param("--prune lamb --prune-level 0.5", "did you mean lamp", id="method"),
         pytest.param("--prune lamp --prune-level 0.5 --prune-pattern 2:4", "cannot be combined", id="both"),
+        pytest.param("--prune channels-obs --prune-level 0.5", "removes channels: give --prune-budget", id="no budget"),
+        pytest.param("--prune lamp --prune-budget macs=0.5", "--prune-budget is of channels, which", id="no channels"),
+        pytest.param("--prune group-norm --prune-budget macs=1.5", "it must be macs=0.5 or params=0.5", id="above 1"),
+        pytest.param(
+            "--prune group-norm --prune-budget macs=0.001",
+            "--prune-budget macs=0.001 cannot be met: with the fewest channels that may stay it is macs=0.0",
+            id="budget",
+        ),
         pytest.param("--prune lamp --prune-level 0.5 --epochs 1", "--prune comes before training", id="training"),
         pytest.param(
             "--prune lamp --prune-pattern 2:4 --prune-layers stem.*",

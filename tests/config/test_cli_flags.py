@@ -38,7 +38,8 @@ SPELLINGS = """
 --reset-optimizer --best-by --num-best-scores --save-untrained-model --save-every
 --kd-teacher --kd-pretrained --kd-resume --kd-temperature --kd-temp --kd-distill-wt --kd-dw --kd-student-wt --kd-sw
 --kd-teacher-wt --kd-tw --kd-start-epoch
---prune --prune-level --prune-pattern --prune-scope --prune-layers --prune-repair --prune-images --prune-steps
+--prune --prune-level --prune-pattern --prune-budget --prune-round-to --prune-scope --prune-layers --prune-repair
+--prune-images --prune-steps
 --quantize-eval --qe --seeds --qe-calibration --qe-calibration-split --qe-histograms --qe-stats-file --qe-dynamic
 --qe-config-file
 --qe-mode --qem --qe-mode-acts --qema --qe-mode-wts --qemw --qe-bits-acts --qeba --qe-bits-wts --qebw --qe-bits-accum
@@ -122,6 +123,9 @@ RIGHT = [
     ("--prune OBS --prune-level 0.5", "prune.method", "obs"),
     ("--prune-level 0.5", "prune.level", 0.5),
     ("--prune-pattern 2:4", "prune.pattern", "2:4"),
+    ("--prune-budget macs=0.5", "prune.budget", "macs=0.5"),
+    ("--prune-budget params=2MB", "prune.budget", "params=2mb"),
+    ("--prune-round-to 8", "prune.round_to", 8),
     ("--prune-scope row", "prune.scope", "row"),
     ("--prune-layers conv fc", "prune.layers", ("conv", "fc")),
     ("--prune-repair norms", "prune.repair", "norms"),

@@ -11,6 +11,7 @@ from dataclasses import replace
 from qlib.config.flags.corrections import CORRECTION_FLAGS, CorrectionFlag
 from qlib.config.flags.flag import Flag
 from qlib.config.flags.groups import GROUPS
+from qlib.config.flags.pruning import CHANNEL_PRUNERS
 from qlib.config.flags.run_config import RunConfig, settings_by_name
 from qlib.config.flags.table import FLAGS
 from qlib.config.flags.verb import asked, nothing_to_do, verb_of
@@ -93,7 +94,13 @@ def _check_pruning(config: RunConfig) -> None:
     prune = config.prune
     if prune.method is None:
         return
-    if prune.level is None and prune.pattern is None:
+    if prune.method in CHANNEL_PRUNERS:
+        if prune.budget is None or prune.level is not None or prune.pattern is not None:
+            raise UsageError(f"--prune {prune.method} removes channels: give --prune-budget, and no level or pattern")
+    elif prune.budget is not None:
+        names = " or ".join(CHANNEL_PRUNERS)
+        raise UsageError(f"--prune-budget is of channels, which --prune {names} remove, not {prune.method}")
+    elif prune.level is None and prune.pattern is None:
         raise UsageError(
             f"--prune {prune.method} needs --prune-level, the share of the weights to remove, or --prune-pattern N:M"
         )

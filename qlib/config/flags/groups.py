@@ -219,12 +219,14 @@ class KdArgs:
 class PruneArgs:
     """The `--prune-*` flags: what is removed without training. A field is named as its flag, without `--prune-`.
 
-    `method` is `--prune` itself. Of `level` and `pattern` one is given.
+    `method` is `--prune` itself. Of `level`, `pattern` and, for channels, `budget` one is given.
     """
 
     method: str | None = None
     level: float | None = None
     pattern: str | None = None
+    budget: str | None = None
+    round_to: int = 1
     scope: str | None = None
     layers: tuple[str, ...] = ()
     repair: str = "weights"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlib.prune.methods._base import PRUNERS, Seen
 
-__all__ = ["obs", "removal_losses"]
+__all__ = ["damped_inverse", "obs", "removal_losses"]
 
 DAMPING = 1e-3
 """Added to the diagonal of the second moments, as a share of its mean."""
@@ -38,7 +38,7 @@ def obs(weight: Tensor, seen: Seen) -> Tensor:
     derivatives for network pruning: optimal brain surgeon", 1993.
     """
 
-    inverse, inputs = _inverse(seen.moments), weight.shape[1]
+    inverse, inputs = damped_inverse(seen.moments), weight.shape[1]
     width = min(inputs, max(1, int(math.sqrt(_WORK / weight.numel()))))
     group = torch.arange(inputs) if seen.group is None else seen.group
     together = int(group.bincount().max())
@@ -99,7 +99,7 @@ def _losses_of_rows(weight: Tensor, inverse: Tensor, group: Tensor, most: int) -
     return losses
 
 
-def _inverse(moments: Tensor) -> Tensor:
+def damped_inverse(moments: Tensor) -> Tensor:
     """The inverse of the damped second moments; an input that is always 0 stands alone."""
     damped = moments.clone()
     diagonal = damped.diagonal()

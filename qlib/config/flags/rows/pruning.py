@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from qlib.config.flags.flag import Flag, Ignored, Need, Use, shared
 from qlib.config.flags.kinds import choice, names, real, whole
-from qlib.config.flags.pruning import PRUNERS, REPAIRS, SCOPES, pattern
+from qlib.config.flags.pruning import CHANNEL_PRUNERS, PRUNERS, REPAIRS, SCOPES, budget, pattern
 from qlib.config.flags.verb import Verb
 from qlib.values import Interval
 
@@ -14,15 +14,16 @@ __all__ = ["GROUPS", "PRUNES"]
 
 PRUNES = Use((Verb.QUANTIZE, Verb.EVALUATE), "nothing is pruned")
 _PRUNING = Need(("--prune",))
+_BUDGET = Need(("--prune-budget",))
 _BY_PATTERN = Ignored("has no effect: {by} tells how many weights stay", by=("--prune-pattern",))
 
 GROUPS: Mapping[str, tuple[Flag, ...]] = {
     "Pruning without training": (
         Flag(
             "--prune",
-            choice(tuple(PRUNERS)),
-            "remove weights by this method, repair what is left, evaluate it and write its checkpoint, before all else"
-            " that is asked; implies --evaluate",
+            choice((*PRUNERS, *CHANNEL_PRUNERS)),
+            "remove weights, or channels (channels-obs, group-norm), repair what is left, evaluate it and write its"
+            " checkpoint, before all else that is asked; implies --evaluate",
             "prune.method",
         ),
         *shared(
@@ -33,6 +34,12 @@ GROUPS: Mapping[str, tuple[Flag, ...]] = {
                     "share of the weights that are removed",
                 ),
                 Flag("--prune-pattern", pattern(), "N of each M weights along the input channels are kept, as in 2:4"),
+                Flag(
+                    "--prune-budget",
+                    budget(),
+                    "with a method of channels: macs=0.5, params=0.5 or params=2MB that stay",
+                ),
+                Flag("--prune-round-to", whole(1), "channels that stay are a multiple of this", needs=(_BUDGET,)),
                 Flag(
                     "--prune-scope",
                     choice(SCOPES),
