@@ -65,6 +65,8 @@ _BOUNDS = {
     "--workers": "0",
     "--ptq-images": "16",
     "--ptq-iterations": "1",
+    "--prune-images": "16",
+    "--prune-steps": "1",
     "--lapq-maxiter": "1",
     "--lapq-maxfev": "3",
     "--lapq-images": "16",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
-from qlib.config.layers.patterns import matching, pattern_problem
+from qlib.config.layers.patterns import SlowPattern, matching, pattern_problem
 from qlib.correct._pairs import single_layers
 from qlib.errors import UsageError, did_you_mean
 from qlib.graph import Graph
@@ -85,7 +85,11 @@ def names_of(layer: PrunedLayer) -> set[str]:
 def _matching(pattern: str, names: Mapping[str, object], flag: str) -> frozenset[str]:
     if problem := pattern_problem(pattern):
         raise UsageError(f"{flag} {problem}")
-    if found := matching(pattern, names):
+    try:
+        found = matching(pattern, names)
+    except SlowPattern as error:
+        raise UsageError(f"{flag} {error}") from None
+    if found:
         return found
     hint = did_you_mean(pattern, names)
     raise UsageError(f"{flag} {pattern!r} matches no layer whose weights can be pruned{hint}; --summary names all")
