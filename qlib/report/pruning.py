@@ -45,11 +45,11 @@ def channels_table(classes: ChannelClasses, ranges: Sequence[range], removed: Se
     >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
     >>> print(channels_table(channel_classes(capture(net, torch.zeros(2, 3, 1, 1))), [range(1, 5)], [2]))
-    +----------------+----------+--------+---------+
-    | Channels of    |   Layers |   Kept |   Total |
-    |----------------+----------+--------+---------|
-    | 0.weight       |        1 |      3 |       4 |
-    +----------------+----------+--------+---------+
+    +---------------+----------+--------+---------+
+    | Channels of   |   Layers |   Kept |   Total |
+    |---------------+----------+--------+---------|
+    | 0.weight      |        1 |      3 |       4 |
+    +---------------+----------+--------+---------+
     """
     gone, rows = set(removed), []
     for numbers in ranges:
