@@ -134,6 +134,28 @@ CASES = [
         id="tokens and places",
     ),
     pytest.param(
+        lambda: Of(lambda m, x: logits(m, torch.stack([m.a(x), m.b(x)], 1).sum(1)), a=conv(3, 4), b=conv(3, 4),
+                   last=nn.Linear(4, 2)),
+        {"a.weight:0 b.weight:0 last.weight:1": 4},
+        id="a stack",
+    ),
+    pytest.param(
+        lambda: Of(lambda m, x: logits(m, m.a(x)[:, 1:].index_select(1, torch.tensor([0, 2, 3]))), a=conv(3, 6),
+                   last=nn.Linear(3, 2)),
+        {"a.weight:0": 1, "a.weight:0 last.weight:1": 2},
+        id="a choice of places",
+    ),
+    pytest.param(
+        lambda: Of(lambda m, x: logits(m, m.a(x).roll(3, 1)), a=conv(3, 8), last=nn.Linear(8, 2)),
+        {"a.weight:0 last.weight:1": 8},
+        id="a roll becomes a gather",
+    ),
+    pytest.param(
+        lambda: Of(lambda m, x: logits(m, torch.cat(m.a(x).chunk(2, 1)[::-1], 1)), a=conv(3, 8), last=nn.Linear(8, 2)),
+        {"a.weight:0 last.weight:1": 8},
+        id="halves, which may differ",
+    ),
+    pytest.param(
         lambda: Of(lambda m, x: logits(m, m.a(x).cumsum(1)), a=conv(3, 4), last=nn.Linear(4, 2)),
         {},
         id="what no rule knows is pinned",

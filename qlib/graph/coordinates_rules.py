@@ -128,6 +128,11 @@ def _concat(ties: Ties, module: nn.Module, inputs: Sequence[Tensor], shape: Sequ
     return torch.cat(few, dim).expand(tuple(shape))
 
 
+def _stack(ties: Ties, module: nn.Module, inputs: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    dim = int(_given(module).get("dim", 0)) % len(shape)
+    return torch.stack(list(inputs), dim)
+
+
 def _matmul(ties: Ties, module: nn.Module, inputs: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """``[..., i, k] @ [..., k, j]``: both sides' labels of k and of the axes before are joined; others pass."""
     assert isinstance(module, ops.MatMul)
@@ -201,4 +206,5 @@ _FUNCTIONS: dict[str, Rule] = {
     "_prelu_kernel": _prelu,
     "glu": _glu,
     "im2col": _patches,
+    "stack": _stack,
 }

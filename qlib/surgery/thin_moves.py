@@ -154,6 +154,16 @@ class _Mover:
             assert isinstance(part, slice)
             node.args = (source, dim, part.start, part.stop - part.start)
 
+    def index_select(self, node: fx.Node, wanted: Tensor) -> None:
+        """Other places along the axis that varies."""
+        source, dim, index = node.args
+        labels = self._old(layer_inputs(node)[0])
+        axis = int(dim) % labels.ndim  # type: ignore[arg-type]
+        if axis in varying(labels):
+            part = self._part(node, labels, axis, index)
+            ends = (part.start, part.stop) if isinstance(part, slice) else None
+            node.args = (source, dim, part if ends is None else self._constant(node, torch.arange(*ends)))
+
     def _part(self, node: fx.Node, labels: Tensor, axis: int, part: Any) -> Any:
         """An index into what stays for one into all of an axis."""
         if isinstance(part, fx.Node):
@@ -213,9 +223,7 @@ class _Mover:
         return self._gives(node, wanted)
 
     def _constant(self, node: fx.Node, value: Tensor) -> fx.Node:
-        name = f"places_{node.name}"
-        while hasattr(self.graph, name):
-            name += "_"
+        name = f"places_{node.name}"  # thinned again, it is replaced
         self.graph.register_buffer(name, value.to(next(self.graph.parameters()).device))
         with self.graph.graph.inserting_before(node):
             made = self.graph.graph.get_attr(name)
@@ -244,5 +252,6 @@ _RULES: dict[Any, Callable[..., None]] = {
     F.pad: _Mover.pad,
     "expand": _Mover.reshape,
     "narrow": _Mover.narrow,
+    "index_select": _Mover.index_select,
 }
 """The function of a move, or the name of its op -> what changes its arguments; others have no sizes in them."""

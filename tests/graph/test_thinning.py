@@ -20,6 +20,7 @@ from qlib.graph.capture import capture
 from qlib.graph.coordinates import ChannelClasses, channel_classes
 from qlib.graph.coordinates_cost import class_costs
 from qlib.graph.cost import layer_macs
+from qlib.graph.ir import layers, name_of
 from qlib.lower import exact_arithmetic, lower
 from qlib.surgery.thin import masked, recipe_of, replay, thin
 from qlib.surgery.thin_plan import thin_plan
@@ -77,7 +78,7 @@ def test_masked_is_thinned(make: Callable[[], nn.Module]) -> None:
     costs, keep = class_costs(graph, classes), classes.keeps(removed)
     assert sum(each.numel() for each in small.parameters()) == costs.total_parameters(keep)
     assert sum(filter(None, layer_macs(small).values())) == costs.total_macs(keep)
-    assert [node.meta["name"] for node in small.graph.nodes] == [node.meta["name"] for node in graph.graph.nodes]
+    assert [name_of(node) for node, _ in layers(small)] == [name_of(node) for node, _ in layers(graph)]
 
 
 @torch.no_grad()
