@@ -13,11 +13,10 @@ from qlib.config.schedule.keys import REMOVERS
 from qlib.config.schedule.types import PolicySpec, Schedule
 from qlib.distill.loss import Distillation
 from qlib.errors import ConfigError
-from qlib.graph.coordinates import channel_classes
 from qlib.prune.masks import parameters_by_name
 from qlib.surgery.dead import thin_dead
-from qlib.surgery.recipe import Recipe
 from qlib.surgery.recipe_file import trainable_graph
+from qlib.surgery.thin import recipe_of
 from qlib.train.loop import Trainee
 from qlib.train.parts import moments_of, set_moments
 
@@ -56,14 +55,14 @@ def remove(setup: Setup, trainee: Trainee, specs: Sequence[PolicySpec], epoch: i
     Law: weights, momentum and masks of what stays are those that they were.
     """
     job, cls = setup.job, specs[0].component.cls
-    graph = trainable_graph(job.model, job.example)
-    classes = channel_classes(graph)
-    small, dead = thin_dead(graph)
+    small, dead = thin_dead(trainable_graph(job.model, job.example))
     for line in dead_lines(dead, f"{cls} in epoch {epoch}"):
         _log.info("%s", line)
     if not dead.all:
         return None
-    recipe = Recipe.of(classes, classes.keeps(dead.all))
+    both = recipe_of(small)
+    assert both is not None
+    recipe = both.since(recipe_of(job.model))
     log_sizes(job, job.model, small)
     thin: Job = replace(job, model=small, masks=recipe.of_tensors(setup.masks))
     now = set_up(thin, setup.schedule)

@@ -55,7 +55,7 @@ def hand_over_thinned(job: Job, small: Graph) -> Job:
     """The run with a thinned model, and with what is left of its masks; it is saved, and its size is told."""
     dense, recipe = job.model, recipe_of(small)
     assert recipe is not None
-    thin = replace(job, model=small, masks=recipe.of_tensors(job.masks))
+    thin = replace(job, model=small, masks=recipe.since(recipe_of(dense)).of_tensors(job.masks))
     log_sizes(job, dense, small)
     path = job.file(THINNED)
     write_checkpoint(

@@ -70,6 +70,24 @@ class Recipe:
         lengths = {(each.name, each.axis): len(each.kept) for each in before.entries}
         return Recipe(tuple(e for e in self.entries if lengths.get((e.name, e.axis)) != len(e.kept)))
 
+    def since(self, before: Recipe | None) -> Recipe:
+        """That of the second one of two thinnings, which this is of both, and `before` of the first.
+
+        >>> first, both = (Recipe((RecipeEntry("w", 0, 4, kept),)) for kept in ((0, 2, 3), (2, 3)))
+        >>> both.since(first).entries
+        (RecipeEntry(name='w', axis=0, size=3, kept=(1, 2)),)
+        """
+        earlier = {(each.name, each.axis): each.kept for each in (before.entries if before is not None else ())}
+        found = list[RecipeEntry]()
+        for each in self.entries:
+            kept = earlier.get((each.name, each.axis))
+            if kept is None:
+                found.append(each)
+            elif len(each.kept) < len(kept):
+                places = {index: place for place, index in enumerate(kept)}
+                found.append(RecipeEntry(each.name, each.axis, len(kept), tuple(places[i] for i in each.kept)))
+        return Recipe(tuple(found))
+
     def of_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is kept of tensors by the names of parameters: masks, gradients, moments of an optimizer.
 

@@ -119,3 +119,24 @@ def test_a_model_without_masks_is_thinned_by_its_zeros(tmp_path: Path) -> None:
     words = FAST.replace("--pretrained", "--exp-load-weights-from zeros.pth").replace("--epochs 3", "--epochs 1")
     done = good(words, tmp_path)
     assert contents(done.folder / "checkpoint.pth.tar")["state_dict"]["wide.conv.weight"].shape == (20, 16, 3, 3)
+
+
+def test_masks_of_a_model_that_is_thinned_twice(tmp_path: Path) -> None:
+    state = dict(create_model(find_model("digits_cnn"), pretrained=True).state_dict())
+    masks = {name: torch.ones_like(state[name], dtype=torch.uint8) for name in ("wide.conv.weight", "fc.weight")}
+    masks["wide.conv.weight"][:4], masks["fc.weight"][:, 100:103] = 0, 0
+    torch.save({"arch": "digits_cnn", "state_dict": state, "masks": masks}, tmp_path / "a.pth")
+    first = good("--resume-from a.pth --thinnify -e --etes 0.1", tmp_path).folder / "thinned_checkpoint.pth.tar"
+    once = contents(first)
+    assert {name: tuple(mask.shape[:2]) for name, mask in once["masks"].items()} == {
+        "wide.conv.weight": (20, 16),
+        "fc.weight": (10, 112),
+    }
+    once["masks"]["wide.conv.weight"][:5] = 0
+    torch.save(once, tmp_path / "b.pth")
+    twice = contents(good("--resume-from b.pth --thinnify -e --etes 0.1", tmp_path).folder / first.name)["masks"]
+    assert {name: tuple(mask.shape[:2]) for name, mask in twice.items()} == {
+        "wide.conv.weight": (15, 16),
+        "fc.weight": (10, 92),
+    }
+    assert int((twice["fc.weight"] == 0).sum()) == int((once["masks"]["fc.weight"] == 0).sum()) == 30
