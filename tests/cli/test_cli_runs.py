@@ -56,7 +56,8 @@ def test_lines_of_an_evaluation(folder: Path) -> None:
     run = good(f"{DIGITS} -e -b 200 -p 2 --vs 0.2 --confusion", folder)
     top1, top5, loss = map(float, run.score("fp32"))
     row = run.metrics("fp32")
-    lines = run.lines
+    warning, *lines = run.lines
+    assert warning == "Warning: --validation-split is ignored: with --evaluate nothing is trained"
     assert lines[:8] == [
         "Random seed: 0",
         "=> created a pretrained digits_cnn model with the digits dataset",
