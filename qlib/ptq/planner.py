@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,8 +24,8 @@ from qlib.graph.ir import (
     tensor_users,
 )
 from qlib.graph.kinds import KINDS, LayerKind, layer_kind
-from qlib.graph.ops import ChannelAffine
-from qlib.graph.walk import producer_of, sole_producer
+from qlib.graph.ops import ChannelAffine, Function
+from qlib.graph.walk import producer_of, readers_of, sole_producer
 from qlib.graph.weights import swap_channels
 from qlib.ptq.activation_ranges import clipped, constant_plan, dynamic_plan, plan_tensor, request_of, softmax_plan
 from qlib.ptq.weight_ranges import plan_weight
@@ -35,6 +35,14 @@ from qlib.quant.spec import QuantSpec
 from qlib.stats.tensor_stats import LayerStats, ModelStats, TensorStats
 
 __all__ = ["layer_infos", "plan_post_train_linear"]
+
+_NO_ZERO: dict[Callable[..., Any], int] = {
+    torch.ops.aten.div.Tensor: 1,
+    torch.ops.aten.reciprocal.default: 0,
+    torch.ops.aten.rsqrt.default: 0,
+    torch.ops.aten.log.default: 0,
+}
+"""Functions that have no value where an input of theirs is 0, and which input that is."""
 
 _SATURATING = ((nn.Sigmoid, 6.0), (nn.Tanh, 4.0))
 
@@ -157,7 +165,21 @@ class _Planner:
         if not settings.bits_activations:
             note = f"activations: bits 0 ({settings.origin_of('bits_activations')})"
             return LayerPlan(kind.name, inputs, weight, note=note)
+        for reader in filter(lambda reader: self._needs_no_zero(reader, node), readers_of(self.graph, node)):
+            note = f"not to be rounded to 0, where {name_of(reader)!r} has no value"
+            return LayerPlan(kind.name, inputs, weight, note=note)
         return None
+
+    def _needs_no_zero(self, reader: fx.Node, node: fx.Node) -> bool:
+        """Whether a layer has no value where the output of `node` is 0."""
+        index = self._input_without_zero(reader)
+        return index is not None and producer_of(self.graph, layer_inputs(reader)[index]) is node
+
+    def _input_without_zero(self, node: fx.Node) -> int | None:
+        module = self.graph.get_submodule(str(node.target)) if is_layer(self.graph, node) else None
+        index = _NO_ZERO.get(module.function) if isinstance(module, Function) else None
+        slot = module.args[index] if isinstance(module, Function) and index is not None else None
+        return int(slot) if isinstance(slot, Function.Slot) and slot >= 0 else None
 
     def _common(self, node: fx.Node, kind: LayerKind, settings: LayerSettings) -> dict[str, Any]:
         common: dict[str, Any] = {"weight": self._weight(node, kind, settings)}
@@ -183,7 +205,7 @@ class _Planner:
         )
 
     def _plan_input(self, node: fx.Node, kind: LayerKind, index: int, source: fx.Node) -> TensorPlan | None:
-        if not _is_float(source):
+        if not _is_float(source) or index == self._input_without_zero(node):
             return None
         settings = self.settings[name_of(node)]
         overridden = index in settings.input_overrides

@@ -170,6 +170,31 @@ def test_softmax_has_a_fixed_range() -> None:
     assert output.qparams().scale.item() == 1 / 256
 
 
+@pytest.mark.parametrize(
+    ("function", "layer", "reader"),
+    [
+        pytest.param(lambda m, x: m.conv2(a := m.conv1(x)) / (a.relu() * a.relu() + 1e-6), "add", "div", id="divisor"),
+        pytest.param(lambda m, x: torch.rsqrt(m.conv1(x).relu() + 1e-6), "add", "rsqrt", id="rsqrt"),
+        pytest.param(
+            lambda m, x: m.conv2(m.conv1(x).sigmoid() + 1e-3).sigmoid().reciprocal(),
+            "sigmoid_1",
+            "reciprocal",
+            id="1/x",
+        ),
+        pytest.param(lambda m, x: torch.log(m.conv1(x).sigmoid()), "sigmoid", "log", id="log"),
+    ],
+)
+def test_what_must_not_be_zero_stays_in_float(
+    function: Callable[[Any, Tensor], Tensor], layer: str, reader: str
+) -> None:
+    graph, folded = prepared(function)
+    each = {info.name: DEFAULTS for info in layer_infos(graph)}
+    plan = plan_post_train_linear(graph, each, stats_of(graph), folded)
+    assert plan.layers[layer].output is None
+    assert plan.layers[layer].note == f"not to be rounded to 0, where {reader!r} has no value"
+    assert lower(graph, plan)(IMAGES).isfinite().all()
+
+
 def test_passing_layers_keep_their_input_grid() -> None:
     plan = plan_of(lambda m, x: F.max_pool2d(m.conv1(x), 2))
     assert plan.layers["max_pool2d"] == LayerPlan("max_pool", (None,))
