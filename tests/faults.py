@@ -289,9 +289,9 @@ class Case:
 
 
 def made_by(log: Path, folder: Path) -> dict[str, bytes]:
-    """Each file that a run with the folder `log` made, but for logs, which tell the time."""
+    """Each file that a run with the folder `log` made, but for logs and reports, which tell the time."""
     paths = [*folder.glob("stats/[!.]*"), folder / "model.onnx", *log.rglob("[!.]*")]
-    found = sorted(path for path in paths if path.is_file() and path.suffix != ".log")
+    found = sorted(path for path in paths if path.is_file() and path.suffix != ".log" and path.stem != "report")
     found = [path for path in found if not path.parent.name.startswith(".")]
     return {str(path).replace(str(log), "RUN").replace(f"{folder}/", ""): _content(path) for path in found}
 
