@@ -103,11 +103,10 @@ logits; an image alone gives the same logits, to the last bit, as in a batch of 
 restored on a model with other weights (unless the sweep ran with `--no-restore`); the model whose codes are looked at
 gives the very logits of the one that ships.
 
-A folded graph beyond 1e-4 is compared again in float64, which tells wrong folding from rounding. There are two such
-models: resnet152 (1.4e-4 in float32, 3e-13 in float64) and efficientnet_v2_l (8.8e-4 and 7e-13). With these weights
-they amplify rounding: resnet152's own float32 logits are 8e-5 from its float64 ones, and a change of the last bit of
-the input moves them as far. With torchvision's initial weights and batch-norm statistics that are only moved a little,
-its folded graph is within 9e-7.
+A folded graph beyond 1e-4 is compared again in float64, which tells wrong folding from rounding. There is one such
+model: resnet152 (1.4e-4 in float32, 3e-13 in float64). With these weights it amplifies rounding: its own float32 logits
+are 8e-5 from its float64 ones, and a change of the last bit of the input moves them as far. With torchvision's initial
+weights and batch-norm statistics that are only moved a little, its folded graph is within 9e-7.
 
 Low SQNR: deep random networks amplify the noise of 8 bits as they do rounding: a separate simulation in float, which
 rounds to the same grids, loses as much (efficientnet_b0: 11.7 dB against 11.4 here; efficientnet_b5: 2.4 against 3.3).
