@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 
 from qlib.config.flags.groups import TrainArgs
@@ -23,10 +22,12 @@ from qlib.graph import lay_out
 from qlib.models import create_model, find_model
 from qlib.prune.magnitude import smallest_elements_mask
 from qlib.regularize._base import REGULARIZERS
-from qlib.train.loop import Trainee
+from qlib.train.loop import Running, StepSettings, Trainee, backward, forward
 from qlib.train.masking import Masking
-from qlib.train.policy import Batch, Losses, Policy
+from qlib.train.policy import Batch, Policy
 from qlib.train.regularizing import Regularizing
+
+SETTINGS = StepSettings(batch_size=64, seed=0, print_freq=1)
 
 
 def stepper(policies: Callable[[Masking], Sequence[Policy]], level: float, batch: Batch) -> Callable[[], float]:
@@ -40,20 +41,8 @@ def stepper(policies: Callable[[Masking], Sequence[Policy]], level: float, batch
 
     def step() -> float:
         start = time.process_time()
-        for policy in trainee.policies:
-            policy.on_minibatch_begin(batch)
-        logits = model(batch.images)
-        objective = F.cross_entropy(logits, batch.labels)
-        losses = Losses(objective, objective)
-        for policy in trainee.policies:
-            losses = policy.before_backward(batch, logits, losses)
-        trainee.optimizer.zero_grad()
-        losses.overall.backward()
-        for policy in trainee.policies:
-            policy.before_optimizer_step()
-        trainee.optimizer.step()
-        for policy in trainee.policies:
-            policy.on_minibatch_end(batch)
+        losses = forward(trainee, batch, SETTINGS, Running())
+        backward(trainee, batch, losses, SETTINGS, torch.amp.GradScaler("cpu", enabled=False))
         return time.process_time() - start
 
     return step

@@ -21,7 +21,7 @@ from qlib.progress import track
 from qlib.train.optimizers import make_optimizer
 from qlib.train.policy import Batch, Losses, Policy
 
-__all__ = ["Diverged", "Progress", "Running", "StepSettings", "Trainee", "run_epoch"]
+__all__ = ["Diverged", "Progress", "Running", "StepSettings", "Trainee", "backward", "forward", "run_epoch"]
 
 _log = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ def run_epoch(
     )
     for batch in batches:
         torch.manual_seed(_mixed(settings.seed, batch.epoch, batch.step))
-        losses = _forward(trainee, batch, settings, progress.running)
+        losses = forward(trainee, batch, settings, progress.running)
         if not math.isfinite(progress.running.sums["Overall Loss"]):
             steps = -(-len(loader.indices) // settings.batch_size)
             raise Diverged(
@@ -168,14 +168,12 @@ def run_epoch(
             )
         if rate := next((rate for rate in trainee.rates if abs(rate) > torch.finfo(torch.float32).max), None):
             raise Diverged(f"the learning rate is {rate:g} in epoch {batch.epoch}, which no weight can follow")
-        _backward(trainee, losses, settings, scaler)
-        for policy in trainee.policies:
-            policy.on_minibatch_end(batch)
+        backward(trainee, batch, losses, settings, scaler)
         progress.steps = batch.step + 1
         after_step()
 
 
-def _forward(trainee: Trainee, batch: Batch, settings: StepSettings, running: Running) -> Losses:
+def forward(trainee: Trainee, batch: Batch, settings: StepSettings, running: Running) -> Losses:
     """What is to be minimized on a batch, which is added to the sums."""
     for policy in trainee.policies:
         policy.on_minibatch_begin(batch)
@@ -189,8 +187,10 @@ def _forward(trainee: Trainee, batch: Batch, settings: StepSettings, running: Ru
     return losses
 
 
-def _backward(trainee: Trainee, losses: Losses, settings: StepSettings, scaler: torch.amp.GradScaler) -> None:
-    """Gradients, and a step of the optimizer against them."""
+def backward(
+    trainee: Trainee, batch: Batch, losses: Losses, settings: StepSettings, scaler: torch.amp.GradScaler
+) -> None:
+    """Gradients, a step of the optimizer against them, and the end of the batch."""
     optimizer = trainee.optimizer
     optimizer.zero_grad()
     scaler.scale(losses.overall).backward()  # type: ignore[no-untyped-call]
@@ -201,6 +201,8 @@ def _backward(trainee: Trainee, losses: Losses, settings: StepSettings, scaler: 
         torch.nn.utils.clip_grad_norm_(_parameters(optimizer), settings.grad_clip)
     scaler.step(optimizer)
     scaler.update()
+    for policy in trainee.policies:
+        policy.on_minibatch_end(batch)
 
 
 def _batches(loader: Loader, progress: Progress, settings: StepSettings, device: torch.device) -> Iterator[Batch]:

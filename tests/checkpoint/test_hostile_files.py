@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from runs import ROOT, USER_MODEL, Run, good, make_images, run
+from saved import same
 from torch import Tensor, nn
 
 from qlib.checkpoint.fit import load_state, model_state
@@ -583,18 +584,6 @@ def test_small_files_take_little_memory(tmp_path: Path) -> None:
 
 
 # What is good stays good.
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal values of equal types, tensors by their bytes."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        bytes_of = [each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (a, b)]
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bytes_of)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
 
 
 DTYPES = [

@@ -6,13 +6,13 @@ import csv
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from runs import ROOT, Run, good, start
 from runs import run as run_in
+from saved import contents, same
 
 from qlib.cli import parse
 from qlib.config.flags.checks import startup_warnings
@@ -96,20 +96,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "lsq.yaml").write_text(LSQ)
     return good(f"{MODEL} --pretrained --compress lsq.yaml --epochs 2 --lr 0.001 {FAST} -p 10", folder)
-
-
-def contents(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    return checkpoint
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two checkpoints hold the same values, bit for bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def test_what_is_printed(trained: Run) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from runs import good, run
+from saved import same
 from torch import Tensor, nn
 
 import schedules
@@ -24,10 +25,13 @@ from qlib.prune.masks import sparsity
 from qlib.prune.names import in_own_names_of
 from qlib.prune.pruner import CURVES, PRUNERS, Chosen, Moment, Pruner, Target
 from qlib.regularize._base import REGULARIZERS, Regularizer
+from qlib.train.loop import Running, StepSettings, Trainee, backward, forward
 from qlib.train.masking import Masking
 from qlib.train.policy import Batch, Losses, Policy
 from qlib.train.pruning import Pruning
 from qlib.train.regularizing import Regularizing
+
+SETTINGS = StepSettings(batch_size=4, seed=0, print_freq=1)
 
 
 def digits() -> nn.Module:
@@ -160,20 +164,9 @@ class _Steps:
     def _step(self, step: int) -> None:
         images = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(step))
         batch = Batch(step // 2, step % 2, [0] * 4, images, torch.arange(4))
-        for policy in self.policies:
-            policy.on_minibatch_begin(batch)
-        logits = self.model(images)
-        loss = nn.functional.cross_entropy(logits, batch.labels)
-        losses = Losses(loss, loss)
-        for policy in self.policies:
-            losses = policy.before_backward(batch, logits, losses)
-        self.optimizer.zero_grad()
-        losses.overall.backward()
-        for policy in self.policies:
-            policy.before_optimizer_step()
-        self.optimizer.step()
-        for policy in self.policies:
-            policy.on_minibatch_end(batch)
+        trainee = Trainee(self.model, self.optimizer, self.policies)
+        losses = forward(trainee, batch, SETTINGS, Running())
+        backward(trainee, batch, losses, SETTINGS, torch.amp.GradScaler("cpu", enabled=False))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
@@ -211,14 +204,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, list):
         return [copied(each) for each in value]
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
 
 
 @pytest.mark.parametrize("cls", [*schedules.PRUNERS, *schedules.REGULARIZERS])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from runs import good
+from saved import contents
 from torch import Tensor, nn
 
 from qlib.errors import ModelError
@@ -160,11 +160,6 @@ def pruned(folder: Path) -> dict[str, Tensor]:
     content = {"arch": "digits_cnn", "state_dict": found, "compression_sched": {"masks_dict": distillers}}
     torch.save(content, folder / "pruned.pth")
     return masks
-
-
-def contents(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    return checkpoint
 
 
 def test_training_on_keeps_masks_unless_they_are_dropped(tmp_path: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from runs import good, run
+from saved import contents, same
 
 from qlib.models import create_model, find_model
 
@@ -32,19 +32,6 @@ policies:
   - {lr_scheduler: {instance_name: decay}, starting_epoch: 0, ending_epoch: 3, frequency: 1}
 """
 FAST = "-a digits_cnn --pretrained --compress a.yaml --epochs 3 --lr 0.01 -b 64 --etrs 0.2 --evs 0.1 --etes 0.1"
-
-
-def contents(path: Path) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    return checkpoint
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else bool(a == b)
 
 
 def test_filters_leave_in_the_course_of_training(tmp_path: Path) -> None:
