@@ -31,6 +31,7 @@ from qlib.deploy.session import open_session, run_session
 from qlib.graph import LAYOUT, capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
+from qlib.lower.fit import fit
 from qlib.models import ModelSpec, create_model, find_model
 from qlib.ptq.planner import plan_post_train_linear
 from qlib.stats.collect import MICRO_BATCH, Collector
@@ -62,7 +63,7 @@ def ours(model: nn.Module, images: Tensor, path: Path) -> None:
     settings = LayerSettings(mode_activations="asym_u", per_channel_wts=True)
     stats = ModelStats(collector.result())
     plan = plan_post_train_linear(graph, {name_of(node): settings for node, _ in layers(graph)}, stats, folded)
-    export_quantized(lower(graph, plan), images[:2], path, opset=OPSET, metadata={})
+    export_quantized(lower(graph, fit(graph, plan)[0]), images[:2], path, opset=OPSET, metadata={})
 
 
 def theirs(float_file: Path, images: Tensor, path: Path) -> None:

@@ -36,6 +36,7 @@ from qlib.correct.equalize import equalize
 from qlib.data.datasets import Split, open_dataset
 from qlib.graph import Graph, NormStatistics, after_folding, capture, fold_batch_norm, norm_statistics
 from qlib.lower import exact_arithmetic, lower
+from qlib.lower.fit import fit
 from qlib.metrics import evaluate
 from qlib.models import find_model
 from qlib.ptq.planner import layer_infos, plan_post_train_linear
@@ -127,7 +128,7 @@ class Trial:
                 collector.update(batch)
             stats = ModelStats(collector.result())
         resolved = resolve(PtqConfig(settings, ()), layer_infos(self.graph))
-        self.plan = plan_post_train_linear(self.graph, resolved, stats, self.folded)
+        self.plan = fit(self.graph, plan_post_train_linear(self.graph, resolved, stats, self.folded))[0]
 
     def planned(self) -> Plan:
         assert self.plan is not None

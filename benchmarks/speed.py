@@ -20,6 +20,7 @@ from qlib.config.layers.settings import LayerSettings
 from qlib.graph import capture, fold_batch_norm
 from qlib.graph.ir import layers, name_of
 from qlib.lower import lower
+from qlib.lower.fit import fit
 from qlib.metrics import Meter, evaluate_together
 from qlib.models import create_model, find_model
 from qlib.ptq.planner import plan_post_train_linear
@@ -49,7 +50,7 @@ def measure(arch: str, batch: int, rounds: int, memory_format: torch.memory_form
     settings = LayerSettings(mode_activations="asym_u", per_channel_wts=True)
     stats = ModelStats(collector.result())
     plan = plan_post_train_linear(graph, {name_of(node): settings for node, _ in layers(graph)}, stats, folded)
-    exact = lower(graph, plan)
+    exact = lower(graph, fit(graph, plan)[0])
 
     def whole() -> None:
         with torch.inference_mode():
