@@ -15,6 +15,7 @@ from qlib.app.images import training_batches
 from qlib.app.job import Job
 from qlib.app.prune_channels import prune_channels
 from qlib.app.prune_images import BATCH, IMPORTANCE, pruning_images
+from qlib.app.report import record
 from qlib.checkpoint.masks import saved_masks
 from qlib.checkpoint.write import write_checkpoint
 from qlib.config.flags.pruning import CHANNEL_PRUNERS, REPAIRS
@@ -29,7 +30,7 @@ from qlib.prune.logits import match_logits
 from qlib.prune.masks import Masks, apply_masks, joined
 from qlib.prune.methods._base import PRUNERS, Score, Seen
 from qlib.prune.refit import Repair, refit, survey
-from qlib.report.pruning import pruning_table
+from qlib.report.pruning import pruned_weights, pruning_table
 
 __all__ = ["prune", "report_size", "save_pruned"]
 
@@ -59,7 +60,9 @@ def prune(job: Job) -> Job:
     _refuse_empty(masks)
     apply_masks(model, masks)
     errors = _repair(job, model, graph, layers, masks)
-    _log.info("%s", pruning_table(masks, errors))
+    kept = pruned_weights(masks, errors)
+    record(job, pruned=kept)
+    _log.info("%s", pruning_table(kept))
     return replace(job, model=model, masks=masks)
 
 

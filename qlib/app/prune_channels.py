@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qlib.app.images import training_batches
 from qlib.app.job import Job
 from qlib.app.prune_images import BATCH, IMPORTANCE, pruning_images
+from qlib.app.report import record
 from qlib.app.thin import hand_over_thinned
 from qlib.config.flags.pruning import CHANNEL_PRUNERS as FACTS
 from qlib.config.flags.pruning import REPAIRS, ChannelBudget
@@ -26,7 +27,7 @@ from qlib.prune.importance import output_importance
 from qlib.prune.layers import PrunedLayer, chosen_layers, prunable_layers
 from qlib.prune.logits import match_logits
 from qlib.prune.refit import Repair, refit, survey
-from qlib.report.pruning import channels_table
+from qlib.report.pruning import channels_table, pruned_channels
 from qlib.surgery.recipe_file import trainable_graph
 from qlib.surgery.thin import masked, thin
 
@@ -49,7 +50,9 @@ def prune_channels(job: Job) -> Job:
     assert args.method is not None
     orders = CHANNEL_PRUNERS[args.method](ranges, consumers)
     removed = _within_budget(job, graph, classes, orders)
-    _log.info("%s", channels_table(classes, ranges, removed))
+    kept = pruned_channels(classes, ranges, removed)
+    record(job, pruned=kept)
+    _log.info("%s", channels_table(kept))
     _repair(job, graph, classes, layers, removed)
     return hand_over_thinned(job, thin(graph, removed, classes))
 

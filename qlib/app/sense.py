@@ -29,7 +29,7 @@ from qlib.prune.removal import REMOVALS
 from qlib.prune.sensitivity import PruningSensitivity, PruningStudy, sparsity_levels
 from qlib.report.plots import NO_MATPLOTLIB, plot_pruning
 
-__all__ = ["analyse_pruning", "pruning_table"]
+__all__ = ["analyse_pruning", "removal_table"]
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def _study(job: Job) -> PruningStudy:
     return study
 
 
-def pruning_table(job: Job) -> str:
+def removal_table(job: Job) -> str:
     """What `--sense` would remove of each weight, without looking at an image."""
     study, removal = _study(job), REMOVALS[str(job.config.sense)]
     levels = _shown(sparsity_levels(*job.config.sense_range))

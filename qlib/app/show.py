@@ -9,7 +9,7 @@ from qlib.app.distill import make_distillation
 from qlib.app.job import Job
 from qlib.app.plan import fitting, given_plan, plan_of, settings_of, stats_for
 from qlib.app.policies import make_quantization, read_schedule
-from qlib.app.sense import pruning_table
+from qlib.app.sense import removal_table
 from qlib.app.sparsity import sparsity_lines
 from qlib.config.schedule.timeline import timeline
 from qlib.graph import fold
@@ -34,7 +34,7 @@ def check(job: Job) -> None:
         _check_schedule(job, job.config.train.compress)
         return
     if job.config.sense in REMOVALS:
-        _log.info("%s", pruning_table(job))
+        _log.info("%s", removal_table(job))
         return
     folded = fold(job.model, job.example)
     plan = given_plan(job, folded)

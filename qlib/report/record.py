@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qlib.prune.sensitivity import PruningSensitivity
-from qlib.report.record_parts import Deployment, Layer, TradeOff, Training, Trials, Verification
+from qlib.report.record_parts import Deployment, Layer, Pruned, TradeOff, Training, Trials, Verification
 from qlib.search.sensitivity import Sensitivity
 
 __all__ = [
@@ -156,6 +156,7 @@ class RunReport:
     calibration: Calibration | None = None
     layers: tuple[Layer, ...] = ()
     sensitivity: tuple[Sensitivity, ...] = ()
+    pruned: tuple[Pruned, ...] = ()
     pruning_sensitivity: tuple[PruningSensitivity, ...] = ()
     tradeoff: TradeOff | None = None
     auto: Trials | None = None

@@ -12,6 +12,7 @@ __all__ = [
     "Epoch",
     "Layer",
     "Placed",
+    "Pruned",
     "TradeOff",
     "TradeOffPoint",
     "Training",
@@ -70,6 +71,21 @@ class Layer:
     dead: int = 0
     bytes: int = 0
     float_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """How many elements of a weight pruning kept, or of the channels that it makes, those of some layers together.
+
+    `error` is that of the layer's outputs before the last repair, relative to their size.
+    """
+
+    name: str
+    kept: int
+    total: int
+    shape: tuple[int, ...] = ()
+    layers: int = 1
+    error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,16 @@ from runs import Run, good
 from runs import run as run_in
 
 from qlib.prune.masks import sparsity
+from qlib.report.record_file import read_report
 
 MODEL = "-a digits_cnn --pretrained"
 FEW = "--prune-images 64"
+
+
+def fc_kept(run: Run) -> int:
+    """How many weights of the last layer are not zero in the checkpoint."""
+    checkpoint = torch.load(run.folder / "pruned_checkpoint.pth.tar", weights_only=True)
+    return int(checkpoint["masks"]["fc.weight"].sum())
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +35,9 @@ def test_a_run_prints_what_it_removed_and_what_that_is_good_for(pruned: Run) -> 
     assert "Weights, zipped: 0.01 MB, 0.02 MB before; Zeros among the weights, of N:M too, make" in pruned.out
     assert float(pruned.metrics("pruned")["top1"]) > 97
     assert pruned.files >= {"pruned_checkpoint.pth.tar", "metrics.csv", "predictions.csv"}
+    rows = read_report(pruned.folder).pruned
+    assert [(each.kept, each.total) for each in rows if each.name == "fc.weight"] == [(fc_kept(pruned), 1280)]
+    assert "What pruning kept" in (pruned.folder / "report.html").read_text()
 
 
 def test_the_checkpoint_is_evaluated_and_quantized_with_its_zeros(pruned: Run, tmp_path: Path) -> None:
@@ -56,6 +66,7 @@ def test_channels_are_removed_under_a_budget_and_the_smaller_model_goes_on(tmp_p
     assert "| wide.conv.weight   |" in done.out
     assert "Parameters         5,578 -> " in done.out
     assert float(done.metrics("pruned")["top1"]) > 90
+    assert all(each.kept % 4 == 0 and each.kept <= each.total for each in read_report(done.folder).pruned)
     checkpoint = torch.load(done.folder / "thinned_checkpoint.pth.tar", weights_only=True)
     state = checkpoint["state_dict"]
     assert sum(value.numel() for name, value in state.items() if name.endswith("weight")) <= 5578 // 2

@@ -142,8 +142,9 @@ def test_whatever_texts_say_they_stay_texts(hostile: str) -> None:
 def test_every_section_is_there(hostile: str) -> None:
     titles = re.findall(r"<h2[^>]*>([^<]*)</h2>", hostile)
     assert titles == [
-        *("Results", "Images whose prediction changed", "Layers", "Sensitivity", "Budget", "Settings that were tried"),
-        *("Training", "Verification", "Confusion before and after", "Where it comes from"),
+        *("Results", "Images whose prediction changed", "Layers", "Sensitivity", "What pruning kept"),
+        *("Sensitivity to pruning", "Budget", "Settings that were tried", "Training", "Verification"),
+        *("Confusion before and after", "Where it comes from"),
     ]
 
 

@@ -12,6 +12,7 @@ from qlib.report.html.answer import answer
 from qlib.report.html.images import changed_section, confusion_section
 from qlib.report.html.layers import layers_section, sensitivity_section
 from qlib.report.html.markup import Markup, tag
+from qlib.report.html.pruning import pruned_section, pruning_sensitivity_section
 from qlib.report.html.searches import (
     auto_section,
     origin_section,
@@ -37,6 +38,8 @@ _SECTIONS: tuple[tuple[str, str, Callable[[RunReport], Markup | None]], ...] = (
     ("changed", "Images whose prediction changed", changed_section),
     ("all-layers", "Layers", layers_section),
     ("sensitive", "Sensitivity", sensitivity_section),
+    ("kept", "What pruning kept", pruned_section),
+    ("prunable", "Sensitivity to pruning", pruning_sensitivity_section),
     ("tradeoff", "Budget", tradeoff_section),
     ("auto", "Settings that were tried", auto_section),
     ("training", "Training", training_section),
